@@ -5,7 +5,16 @@ command line overrides any value with `--config.section.key=value`. The defaults
 DN-DAB-DETR with ResNet-50 of the paper (Li et al., CVPR 2022, section 6.1), 50 epochs.
 
 Durations are strings with a unit: `"300 steps"`, `"2 epochs"`, `"5%"` (of the whole training).
+
+`validate` checks every rule that the config alone decides, so that a mistake is one line before
+any data is read or anything is compiled.
 """
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -67,6 +76,7 @@ def base_config() -> ConfigDict:
             "norm": "frozen_batch_norm",  # or group_norm, for training from scratch
             "stem": "standard",  # 7x7 stride 2 and max pooling; or light: 3x3 stride 2
             "dilation": False,  # last stage without stride, dilated (DC5)
+            "mask_padding": True,  # features do not depend on the canvas; False: as in PyTorch
             "frozen_stages": 1,  # stem and that many stages get no gradient; -1: none frozen
         }
     )
@@ -129,3 +139,278 @@ def base_config() -> ConfigDict:
     config.checkpoint = ConfigDict({"keep_latest": 2, "keep_best": 1})
     config.init = ConfigDict({"checkpoint": ""})  # a work directory whose parameters to start from
     return config
+
+
+class ConfigError(ValueError):
+    """A config that can't be right; the message is one line: key, value, what would be right."""
+
+    def __init__(self, key: str, value: Any, expected: str):
+        super().__init__(f"config.{key} = {value!r}: {expected}")
+
+
+_DURATION = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(steps?|epochs?|%)\s*")
+
+
+def parse_duration(duration: str, key: str) -> tuple[float, str]:
+    """Splits a duration into its number and its unit.
+
+    Args:
+        duration: for example "300 steps", "1.5 epochs" or "5%".
+        key: config key it comes from, for the error.
+
+    Returns:
+        The number, at least 0, and one of "steps", "epochs", "%".
+
+    Raises:
+        ConfigError: not such a duration, a part of a step, or more than 100%.
+
+    Examples:
+        >>> parse_duration("1.5 epochs", "optimizer.warmup")
+        (1.5, 'epochs')
+    """
+    match = _DURATION.fullmatch(duration) if isinstance(duration, str) else None
+    if not match:
+        raise ConfigError(key, duration, 'a duration is like "300 steps", "2 epochs" or "5%"')
+    number, unit = float(match[1]), match[2]
+    if unit.startswith("step") and number != int(number):
+        raise ConfigError(key, duration, "steps are whole numbers")
+    if unit == "%" and number > 100:
+        raise ConfigError(key, duration, "a percentage is at most 100%")
+    return number, unit if unit == "%" else unit.rstrip("s") + "s"
+
+
+def flat_keys(config: ConfigDict, prefix: str = "") -> list[str]:
+    """The dotted path of every value in `config`, sections left out.
+
+    Examples:
+        >>> flat_keys(ConfigDict({"dn": {"groups": 5}, "seed": 0}))
+        ['dn.groups', 'seed']
+    """
+    keys: list[str] = []
+    for key, value in sorted(config.items()):
+        path = f"{prefix}{key}"
+        keys += flat_keys(value, f"{path}.") if isinstance(value, ConfigDict) else [path]
+    return keys
+
+
+def nearest_key(key: str, keys: Iterable[str]) -> str:
+    """A "did you mean" for an unknown dotted key; the empty string if nothing is near.
+
+    Examples:
+        >>> nearest_key("model.num_head", ["model.num_heads", "model.num_classes"])
+        'did you mean model.num_heads?'
+        >>> nearest_key("groups", ["dn.groups", "seed"])
+        'did you mean dn.groups?'
+    """
+    keys = list(keys)
+    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.75)
+    if not near:  # the right name in the wrong section, or without one
+        last = key.rsplit(".", 1)[-1]
+        by_name = {path.rsplit(".", 1)[-1]: path for path in reversed(keys)}
+        near = [by_name[name] for name in difflib.get_close_matches(last, by_name, n=1, cutoff=0.8)]
+    return f"did you mean {near[0]}?" if near else ""
+
+
+class _Checker:
+    """Looks values up by dotted key and raises `ConfigError` where a rule is broken."""
+
+    def __init__(self, config: ConfigDict):
+        self.config = config
+
+    def __getitem__(self, key: str) -> Any:
+        value: Any = self.config
+        for part in key.split("."):
+            value = value[part]
+        return value
+
+    def check(self, key: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise ConfigError(key, self[key], expected)
+
+    def whole(self, least: int, *keys: str) -> None:
+        for key in keys:
+            self.check(key, _is_int(self[key]) and self[key] >= least, f"an integer >= {least}")
+
+    def number(self, holds: Callable[[float], bool], expected: str, *keys: str) -> None:
+        for key in keys:
+            self.check(key, _is_number(self[key]) and holds(self[key]), f"a number {expected}")
+
+    def one_of(self, key: str, *names: Any) -> None:
+        self.check(key, self[key] in names, f"one of {', '.join(map(repr, names))}")
+
+    def sizes(self, *keys: str) -> None:
+        for key in keys:
+            value = self[key]
+            right = isinstance(value, tuple | list) and value and all(map(_is_size, value))
+            self.check(key, bool(right), "positive integers, for example (480, 512)")
+
+    def duration(self, *keys: str, positive: bool) -> None:
+        for key in keys:
+            number, _ = parse_duration(self[key], key)
+            self.check(key, number > 0 or not positive, "longer than 0")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_size(value: Any) -> bool:
+    return _is_int(value) and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks every rule that can be checked from the config alone.
+
+    Args:
+        config: an experiment's config, the command line's overrides applied.
+
+    Raises:
+        ConfigError: naming the first wrong key, its value and what would be right.
+    """
+    _check_keys(config)
+    checker = _Checker(config)
+    checker.whole(0, "seed")
+    checker.check("seed", config.seed < 2**32, "an integer below 2**32")
+    _check_data(checker)
+    _check_model(checker)
+    _check_losses(checker)
+    _check_optimizer(checker)
+    _check_run(checker)
+
+
+def _check_keys(config: ConfigDict) -> None:
+    known, present = flat_keys(base_config()), flat_keys(config)
+    for key in present:
+        if key not in known:
+            value = _Checker(config)[key]
+            raise ConfigError(key, value, f"no such key; {nearest_key(key, known)}".rstrip("; "))
+    for key in known:
+        if key not in present:
+            default = _Checker(base_config())[key]
+            raise ConfigError(key, None, f"the key is missing; its default is {default!r}")
+
+
+def _check_data(checker: _Checker) -> None:
+    canvases = checker["data.canvases"]
+    right = isinstance(canvases, tuple | list) and canvases
+    right = right and all(
+        isinstance(size, tuple | list) and len(size) == 2 and all(map(_is_size, size))
+        for size in canvases
+    )
+    expected = "(height, width) pairs of positive integers, for example ((800, 1344), (1344, 800))"
+    checker.check("data.canvases", bool(right), expected)
+    checker.whole(0, "data.workers")
+    checker.whole(1, "data.max_objects", "data.threads", "data.prefetch", "data.shuffle_window")
+    checker.whole(1, "data.eval_short_side", "data.eval_max_long_side")
+    checker.whole(1, "data.augment.max_long_side")
+    _check_probabilities(checker, "data.augment.flip", "data.augment.crop")
+    checker.sizes("data.augment.short_sides", "data.augment.crop_resize", "data.augment.crop_size")
+    crop_size = checker["data.augment.crop_size"]
+    ordered = len(crop_size) == 2 and crop_size[0] <= crop_size[1]
+    checker.check("data.augment.crop_size", ordered, "(least, largest) side")
+
+
+def _check_probabilities(checker: _Checker, *keys: str) -> None:
+    checker.number(lambda value: 0 <= value <= 1, "from 0 to 1", *keys)
+
+
+def _check_model(checker: _Checker) -> None:
+    checker.whole(1, "model.num_classes", "model.hidden_dim", "model.num_heads", "model.ffn_dim")
+    checker.whole(0, "model.encoder_layers", "model.num_patterns")
+    checker.whole(1, "model.decoder_layers", "model.num_queries")
+    hidden, heads = checker["model.hidden_dim"], checker["model.num_heads"]
+    checker.check(
+        "model.hidden_dim", hidden % 4 == 0, "a multiple of 4: sine and cosine for height and width"
+    )
+    divisors = [n for n in range(1, hidden + 1) if hidden % n == 0]
+    near = ", ".join(str(n) for n in divisors if n <= 32)
+    checker.check(
+        "model.num_heads", heads in divisors, f"a divisor of model.hidden_dim = {hidden}: {near}"
+    )
+    checker.one_of("model.activation", "prelu", "relu")
+    checker.one_of("model.dtype", "float32", "bfloat16")
+    checker.number(lambda value: 0 <= value < 1, "from 0 to below 1", "model.dropout")
+    above_zero = (lambda value: value > 0), "above 0"
+    checker.number(*above_zero, "model.pe_temperature_h", "model.pe_temperature_w")
+    checker.one_of("model.random_refpoints_xy", True, False)
+    checker.one_of("model.backbone.depth", 18, 34, 50, 101)
+    checker.one_of("model.backbone.norm", "frozen_batch_norm", "group_norm")
+    checker.one_of("model.backbone.stem", "standard", "light")
+    checker.one_of("model.backbone.dilation", True, False)
+    checker.whole(1, "model.backbone.width")
+    checker.one_of("model.backbone.stages", 1, 2, 3, 4)
+    stages = checker["model.backbone.stages"]
+    checker.check(
+        "model.backbone.dilation",
+        stages > 1 or not checker["model.backbone.dilation"],
+        "the first stage has no stride to dilate: more stages, or False",
+    )
+    checker.whole(-1, "model.backbone.frozen_stages")
+    checker.check(
+        "model.backbone.frozen_stages",
+        checker["model.backbone.frozen_stages"] <= stages,
+        f"from -1 (none) to model.backbone.stages = {stages}",
+    )
+
+
+def _check_losses(checker: _Checker) -> None:
+    checker.whole(0, "dn.groups")
+    _check_probabilities(checker, "dn.label_noise", "dn.box_noise", "loss.focal_alpha")
+    checker.one_of("dn.attend_padding", True, False)
+    costs = ["matcher.cost_class", "matcher.cost_bbox", "matcher.cost_giou"]
+    weights = ["loss.weight_class", "loss.weight_bbox", "loss.weight_giou"]
+    checker.number(lambda value: value >= 0, "of at least 0", *costs, *weights, "loss.focal_gamma")
+    for keys in (costs, weights):
+        checker.check(keys[0], any(checker[key] for key in keys), f"one of {keys} must be above 0")
+
+
+def _check_optimizer(checker: _Checker) -> None:
+    above_zero = (lambda value: value > 0), "above 0"
+    at_least_zero = (lambda value: value >= 0), "of at least 0"
+    checker.number(*above_zero, "optimizer.learning_rate", "optimizer.eps", "optimizer.step_factor")
+    checker.number(*at_least_zero, "optimizer.weight_decay", "optimizer.clip_norm")
+    checker.number(
+        lambda value: 0 <= value < 1, "from 0 to below 1", "optimizer.b1", "optimizer.b2"
+    )
+    checker.one_of("optimizer.schedule", "step", "cosine")
+    checker.duration("optimizer.step_at", "optimizer.warmup", positive=False)
+    expected = '(regular expression, factor >= 0) pairs, for example (("^backbone/", 0.1),)'
+    key = "optimizer.lr_multipliers"
+    checker.check(key, isinstance(checker[key], tuple | list), expected)
+    for pair in checker[key]:
+        right = isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[0], str)
+        checker.check(key, right and _is_number(pair[1]) and pair[1] >= 0, expected)
+        try:
+            re.compile(pair[0])
+        except re.error as error:
+            reason = f"{pair[0]!r} is no regular expression: {error}"
+            raise ConfigError(key, checker[key], reason) from None
+
+
+def _check_run(checker: _Checker) -> None:
+    checker.whole(1, "train.batch_size", "eval.batch_size", "eval.num_select")
+    checker.duration("train.duration", positive=True)
+    checker.check(
+        "train.duration",
+        not checker["train.duration"].strip().endswith("%"),
+        "in steps or epochs: it is what percentages are of",
+    )
+    checker.duration("train.log_every", "train.eval_every", "train.checkpoint_every", positive=True)
+    devices = checker["mesh.data"]
+    checker.check("mesh.data", devices == -1 or _is_size(devices), "-1 (all) or a positive integer")
+    for key in ("train.batch_size", "eval.batch_size"):
+        fits = devices == -1 or checker[key] % devices == 0
+        checker.check(key, fits, f"a multiple of mesh.data = {devices}")
+    queries = checker["model.num_queries"] * max(1, checker["model.num_patterns"])
+    most = queries * checker["model.num_classes"]
+    checker.check(
+        "eval.num_select",
+        checker["eval.num_select"] <= most,
+        f"at most queries x model.num_classes = {most}",
+    )
+    checker.whole(0, "eval.instability_images", "eval.pictures", "checkpoint.keep_best")
+    checker.whole(1, "checkpoint.keep_latest")

@@ -1,0 +1,259 @@
+"""Query denoising: the part that makes DN-DETR learn fast, as free functions of any detector.
+
+Li et al., "DN-DETR: Accelerate DETR Training by Introducing Query DeNoising", CVPR 2022, sections
+4.2 to 4.4. In training, noised copies of the true labels and boxes go through the decoder as extra
+queries in front of the matching queries, and their outputs have to reconstruct the originals: no
+matching is needed for them. The copies come in groups; an attention mask keeps matching queries
+from seeing any of them and the groups from seeing each other.
+
+All shapes are static. B pictures, M slots for objects, G groups, S = G * M denoising slots, N
+matching queries, C classes, L decoder layers, D channels. A slot of an absent object is *empty*:
+it is never attended to and never enters a loss.
+
+Everything around a decoder of your own, in the order of the calls:
+
+>>> import jax, jax.numpy as jnp
+>>> from dn_detr_jax import denoising
+>>> labels = jnp.array([[3, 1], [2, 0]])                            # [B, M], contiguous
+>>> boxes = jnp.full((2, 2, 4), 0.5)                                # [B, M, 4] cxcywh in [0, 1]
+>>> valid = jnp.array([[True, True], [True, False]])                # the second picture has one
+>>> noise = denoising.draw_noise(jax.random.key(0), (2, 3 * 2), num_classes=5)
+>>> dn = denoising.prepare(labels, boxes, valid, noise, groups=3, label_noise=0.2, box_noise=0.4)
+>>> dn.boxes.shape, dn.valid.sum().item()                           # 3 groups of 2 + 1 objects
+((2, 6, 4), 9)
+>>> table = jax.random.normal(jax.random.key(1), (5 + 1, 16 - 1))   # labels, then no object
+>>> content = denoising.query_content(table, dn)                    # [B, S, D] queries ...
+>>> mask = denoising.attention_mask(dn, num_queries=10)             # ... and who may see whom
+>>> content.shape, mask.shape
+((2, 6, 16), (2, 16, 16))
+>>> pred_logits = jnp.zeros((4, 2, 6 + 10, 5))                      # your decoder: [L, B, S + N, C]
+>>> pred_boxes = jnp.full((4, 2, 6 + 10, 4), 0.5)
+>>> (dn_logits, match_logits), (dn_boxes, match_boxes) = (
+...     denoising.split(x, dn) for x in (pred_logits, pred_boxes))
+>>> losses = denoising.reconstruction_loss(dn_logits, dn_boxes, dn)
+>>> match_logits.shape, losses["loss_bbox"].shape                   # one value per decoder layer
+((4, 2, 10, 5), (4,))
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from dn_detr_jax import losses
+from dn_detr_jax.boxes import clamp
+
+
+@flax.struct.dataclass
+class Noise:
+    """Raw random draws, apart from their use so that stored draws can be injected.
+
+    Attributes:
+      label_u: float32 [B, S] uniform in [0, 1); the label flips where it is below the noise scale.
+      label_new: int32 [B, S] replacement labels, used where the label flips.
+      box_u: float32 [B, S, 4] uniform in [0, 1).
+    """
+
+    label_u: jax.Array
+    label_new: jax.Array
+    box_u: jax.Array
+
+
+@flax.struct.dataclass
+class Denoising:
+    """What goes from `prepare` to the attention mask, the queries, the split and the loss.
+
+    Attributes:
+      labels: int32 [B, S] noised labels.
+      boxes: float32 [B, S, 4] noised boxes, cxcywh in [0, 1].
+      group: int32 [B, S] denoising group of every slot, empty ones included; -1 for a slot of no
+        group.
+      valid: bool [B, S], False for empty slots.
+      target_labels: int32 [B, S] true labels.
+      target_boxes: float32 [B, S, 4] true boxes, cxcywh in [0, 1].
+    """
+
+    labels: jax.Array
+    boxes: jax.Array
+    group: jax.Array
+    valid: jax.Array
+    target_labels: jax.Array
+    target_boxes: jax.Array
+
+    @property
+    def num_slots(self) -> int:
+        """Denoising slots per picture, S."""
+        return self.valid.shape[-1]
+
+
+def draw_noise(key: jax.Array, shape: tuple[int, int], num_classes: int) -> Noise:
+    """Draws the noise of a global batch.
+
+    Args:
+      key: from `jax.random.fold_in(key, step)`, so that noise does not depend on the devices.
+      shape: (B, S).
+      num_classes: C; replacements are uniform over the C real classes and may hit the true label.
+    """
+    flip_key, label_key, box_key = jax.random.split(key, 3)
+    return Noise(
+        label_u=jax.random.uniform(flip_key, shape),
+        label_new=jax.random.randint(label_key, shape, 0, num_classes, dtype=jnp.int32),
+        box_u=jax.random.uniform(box_key, (*shape, 4)),
+    )
+
+
+def add_label_noise(labels: jax.Array, noise: Noise, scale: float) -> jax.Array:
+    """Flips each label with probability `scale` (section 4.2). Labels and result: int [B, S]."""
+    return jnp.where(noise.label_u < scale, noise.label_new, labels)
+
+
+def add_box_noise(boxes: jax.Array, noise: Noise, scale: float) -> jax.Array:
+    """Shifts centres and scales sides (section 4.2).
+
+    Args:
+      boxes: float [B, S, 4] cxcywh in [0, 1].
+      noise: raw draws.
+      scale: below 1. Centres move by at most `scale` times half a side, so that they stay inside
+        their box; sides become 1 - scale to 1 + scale times as long.
+
+    Returns:
+      float [B, S, 4] cxcywh, clipped to [0, 1].
+    """
+    half_range = jnp.concatenate([boxes[..., 2:] / 2, boxes[..., 2:]], axis=-1)
+    return clamp(boxes + (2.0 * noise.box_u - 1.0) * half_range * scale, 0.0, 1.0)
+
+
+def prepare(
+    labels: jax.Array,
+    boxes: jax.Array,
+    valid: jax.Array,
+    noise: Noise,
+    *,
+    groups: int,
+    label_noise: float,
+    box_noise: float,
+) -> Denoising:
+    """Lays out the groups and applies the noise: slot `g * M + m` is object m in group g.
+
+    Args:
+      labels: int [B, M] contiguous labels, anything at padding.
+      boxes: float [B, M, 4] cxcywh in [0, 1], anything at padding.
+      valid: bool [B, M], True for real objects.
+      noise: draws of shape (B, groups * M).
+      groups: G, at least 1.
+      label_noise: probability that a label flips.
+      box_noise: scale of the box noise, in [0, 1).
+
+    Raises:
+      ValueError: the noise has another number of slots than groups * M.
+    """
+    num_objects = labels.shape[1]
+    slots = groups * num_objects
+    if noise.label_u.shape[1] != slots:
+        raise ValueError(
+            f"noise for {noise.label_u.shape[1]} slots, but {groups} groups of {num_objects} "
+            f"objects need {slots}"
+        )
+    target_labels = jnp.tile(labels, (1, groups))
+    target_boxes = jnp.tile(boxes, (1, groups, 1))
+    group = jnp.repeat(jnp.arange(groups, dtype=jnp.int32), num_objects)
+    return Denoising(
+        labels=add_label_noise(target_labels, noise, label_noise),
+        boxes=add_box_noise(target_boxes, noise, box_noise),
+        group=jnp.broadcast_to(group, target_labels.shape),
+        valid=jnp.tile(valid, (1, groups)),
+        target_labels=target_labels,
+        target_boxes=target_boxes,
+    )
+
+
+def query_content(label_table: jax.Array, dn: Denoising) -> jax.Array:
+    """Content of the denoising queries: embedding of the noised label, then the indicator 1.
+
+    Args:
+      label_table: float [C + 1, D - 1]; the last row belongs to the matching queries.
+      dn: from `prepare`.
+
+    Returns:
+      float [B, S, D]; zero for empty slots, as in the PyTorch code.
+    """
+    content = label_table[dn.labels]
+    indicator = jnp.ones((*content.shape[:-1], 1), content.dtype)
+    return jnp.where(dn.valid[..., None], jnp.concatenate([content, indicator], axis=-1), 0)
+
+
+def query_boxes(dn: Denoising) -> jax.Array:
+    """Anchors float [B, S, 4] cxcywh of the denoising queries; 0.5 everywhere for empty slots."""
+    return jnp.where(dn.valid[..., None], dn.boxes, 0.5)
+
+
+def attention_mask(dn: Denoising, num_queries: int, *, attend_padding: bool = False) -> jax.Array:
+    """Which query (row) may attend to which (column) in the decoder's self-attention.
+
+    Matching queries see matching queries alone. Denoising queries see the matching queries and the
+    real slots of their own group.
+
+    Args:
+      dn: from `prepare`.
+      num_queries: N.
+      attend_padding: let queries also see the empty slots of their group, which is what the
+        PyTorch code does: results of a picture then depend on the rest of its batch.
+
+    Returns:
+      bool [B, S + N, S + N], True: may attend. Every row has at least one True for N > 0.
+    """
+    batch, slots = dn.valid.shape
+    same_group = dn.group[:, :, None] == dn.group[:, None, :]
+    visible = (dn.group >= 0) if attend_padding else dn.valid
+    dn_to_dn = same_group & visible[:, None, :]
+    to_dn = jnp.concatenate([dn_to_dn, jnp.zeros((batch, num_queries, slots), bool)], axis=1)
+    to_match = jnp.ones((batch, slots + num_queries, num_queries), bool)
+    return jnp.concatenate([to_dn, to_match], axis=2)
+
+
+def split(outputs: jax.Array, dn: Denoising | None) -> tuple[jax.Array, jax.Array]:
+    """Splits decoder outputs [..., S + N, K] into the denoising and the matching part.
+
+    To be called before the matching: no denoising query may be matched. Without denoising the
+    first part is empty.
+    """
+    slots = 0 if dn is None else dn.num_slots
+    return outputs[..., :slots, :], outputs[..., slots:, :]
+
+
+def reconstruction_loss(
+    pred_logits: jax.Array,
+    pred_boxes: jax.Array,
+    dn: Denoising,
+    *,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+) -> dict[str, jax.Array]:
+    """Focal, L1 and GIoU loss of the reconstruction, for every decoder layer (section 4.3).
+
+    Args:
+      pred_logits: float [L, B, S, C], the denoising part.
+      pred_boxes: float [L, B, S, 4] cxcywh.
+      dn: from `prepare`.
+      alpha: of the focal loss.
+      gamma: of the focal loss.
+
+    Returns:
+      `loss_ce`, `loss_bbox`, `loss_giou` and the metric `class_error` (percent), each float32 [L].
+      Sums over the batch, divided by the number of real slots, at least 1: under `jit` over a
+      sharded batch that is the global number. All are 0 for a batch without objects.
+    """
+    count = jnp.maximum(jnp.sum(dn.valid), 1).astype(jnp.float32)
+    pred_logits = pred_logits.astype(jnp.float32)
+    focal = losses.sigmoid_focal_loss(pred_logits, dn.target_labels, alpha=alpha, gamma=gamma)
+    l1, giou = losses.box_losses(pred_boxes.astype(jnp.float32), dn.target_boxes)
+    wrong = jnp.argmax(pred_logits, axis=-1) != dn.target_labels
+
+    def mean(per_slot):  # [L, B, S] -> [L]
+        return jnp.sum(jnp.where(dn.valid, per_slot, 0.0), axis=(1, 2)) / count
+
+    return {
+        "loss_ce": mean(jnp.sum(focal, axis=-1)),
+        "loss_bbox": mean(jnp.sum(l1, axis=-1)),
+        "loss_giou": mean(giou),
+        "class_error": mean(100.0 * wrong),
+    }

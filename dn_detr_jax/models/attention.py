@@ -1,0 +1,135 @@
+"""Dot-product attention and the small networks around it, shared by encoder and decoder."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from dn_detr_jax.models.initializers import torch_default_bias, torch_default_kernel, xavier_uniform
+
+LAYER_NORM_EPS = 1e-5
+
+
+def attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, num_heads: int
+) -> jax.Array:
+    """Multi-head scaled dot-product attention; scores and softmax in float32.
+
+    Args:
+      query: [B, Q, heads * d], heads outermost.
+      key: [B, K, heads * d]
+      value: [B, K, heads * e]; e may differ from d.
+      mask: bool, broadcasting to [B, Q, K], True: may attend. Every row needs one True.
+      num_heads: heads.
+
+    Returns:
+      [B, Q, heads * e] in the dtype of `value`.
+    """
+
+    def heads(x):
+        return x.reshape(*x.shape[:2], num_heads, -1)
+
+    query, key, value = heads(query), heads(key), heads(value)
+    scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
+    scores = scores * (query.shape[-1] ** -0.5)
+    scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    out = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+    return out.reshape(*out.shape[:2], -1)
+
+
+def layer_norm(name: str, dtype: jnp.dtype) -> nn.LayerNorm:
+    """Layer norm with PyTorch's epsilon and the two-pass variance."""
+    return nn.LayerNorm(epsilon=LAYER_NORM_EPS, use_fast_variance=False, dtype=dtype, name=name)
+
+
+class Linear(nn.Module):
+    """Linear map with Xavier weights and, unless it serves attention, PyTorch's default bias.
+
+    Attributes:
+      features: outputs.
+      zero_bias: start biases at 0.
+      kernel_init: of the weights.
+      dtype: of the compute.
+    """
+
+    features: int
+    zero_bias: bool = False
+    kernel_init: nn.initializers.Initializer = xavier_uniform
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [..., K] to [..., features]."""
+        fan_in = x.shape[-1]
+        kernel = self.param("kernel", self.kernel_init, (fan_in, self.features))
+        bias_init = nn.initializers.zeros if self.zero_bias else torch_default_bias(fan_in)
+        bias = self.param("bias", bias_init, (self.features,))
+        return x.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)
+
+
+class MLP(nn.Module):
+    """Linear maps with ReLU between them.
+
+    Attributes:
+      features: outputs of each layer.
+      kernel_init: of the weights.
+      zero_last: start the last layer at zero, weights and biases.
+      dtype: of the compute.
+    """
+
+    features: tuple[int, ...]
+    kernel_init: nn.initializers.Initializer = torch_default_kernel
+    zero_last: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [..., K] to [..., features[-1]]."""
+        last = len(self.features) - 1
+        for i, features in enumerate(self.features):
+            zero = self.zero_last and i == last
+            init = nn.initializers.zeros if zero else self.kernel_init
+            x = Linear(features, zero, init, self.dtype, name=f"layer{i}")(x)
+            if i < last:
+                x = nn.relu(x)
+        return x
+
+
+class Activation(nn.Module):
+    """ReLU, or PReLU with one learned slope (He et al., ICCV 2015)."""
+
+    kind: str = "prelu"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps any shape."""
+        if self.kind == "relu":
+            return nn.relu(x)
+        slope = self.param("slope", nn.initializers.constant(0.25), ())
+        return jnp.where(x >= 0, x, slope.astype(x.dtype) * x)
+
+
+class FeedForward(nn.Module):
+    """The two-layer network of a transformer layer, with its residual and layer norm.
+
+    Attributes:
+      hidden: width between the two layers.
+      activation: "prelu" or "relu".
+      dropout: rate.
+      dtype: of the compute.
+    """
+
+    hidden: int
+    activation: str
+    dropout: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Maps [..., D] to [..., D]."""
+        y = Linear(self.hidden, dtype=self.dtype, name="linear1")(x)
+        y = Activation(self.activation, name="activation")(y)
+        y = nn.Dropout(self.dropout)(y, deterministic=not train)
+        y = Linear(x.shape[-1], dtype=self.dtype, name="linear2")(y)
+        y = nn.Dropout(self.dropout)(y, deterministic=not train)
+        return layer_norm("norm", self.dtype)(x + y)

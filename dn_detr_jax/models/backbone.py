@@ -1,0 +1,189 @@
+"""ResNet v1.5 backbones (He et al., CVPR 2016; stride in the 3x3 as torchvision and timm have it).
+
+Frozen batch norm goes with pretrained weights, group norm with training from scratch. Padded
+pixels are set to zero in front of every convolution that looks at neighbours and left out of the
+group statistics, so that a picture gives the same features on every canvas; `mask_padding=False`
+is the behaviour of the PyTorch code, where the padding of a batch leaks into its pictures.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from dn_detr_jax.models.position import valid_tokens
+
+BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+BOTTLENECK_DEPTHS = (50, 101)
+BOTTLENECK_EXPANSION = 4
+
+# He et al., ICCV 2015, as torchvision initialises its ResNets.
+_kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+class FrozenBatchNorm(nn.Module):
+    """Batch norm as a fixed affine map, with the statistics as never-trained parameters."""
+
+    eps: float = 1e-5
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, valid: jax.Array) -> jax.Array:
+        """Maps [B, H, W, C]; `valid` is not needed."""
+        shape = (x.shape[-1],)
+        scale = self.param("scale", nn.initializers.ones, shape)
+        bias = self.param("bias", nn.initializers.zeros, shape)
+        mean = self.param("mean", nn.initializers.zeros, shape)
+        var = self.param("var", nn.initializers.ones, shape)
+        factor = scale * jax.lax.rsqrt(var + self.eps)
+        return x * factor.astype(self.dtype) + (bias - mean * factor).astype(self.dtype)
+
+
+class GroupNorm(nn.Module):
+    """Group norm (Wu and He, ECCV 2018) whose statistics are those of the valid pixels."""
+
+    groups: int = 32
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, valid: jax.Array) -> jax.Array:
+        """Normalises [B, H, W, C] over the pixels where `valid` [B, H, W, 1] is True."""
+        groups = min(self.groups, x.shape[-1] // 4)
+        norm = nn.GroupNorm(num_groups=groups, epsilon=1e-5, dtype=self.dtype, name="affine")
+        return norm(x, mask=valid)
+
+
+NORMS = {"frozen_batch_norm": FrozenBatchNorm, "group_norm": GroupNorm}
+
+
+class _Masks:
+    """Masks [B, H, W, 1] of the valid pixels at any resolution, made once each."""
+
+    def __init__(self, size: jax.Array, canvas: tuple[int, int]):
+        self._size, self._canvas, self._cache = size, canvas, {}
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = x.shape[1:3]
+        if shape not in self._cache:
+            self._cache[shape] = valid_tokens(self._size, self._canvas, shape)[..., None]
+        return self._cache[shape]
+
+
+class _Block(nn.Module):
+    """A residual block, basic (two 3x3) or bottleneck (1x1, 3x3, 1x1)."""
+
+    features: int
+    bottleneck: bool
+    stride: int
+    dilation: int
+    norm: Callable[..., nn.Module]
+    mask_padding: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, masks: _Masks) -> jax.Array:
+        def conv(x, features, size, name, stride=1, dilation=1):
+            if size > 1 and self.mask_padding:
+                x = jnp.where(masks(x), x, 0)
+            padding = dilation * (size // 2)
+            return nn.Conv(
+                features,
+                (size, size),
+                strides=stride,
+                kernel_dilation=dilation,
+                padding=padding,
+                use_bias=False,
+                kernel_init=_kernel_init,
+                dtype=self.dtype,
+                name=name,
+            )(x)
+
+        def norm(x, name):
+            return self.norm(name=name, dtype=self.dtype)(x, masks(x))
+
+        if self.bottleneck:
+            features = self.features * BOTTLENECK_EXPANSION
+            y = nn.relu(norm(conv(x, self.features, 1, "conv1"), "norm1"))
+            y = conv(y, self.features, 3, "conv2", self.stride, self.dilation)
+            y = nn.relu(norm(y, "norm2"))
+            y = norm(conv(y, features, 1, "conv3"), "norm3")
+        else:
+            features = self.features
+            y = nn.relu(norm(conv(x, features, 3, "conv1", self.stride, self.dilation), "norm1"))
+            y = norm(conv(y, features, 3, "conv2"), "norm2")
+        if x.shape != y.shape:
+            x = conv(x, features, 1, "downsample_conv", self.stride)
+            x = norm(x, "downsample_norm")
+        return nn.relu(x + y)
+
+
+class ResNet(nn.Module):
+    """ResNet without pooling and classifier.
+
+    Attributes:
+      depth: 18, 34, 50 or 101.
+      width: channels of the first stage, 64 as published; doubled by every stage.
+      stages: 1 to 4.
+      norm: a key of `NORMS`.
+      stem: "standard", 7x7 stride 2 and 3x3 max pooling stride 2; or "light", 3x3 stride 2, for
+        small pictures.
+      dilation: last stage at the stride of the one before, dilated instead (DC5).
+      mask_padding: results do not depend on the canvas, see the module's head.
+      dtype: of the compute.
+    """
+
+    depth: int = 50
+    width: int = 64
+    stages: int = 4
+    norm: str = "frozen_batch_norm"
+    stem: str = "standard"
+    dilation: bool = False
+    mask_padding: bool = True
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, image: jax.Array, size: jax.Array) -> jax.Array:
+        """Features of a batch.
+
+        Args:
+          image: float [B, H, W, 3], normalised, zero at padded pixels.
+          size: int [B, 2], valid height and width.
+
+        Returns:
+          [B, ceil(H / s), ceil(W / s), C]: stride s is 4 * 2 ** (stages - 1), half of that with the
+          light stem, half of that again with dilation.
+        """
+        masks = _Masks(size, image.shape[1:3])
+        norm = NORMS[self.norm]
+        kernel, padding = ((7, 7), 3) if self.stem == "standard" else ((3, 3), 1)
+        x = nn.Conv(
+            self.width,
+            kernel,
+            strides=2,
+            padding=padding,
+            use_bias=False,
+            kernel_init=_kernel_init,
+            dtype=self.dtype,
+            name="stem_conv",
+        )(image)
+        x = nn.relu(norm(name="stem_norm", dtype=self.dtype)(x, masks(x)))
+        if self.stem == "standard":
+            if self.mask_padding:  # zero is neutral for the maximum, after the ReLU
+                x = jnp.where(masks(x), x, 0)
+            x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+
+        for stage, blocks in enumerate(BLOCKS[self.depth][: self.stages]):
+            dilated = self.dilation and stage == self.stages - 1
+            for index in range(blocks):
+                x = _Block(
+                    features=self.width * 2**stage,
+                    bottleneck=self.depth in BOTTLENECK_DEPTHS,
+                    stride=2 if index == 0 and stage > 0 and not dilated else 1,
+                    dilation=2 if dilated and index > 0 else 1,
+                    norm=norm,
+                    mask_padding=self.mask_padding,
+                    dtype=self.dtype,
+                    name=f"layer{stage + 1}_block{index}",
+                )(x, masks)
+        return x
