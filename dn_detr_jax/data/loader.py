@@ -1,0 +1,246 @@
+"""Batches for training and evaluation: a plan, read and augmented ahead of time by grain.
+
+A batch is a dict of arrays of host memory, with B rows (this process's part), a canvas of H x W
+pixels and M slots for objects:
+
+  image     uint8   [B, H, W, 3], RGB, zero right of and below each picture
+  size      int32   [B, 2], height and width of each picture on the canvas
+  labels    int32   [B, M]
+  boxes     float32 [B, M, 4], centre x, centre y, width, height as shares of the picture's size
+  valid     bool    [B, M], whether a slot holds an object; those that do come first
+  image_id  int32   [B], -1 for a row without a picture, of size (1, 1), which holds no object
+  dropped_objects   int, objects of these pictures that there were no slots for
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import cv2
+import grain
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+
+from dn_detr_jax.data import transforms
+from dn_detr_jax.data.datasets import Dataset
+from dn_detr_jax.data.plan import (
+    BatchSpec,
+    EpochPlan,
+    TrainPlan,
+    choose_objects,
+    plan_eval,
+    process_rows,
+)
+
+Batch = dict[str, Any]
+
+# Pictures are read by several threads or processes; OpenCV's own threads would only be in the way.
+cv2.setNumThreads(1)
+
+
+def train_batches(
+    dataset: Dataset,
+    config: ConfigDict,
+    start_step: int,
+    num_steps: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """This process's part of the training batches of some steps.
+
+    Args:
+      dataset: the training split.
+      config: of which `seed`, `data` and `train.batch_size` are read.
+      start_step: the first step, counted from 0 over all the epochs.
+      num_steps: how many batches to yield.
+      process_index: which process this is.
+      process_count: how many there are; each yields its rows of the same batches.
+
+    Returns:
+      A generator; `close()` ends reading ahead, and so does leaving it.
+
+    Raises:
+      ValueError: at once, for values of the configuration that can't be; while iterating, for a
+        picture that can't be read.
+    """
+    batch_size = config.train.batch_size
+    _check(dataset, config, "train.batch_size", batch_size, process_count)
+    plan = TrainPlan(
+        seed=config.seed,
+        sizes=dataset.sizes,
+        image_ids=dataset.image_ids,
+        augment=config.data.augment,
+        canvases=config.data.canvases,
+        batch_size=batch_size,
+        shuffle_window=config.data.shuffle_window,
+    )
+    rows = process_rows(batch_size, process_index, process_count)
+    maker = _BatchMaker(dataset, plan, rows, config.data.max_objects, config.seed)
+    return _prefetched(maker, range(start_step, start_step + num_steps), config.data)
+
+
+def eval_batches(
+    dataset: Dataset,
+    config: ConfigDict,
+    process_index: int = 0,
+    process_count: int = 1,
+    subset: np.ndarray | None = None,
+) -> Iterator[Batch]:
+    """This process's part of the evaluation batches, the same number in every process.
+
+    Args:
+      dataset: the split to evaluate.
+      config: of which `seed`, `data` and `eval.batch_size` are read.
+      process_index: which process this is.
+      process_count: how many there are.
+      subset: int [n], positions in the data set to evaluate; None: all of them.
+
+    Returns:
+      A generator, as `train_batches`; without augmentation, each picture once.
+
+    Raises:
+      ValueError: as `train_batches`.
+    """
+    _check(dataset, config, "eval.batch_size", config.eval.batch_size, process_count)
+    plan = eval_plan(dataset, config, subset)
+    rows = process_rows(config.eval.batch_size, process_index, process_count)
+    maker = _BatchMaker(dataset, plan, rows, config.data.max_objects, config.seed)
+    return _prefetched(maker, range(len(plan)), config.data)
+
+
+def eval_plan(dataset: Dataset, config: ConfigDict, subset: np.ndarray | None = None) -> EpochPlan:
+    """The plan that `eval_batches` follows; its length is the number of batches."""
+    return plan_eval(
+        sizes=dataset.sizes,
+        image_ids=dataset.image_ids,
+        short_side=config.data.eval_short_side,
+        max_long_side=config.data.eval_max_long_side,
+        canvases=config.data.canvases,
+        batch_size=config.eval.batch_size,
+        subset=subset,
+    )
+
+
+def _check(
+    dataset: Dataset, config: ConfigDict, key: str, batch_size: int, process_count: int
+) -> None:
+    """Raises a ValueError for the first value that can't be."""
+    data, augment = config.data, config.data.augment
+
+    def require(good: bool, name: str, value: Any, wanted: str) -> None:
+        if not good:
+            raise ValueError(f"{name} is {value!r}, expected {wanted}")
+
+    require(config.seed >= 0, "seed", config.seed, "a number that is not negative")
+    divides = batch_size > 0 and batch_size % process_count == 0
+    require(divides, key, batch_size, f"a positive multiple of the {process_count} processes")
+    canvases = data.canvases
+    good = len(canvases) > 0 and all(len(c) == 2 and min(c) > 0 for c in canvases)
+    require(good, "data.canvases", canvases, "pairs of (height, width) in pixels")
+    for name in ("max_objects", "threads", "prefetch", "shuffle_window"):
+        require(data[name] > 0, f"data.{name}", data[name], "a positive number")
+    require(data.workers >= 0, "data.workers", data.workers, "0 or more processes")
+    for name in ("flip", "crop"):
+        good = 0.0 <= augment[name] <= 1.0
+        require(good, f"data.augment.{name}", augment[name], "a probability from 0 to 1")
+    for name in ("short_sides", "crop_resize"):
+        good = len(augment[name]) > 0 and min(augment[name]) > 0
+        require(good, f"data.augment.{name}", augment[name], "at least one size in pixels")
+    low_high = augment.crop_size
+    good = len(low_high) == 2 and 0 < low_high[0] <= low_high[1]
+    require(good, "data.augment.crop_size", low_high, "the least and the largest side in pixels")
+    largest = np.iinfo(np.int32).max
+    good = dataset.image_ids.size > 0 and dataset.image_ids.min() >= 0
+    good = good and dataset.image_ids.max() <= largest
+    require(good, f"image ids of {dataset.name}", dataset.image_ids, f"ids from 0 to {largest}")
+
+
+class _BatchMaker:
+    """Makes the batch of a position of a plan."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        plan: TrainPlan | EpochPlan,
+        rows: slice,
+        max_objects: int,
+        seed: int,
+    ):
+        self._source, self._image_ids = dataset.source, dataset.image_ids
+        self._name = f"{dataset.name}, {dataset.split}"
+        self._plan, self._rows, self._max_objects, self._seed = plan, rows, max_objects, seed
+
+    def __call__(self, position: int) -> Batch:
+        spec = self._plan.batch(position)
+        indices = spec.indices[self._rows]
+        geometry = spec.geometry.at(self._rows)
+        batch = _empty_batch(len(indices), spec.canvas, self._max_objects)
+        for row, index in enumerate(indices.tolist()):
+            if index >= 0:
+                self._fill(batch, row, index, spec, geometry.at(row))
+        return batch
+
+    def _fill(
+        self,
+        batch: Batch,
+        row: int,
+        index: int,
+        spec: BatchSpec,
+        geometry: transforms.Geometry,
+    ) -> None:
+        try:
+            example = self._source[index]
+            image = transforms.decode(example.image)
+        except Exception as error:
+            raise ValueError(
+                f"image {self._image_ids[index]} of the data set {self._name} (position {index}) "
+                f"can't be read: {error}"
+            ) from error
+        image, boxes, labels = transforms.apply(image, example.boxes, example.labels, geometry)
+        kept = choose_objects(self._seed, spec.epoch, index, len(boxes), self._max_objects)
+        batch["dropped_objects"] += len(boxes) - len(kept)
+        height, width = image.shape[:2]
+        batch["image"][row, :height, :width] = image
+        batch["size"][row] = height, width
+        batch["labels"][row, : len(kept)] = labels[kept]
+        batch["boxes"][row, : len(kept)] = _normalised_cxcywh(boxes[kept], height, width)
+        batch["valid"][row, : len(kept)] = True
+        batch["image_id"][row] = example.image_id
+
+
+def _empty_batch(rows: int, canvas: tuple[int, int], max_objects: int) -> Batch:
+    return {
+        "image": np.zeros((rows, *canvas, 3), np.uint8),
+        "size": np.ones((rows, 2), np.int32),
+        "labels": np.zeros((rows, max_objects), np.int32),
+        "boxes": np.zeros((rows, max_objects, 4), np.float32),
+        "valid": np.zeros((rows, max_objects), np.bool_),
+        "image_id": np.full(rows, -1, np.int32),
+        "dropped_objects": 0,
+    }
+
+
+def _normalised_cxcywh(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Corners in pixels [n, 4] to centre and size as shares of the picture."""
+    corners = boxes / np.array([width, height, width, height], np.float32)
+    low, high = corners[:, :2], corners[:, 2:]
+    return np.concatenate([(low + high) / 2, high - low], axis=1)
+
+
+def _prefetched(
+    maker: Callable[[int], Batch], positions: range, data_config: ConfigDict
+) -> Iterator[Batch]:
+    """Yields the batches of positions in order, made ahead by threads or processes."""
+    threads, prefetch = data_config.threads, data_config.prefetch
+    batches = grain.MapDataset.range(positions.start, positions.stop).map(maker)
+    batches = batches.to_iter_dataset(
+        grain.ReadOptions(num_threads=min(threads, prefetch), prefetch_buffer_size=prefetch)
+    )
+    if data_config.workers > 0:
+        if not flags.FLAGS.is_parsed():  # grain reads flags, also in programs that have none
+            flags.FLAGS.mark_as_parsed()
+        options = grain.MultiprocessingOptions(num_workers=data_config.workers)
+        batches = batches.mp_prefetch(options)
+    with contextlib.closing(iter(batches)) as iterator:
+        yield from iterator

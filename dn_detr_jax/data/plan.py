@@ -1,0 +1,343 @@
+"""The epoch plan: which pictures are in which batch, how augmented, on which canvas.
+
+A plan is a pure function of the seed, the epoch and the pictures' sizes. Every process computes
+the whole of it and takes its rows, so nothing is communicated, and a step number is all that is
+needed to resume. Compiled steps see few shapes: a batch has one of the configured canvases, formed
+of pictures whose final size fits it.
+"""
+
+import collections
+import dataclasses
+import threading
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from dn_detr_jax.data.transforms import Geometry, draw_geometry, eval_geometry, largest_sizes
+
+Canvas = tuple[int, int]
+
+# Streams of random numbers that must not depend on each other.
+_PLAN_STREAM, _OBJECT_STREAM = 0, 1
+
+
+class BatchSpec(NamedTuple):
+    """What a batch is made of.
+
+    Attributes:
+      epoch: of which it is a part.
+      canvas: height and width of the batch.
+      indices: int64 [B], positions in the data set, -1 for rows that stay empty.
+      geometry: `Geometry` with one leading dimension, B; without meaning in empty rows.
+    """
+
+    epoch: int
+    canvas: Canvas
+    indices: np.ndarray
+    geometry: Geometry
+
+
+@dataclasses.dataclass(frozen=True)
+class EpochPlan:
+    """The S batches of an epoch, of B pictures each.
+
+    Attributes:
+      epoch: its number.
+      canvases: heights and widths.
+      canvas: int32 [S], the position in `canvases` of each batch.
+      indices: int64 [S, B], positions in the data set, -1 for rows that stay empty.
+      geometry: `Geometry` with leading dimensions S, B; without meaning in rows that stay empty.
+    """
+
+    epoch: int
+    canvases: tuple[Canvas, ...]
+    canvas: np.ndarray
+    indices: np.ndarray
+    geometry: Geometry
+
+    def __len__(self) -> int:
+        return len(self.canvas)
+
+    def batch(self, position: int) -> BatchSpec:
+        """The batch at a position of the epoch."""
+        return BatchSpec(
+            epoch=self.epoch,
+            canvas=self.canvases[self.canvas[position]],
+            indices=self.indices[position],
+            geometry=self.geometry.at(position),
+        )
+
+
+def steps_per_epoch(num_images: int, batch_size: int) -> int:
+    """Full batches in an epoch, the same number in every epoch; pictures that are left out differ.
+
+    Raises:
+      ValueError: if there is not one full batch.
+    """
+    if num_images < batch_size:
+        raise ValueError(
+            f"train.batch_size is {batch_size}, but the training split has {num_images} pictures: "
+            f"at most {num_images} are possible"
+        )
+    return num_images // batch_size
+
+
+def assign_canvases(sizes: np.ndarray, canvases: Sequence[Canvas]) -> np.ndarray:
+    """The canvas of least area that each size fits.
+
+    Args:
+      sizes: int [..., 2], heights and widths.
+      canvases: heights and widths.
+
+    Returns:
+      int32 [...], positions in `canvases`, -1 where none is large enough.
+    """
+    canvases = np.asarray(canvases, np.int64)
+    fits = (np.asarray(sizes)[..., None, :] <= canvases).all(-1)
+    area = np.where(fits, canvases.prod(-1), np.iinfo(np.int64).max)
+    return np.where(fits.any(-1), area.argmin(-1), -1).astype(np.int32)
+
+
+def check_canvases(
+    largest: np.ndarray, canvases: Sequence[Canvas], sizes: np.ndarray, image_ids: np.ndarray
+) -> None:
+    """Raises a ValueError naming a picture that may fit no canvas, and one that would do.
+
+    Args:
+      largest: int [N, C, 2], sizes that bound the final size of each picture.
+      canvases: heights and widths.
+      sizes: int [N, 2], original sizes, for the message.
+      image_ids: int [N], for the message.
+    """
+    # Sizes repeat, photographs have few different ones. One number per size is fast to sort.
+    keys, inverse = np.unique(_key(largest), return_inverse=True)
+    unique = np.stack([keys >> 32, keys & 0xFFFFFFFF], axis=-1)
+    missing = (assign_canvases(unique, canvases) < 0)[inverse].reshape(largest.shape[:2])
+    if not missing.any():
+        return
+    i, c = np.unravel_index(int(missing.argmax()), largest.shape[:2])
+    (height, width), (final_height, final_width) = sizes[i].tolist(), largest[i, c].tolist()
+    needed = largest[missing].max(0)
+    needed = tuple((-(-needed // 32) * 32).tolist())
+    raise ValueError(
+        f"data.canvases {tuple(map(tuple, canvases))} are too small: image {image_ids[i]} of "
+        f"{height} x {width} pixels (height x width) can become {final_height} x {final_width}; "
+        f"a canvas of {needed} would hold it, or lower the sizes in data.augment and data.eval_*"
+    )
+
+
+def _key(sizes: np.ndarray) -> np.ndarray:
+    return sizes[..., 0].astype(np.int64) << 32 | sizes[..., 1].astype(np.int64)
+
+
+def plan_epoch(
+    *,
+    seed: int,
+    epoch: int,
+    sizes: np.ndarray,
+    augment: ConfigDict,
+    canvases: Sequence[Canvas],
+    batch_size: int,
+    shuffle_window: int,
+) -> EpochPlan:
+    """Plans a training epoch of floor(N / batch_size) batches.
+
+    The pictures are shuffled, and those that don't fill a last batch are left out. Among each
+    `shuffle_window` of them, batches are formed of pictures that fit the same canvas; what is left
+    goes on to the next window. What is left at the end, less than a batch for each canvas, is
+    joined across canvases, and a picture that doesn't fit is made smaller. Then the batches are
+    shuffled.
+
+    Args:
+      seed: not negative.
+      epoch: not negative.
+      sizes: int [N, 2], heights and widths.
+      augment: `config.data.augment`.
+      canvases: heights and widths; every picture must fit one (`check_canvases`).
+      batch_size: of all the processes together.
+      shuffle_window: number of pictures.
+
+    Returns:
+      The plan, in which every picture is at most once.
+    """
+    rng = np.random.default_rng([seed, _PLAN_STREAM, epoch])
+    geometry = draw_geometry(rng, sizes, augment)
+    canvas_of = assign_canvases(geometry.size, canvases)
+    num_steps = steps_per_epoch(len(sizes), batch_size)
+    order = rng.permutation(len(sizes))[: num_steps * batch_size]
+
+    waiting = [order[:0]] * len(canvases)
+    batches, batch_canvas = [], []
+    for start in range(0, len(order), shuffle_window):
+        window = order[start : start + shuffle_window]
+        for c in range(len(canvases)):
+            queue = np.concatenate([waiting[c], window[canvas_of[window] == c]])
+            full = len(queue) // batch_size
+            batches.append(queue[: full * batch_size].reshape(full, batch_size))
+            batch_canvas += [c] * full
+            waiting[c] = queue[full * batch_size :]
+
+    # Canvases of like aspect are neighbours, so that little has to be made smaller.
+    by_aspect = sorted(range(len(canvases)), key=lambda c: canvases[c][1] / canvases[c][0])
+    mixed = np.concatenate([waiting[c] for c in by_aspect]).reshape(-1, batch_size)
+    size = geometry.size.copy()
+    for row in mixed:
+        c, size[row] = _join(size[row], canvases)
+        batch_canvas.append(c)
+
+    indices = np.concatenate([*batches, mixed])
+    shuffle = rng.permutation(num_steps)
+    indices = indices[shuffle].astype(np.int64)
+    return EpochPlan(
+        epoch=epoch,
+        canvases=tuple(tuple(int(v) for v in canvas) for canvas in canvases),
+        canvas=np.array(batch_canvas, np.int32)[shuffle],
+        indices=indices,
+        geometry=geometry._replace(size=size).at(indices),
+    )
+
+
+def _join(sizes: np.ndarray, canvases: Sequence[Canvas]) -> tuple[int, np.ndarray]:
+    """The canvas for which sizes [B, 2] shrink least, then the smallest; and the new sizes."""
+    factors = np.asarray(canvases)[:, None] / sizes  # [canvases, B, 2]
+    factors = np.minimum(factors.min(-1), 1.0)
+    loss = -np.log(factors).sum(-1)
+    best = min(range(len(canvases)), key=lambda c: (loss[c], canvases[c][0] * canvases[c][1]))
+    shrunken = np.minimum(np.floor(sizes * factors[best][:, None] + 1e-6), canvases[best])
+    return best, np.maximum(shrunken, 1).astype(sizes.dtype)
+
+
+class TrainPlan:
+    """The endless stream of training batches: a step number gives its batch.
+
+    Safe for threads; pickled without the plans it keeps.
+    """
+
+    def __init__(
+        self,
+        *,
+        seed: int,
+        sizes: np.ndarray,
+        image_ids: np.ndarray,
+        augment: ConfigDict,
+        canvases: Sequence[Canvas],
+        batch_size: int,
+        shuffle_window: int,
+    ):
+        """See `plan_epoch` for the arguments.
+
+        Raises:
+          ValueError: if a picture may fit no canvas, or if there is not one full batch.
+        """
+        check_canvases(largest_sizes(sizes, augment), canvases, sizes, image_ids)
+        self.steps_per_epoch = steps_per_epoch(len(sizes), batch_size)
+        self._arguments = {
+            "seed": seed,
+            "sizes": sizes,
+            "augment": augment,
+            "canvases": canvases,
+            "batch_size": batch_size,
+            "shuffle_window": shuffle_window,
+        }
+        self._forget()
+
+    def _forget(self) -> None:
+        self._lock = threading.Lock()
+        self._epochs = collections.OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"steps_per_epoch": self.steps_per_epoch, "_arguments": self._arguments}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forget()
+
+    def batch(self, step: int) -> BatchSpec:
+        """The batch of a step, counted from 0 over all the epochs."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        with self._lock:
+            if epoch not in self._epochs:
+                self._epochs[epoch] = plan_epoch(epoch=epoch, **self._arguments)
+                if len(self._epochs) > 2:  # prefetching reaches into the next epoch
+                    self._epochs.popitem(last=False)
+            plan = self._epochs[epoch]
+        return plan.batch(position)
+
+
+def plan_eval(
+    *,
+    sizes: np.ndarray,
+    image_ids: np.ndarray,
+    short_side: int,
+    max_long_side: int,
+    canvases: Sequence[Canvas],
+    batch_size: int,
+    subset: np.ndarray | None = None,
+) -> EpochPlan:
+    """Plans an evaluation: every picture once, in order within each canvas.
+
+    Args:
+      sizes: int [N, 2], heights and widths.
+      image_ids: int [N], for messages.
+      short_side: to which pictures are resized.
+      max_long_side: the short side becomes smaller where the long side would exceed this.
+      canvases: heights and widths.
+      batch_size: of all the processes together.
+      subset: int [n], positions to evaluate; None: all of them.
+
+    Returns:
+      The plan, of epoch 0; the last batch of each canvas is filled up with -1.
+
+    Raises:
+      ValueError: if a picture fits no canvas.
+    """
+    geometry = eval_geometry(sizes, short_side, max_long_side)
+    check_canvases(geometry.size[:, None], canvases, sizes, image_ids)
+    chosen = np.arange(len(sizes)) if subset is None else np.asarray(subset)
+    canvas_of = assign_canvases(geometry.size[chosen], canvases)
+    batches, batch_canvas = [np.empty((0, batch_size), np.int64)], []
+    for c in range(len(canvases)):
+        members = chosen[canvas_of == c]
+        count = -(-len(members) // batch_size)
+        rows = np.full(count * batch_size, -1, np.int64)
+        rows[: len(members)] = members
+        batches.append(rows.reshape(count, batch_size))
+        batch_canvas += [c] * count
+    indices = np.concatenate(batches)
+    return EpochPlan(
+        epoch=0,
+        canvases=tuple(tuple(int(v) for v in canvas) for canvas in canvases),
+        canvas=np.array(batch_canvas, np.int32),
+        indices=indices,
+        geometry=geometry.at(np.maximum(indices, 0)),
+    )
+
+
+def process_rows(batch_size: int, process_index: int, process_count: int) -> slice:
+    """The rows of a batch that a process reads; the batch divides evenly."""
+    return slice(
+        process_index * batch_size // process_count,
+        (process_index + 1) * batch_size // process_count,
+    )
+
+
+def choose_objects(seed: int, epoch: int, index: int, count: int, limit: int) -> np.ndarray:
+    """Which objects to keep of a picture that has more than there are slots.
+
+    Args:
+      seed: not negative.
+      epoch: of the plan.
+      index: of the picture in the data set.
+      count: objects it has.
+      limit: objects to keep at most.
+
+    Returns:
+      int64 [min(count, limit)], ascending; all of them if they fit, else a random choice that
+      depends on the arguments only.
+    """
+    if count <= limit:
+        return np.arange(count)
+    rng = np.random.default_rng([seed, _OBJECT_STREAM, epoch, index])
+    return np.sort(rng.choice(count, limit, replace=False))

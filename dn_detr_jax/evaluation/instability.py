@@ -1,0 +1,142 @@
+"""Instability of the bipartite matching from one epoch to the next (IS).
+
+For a picture, V[n] is the object that prediction n of the last decoder layer is matched to, -1 for
+none. The instability of an epoch is the number of entries of V that differ from the epoch before,
+averaged over a fixed set of pictures: its unit is entries per picture. A prediction that exchanges
+one object for another counts once; an object that moves from one prediction to another counts
+twice, once where it left and once where it arrived.
+
+Source: Li et al., DN-DETR, CVPR 2022, the equation of IS under "Stabilize Hungarian Matching".
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+_NEVER = -2  # not a value of V: no vector of this picture yet
+
+
+def match_vectors(assignment: np.ndarray, num_queries: int) -> np.ndarray:
+    """Turns "which query has this object" into "which object has this query".
+
+    >>> match_vectors(np.array([[3, 0, -1]]), num_queries=5)
+    array([[ 1, -1, -1,  0, -1]], dtype=int32)
+
+    Args:
+      assignment: int [B, M], the query matched to each object, -1 for an empty object slot.
+      num_queries: N.
+
+    Returns:
+      int32 [B, N], the object matched to each query, -1 for none.
+
+    Raises:
+      ValueError: `assignment` is not two-dimensional, or names a query outside 0..N-1.
+    """
+    assignment = np.asarray(assignment)
+    if assignment.ndim != 2:
+        raise ValueError(
+            f"expected an assignment [B, M] of one decoder layer, got shape {assignment.shape}"
+        )
+    if assignment.size and not (assignment.min() >= -1 and assignment.max() < num_queries):
+        raise ValueError(
+            f"an assignment must lie in -1..{num_queries - 1} for {num_queries} queries, got "
+            f"{assignment.min()}..{assignment.max()}"
+        )
+    vectors = np.full((len(assignment), num_queries), -1, np.int32)
+    picture, slot = np.nonzero(assignment >= 0)
+    vectors[picture, assignment[picture, slot]] = slot
+    return vectors
+
+
+class InstabilityMeter:
+    """Compares the match vectors of each epoch with those of the epoch before.
+
+    The pictures must come with the same transforms and the same order of objects in every epoch.
+    Between epochs, `state_dict` holds everything; its shapes are known from the start, so that it
+    fits into a checkpoint, and a resumed run reports what the uninterrupted one would have.
+
+    Args:
+      image_ids: ids of the pictures to measure on, each once.
+      num_queries: N, the length of a match vector.
+
+    Raises:
+      ValueError: no picture, or an id that comes twice.
+    """
+
+    def __init__(self, image_ids: Sequence[int], num_queries: int) -> None:
+        self._ids = np.asarray(image_ids, np.int64).reshape(-1)
+        self._row = {image_id: row for row, image_id in enumerate(self._ids.tolist())}
+        if not 0 < len(self._row) == len(self._ids):
+            raise ValueError(
+                f"expected at least one image id and each once, got {len(self._ids)} ids, "
+                f"{len(self._row)} of them distinct"
+            )
+        self._previous = np.full((len(self._ids), num_queries), _NEVER, np.int32)
+        self._current = self._previous.copy()
+
+    def update(self, image_ids: np.ndarray, vectors: np.ndarray) -> None:
+        """Takes the match vectors of a batch; any order, any batches.
+
+        Args:
+          image_ids: int [B]; pictures outside the measured set, and -1 for padding, are ignored.
+          vectors: int32 [B, N] from `match_vectors`.
+
+        Raises:
+          ValueError: shapes that don't fit.
+        """
+        image_ids, vectors = np.asarray(image_ids), np.asarray(vectors)
+        expected = (len(image_ids), self._previous.shape[1])
+        if vectors.shape != expected:
+            raise ValueError(f"expected match vectors of shape {expected}, got {vectors.shape}")
+        for image_id, vector in zip(image_ids.tolist(), vectors, strict=True):
+            row = self._row.get(image_id)
+            if row is not None:
+                self._current[row] = vector
+
+    def finish(self) -> float | None:
+        """Ends the epoch: its instability in entries per picture, None in the first epoch.
+
+        Raises:
+          ValueError: a picture of the set had no update in this epoch.
+        """
+        absent = self._ids[self._current[:, 0] == _NEVER]
+        if absent.size:
+            raise ValueError(
+                f"{absent.size} of {len(self._ids)} pictures got no match vector in this epoch, "
+                f"the first of them image {absent[0]}"
+            )
+        first = self._previous[0, 0] == _NEVER
+        changed = int(np.count_nonzero(self._current != self._previous))
+        self._previous = self._current
+        self._current = np.full_like(self._previous, _NEVER)
+        return None if first else changed / len(self._ids)
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """What the next epoch is compared with; to be taken between epochs.
+
+        Returns:
+          `image_ids` int32 [I] and `previous` int32 [I, N] (-2 everywhere before the first
+          epoch has ended), copies.
+        """
+        return {"image_ids": self._ids.astype(np.int32), "previous": self._previous.copy()}
+
+    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
+        """Continues from a `state_dict`; an epoch under way is given up.
+
+        Raises:
+          ValueError: the state is of other pictures or of another number of queries.
+        """
+        image_ids, previous = np.asarray(state["image_ids"]), np.asarray(state["previous"])
+        if previous.shape != self._previous.shape:
+            raise ValueError(
+                f"the stored match vectors have shape {previous.shape}, this run measures "
+                f"{self._previous.shape} (pictures, queries)"
+            )
+        if not np.array_equal(image_ids, self._ids):
+            first = int(np.flatnonzero(image_ids != self._ids)[0])
+            raise ValueError(
+                "the stored match vectors are of other pictures: the first that differs is image "
+                f"{image_ids[first]}, where this run measures image {self._ids[first]}"
+            )
+        self._previous = previous.astype(np.int32)
+        self._current = np.full_like(self._previous, _NEVER)

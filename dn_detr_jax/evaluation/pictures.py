@@ -1,0 +1,114 @@
+"""Pictures of a run: detections, curves, and what denoising does to a training picture."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dn_detr_jax import denoising, visualize
+from dn_detr_jax.boxes import cxcywh_to_xyxy
+from dn_detr_jax.data.datasets import Dataset
+from dn_detr_jax.data.loader import eval_batches
+from dn_detr_jax.evaluation.evaluate import Detect
+from dn_detr_jax.sharding import put_batch
+
+
+def _in_pixels(boxes: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """Normalised cxcywh [..., 4] to xyxy in pixels of a picture of `size` (height, width)."""
+    height, width = size
+    return np.asarray(cxcywh_to_xyxy(boxes)) * np.array([width, height, width, height])
+
+
+def _valid_part(batch: dict[str, np.ndarray], row: int) -> np.ndarray:
+    height, width = batch["size"][row]
+    return batch["image"][row, :height, :width]
+
+
+def detections(
+    params: dict, detect: Detect, dataset: Dataset, config: ConfigDict, mesh: Mesh
+) -> np.ndarray:
+    """A grid of the first `config.eval.pictures` pictures with predicted and true boxes, RGB."""
+    subset = np.arange(min(config.eval.pictures, len(dataset)))
+    pictures = []
+    for batch in eval_batches(dataset, config, subset=subset):
+        batch.pop("dropped_objects")
+        found = jax.device_get(detect(params, put_batch(batch, mesh)))
+        for row in np.flatnonzero(batch["image_id"] >= 0):
+            size, real = batch["size"][row], batch["valid"][row]
+            pictures.append(
+                visualize.Picture(
+                    image=_valid_part(batch, row),
+                    pred_boxes=_in_pixels(found["boxes"][row], size),
+                    pred_labels=found["labels"][row],
+                    pred_scores=found["scores"][row],
+                    true_boxes=_in_pixels(batch["boxes"][row, real], size),
+                    true_labels=batch["labels"][row, real],
+                    image_id=int(batch["image_id"][row]),
+                )
+            )
+    pictures.sort(key=lambda picture: picture.image_id)
+    return visualize.render_detections(pictures, [c.name for c in dataset.categories])
+
+
+def denoising_groups(
+    batch: dict[str, np.ndarray], config: ConfigDict, class_names: list[str]
+) -> dict[str, np.ndarray]:
+    """The noised boxes of each group over their picture, and the attention mask, RGB.
+
+    Args:
+      batch: a training batch; the picture with the median number of objects (of those with any) is
+        drawn.
+      config: whole configuration, with `dn.groups` of at least 1.
+      class_names: by label.
+    """
+    counts = batch["valid"].sum(axis=1)
+    order = np.argsort(counts, kind="stable")
+    with_objects = order[counts[order] > 0]
+    row = int(with_objects[len(with_objects) // 2]) if len(with_objects) else 0
+    labels, boxes, valid = (batch[name][row : row + 1] for name in ("labels", "boxes", "valid"))
+
+    groups, slots = config.dn.groups, config.dn.groups * labels.shape[1]
+    key = jax.random.key(config.seed)
+    noise = denoising.draw_noise(key, (1, slots), config.model.num_classes)
+    dn = denoising.prepare(
+        labels,
+        boxes,
+        valid,
+        noise,
+        groups=groups,
+        label_noise=config.dn.label_noise,
+        box_noise=config.dn.box_noise,
+    )
+    num_queries = config.model.num_queries * max(config.model.num_patterns, 1)
+    mask = denoising.attention_mask(dn, num_queries, attend_padding=config.dn.attend_padding)
+    drawn = {
+        "attention_mask": visualize.render_attention_mask(
+            np.asarray(mask[0]), np.asarray(dn.group[0]), np.asarray(dn.valid[0])
+        )
+    }
+    real, size = valid[0], batch["size"][row]
+    if real.any():
+
+        def by_group(x):  # [1, S, ...] -> [G, n, ...]
+            return np.asarray(x[0]).reshape(groups, -1, *x.shape[2:])[:, real]
+
+        drawn["noised_boxes"] = visualize.render_noised_boxes(
+            _valid_part(batch, row),
+            _in_pixels(boxes[0, real], size),
+            _in_pixels(by_group(dn.boxes), size),
+            labels[0, real],
+            by_group(dn.labels),
+            class_names,
+        )
+    return drawn
+
+
+def save(pictures: dict[str, np.ndarray], workdir: Path) -> Path:
+    """Writes {name: RGB} as `pictures/name.png` of a work directory, and returns that folder."""
+    folder = Path(workdir) / "pictures"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, image in pictures.items():
+        visualize.save_png(image, folder / f"{name}.png")
+    return folder

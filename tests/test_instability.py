@@ -1,0 +1,140 @@
+"""Instability of matching against its definition, written out in plain Python."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from dn_detr_jax.evaluation.instability import InstabilityMeter, match_vectors
+
+IDS = [40, 7, 23, 5, 99]
+N, M = 12, 6
+
+
+def random_assignments(seed):
+    """Per epoch: image id -> query of each object, -1 for padding. Objects stay the same."""
+    rng = np.random.default_rng(seed)
+    counts = {image_id: int(rng.integers(0, M + 1)) for image_id in IDS}
+    epochs = []
+    for _ in range(6):
+        epoch = {}
+        for image_id, count in counts.items():
+            epoch[image_id] = np.full(M, -1, np.int32)
+            epoch[image_id][:count] = rng.permutation(N)[:count]
+        epochs.append(epoch)
+    return epochs
+
+
+def slow_instability(before, now):
+    total = 0
+    for image_id in IDS:
+        vectors = []
+        for assignment in (before[image_id], now[image_id]):
+            vector = []
+            for query in range(N):
+                holders = [m for m in range(M) if assignment[m] == query]
+                vector.append(holders[0] if holders else -1)
+            vectors.append(vector)
+        total += sum(a != b for a, b in zip(*vectors, strict=True))
+    return total / len(IDS)
+
+
+def run_epoch(meter, epoch, batch=2, order=IDS):
+    """Batches as the evaluation makes them: the last one padded with image id -1."""
+    for start in range(0, len(order), batch):
+        ids = list(order[start : start + batch])
+        assignment = np.stack([epoch[i] for i in ids] + [epoch[ids[0]]] * (batch - len(ids)))
+        ids += [-1] * (batch - len(ids))
+        meter.update(np.array(ids, np.int32), match_vectors(assignment, N))
+    return meter.finish()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_equals_the_definition(seed):
+    epochs = random_assignments(seed)
+    meter = InstabilityMeter(IDS, N)
+    measured = [run_epoch(meter, epoch) for epoch in epochs]
+    assert measured[0] is None
+    assert measured[1:] == [slow_instability(*pair) for pair in itertools.pairwise(epochs)]
+    assert min(measured[1:]) > 0
+
+
+def test_a_moved_object_counts_twice_and_an_exchange_twice():
+    meter = InstabilityMeter([1, 2], num_queries=4)
+    for epoch, expected in (
+        ([[0, 1], [2, -1]], None),
+        ([[0, 1], [2, -1]], 0.0),
+        ([[0, 3], [2, -1]], 1.0),  # one of two pictures: query 1 lost it, query 3 took it
+        ([[3, 0], [2, -1]], 1.0),  # two queries exchanged their objects
+    ):
+        meter.update([1, 2], match_vectors(np.array(epoch), 4))
+        assert meter.finish() == expected
+
+
+def test_order_and_batches_do_not_matter():
+    epochs = random_assignments(9)
+    meters = [InstabilityMeter(IDS, N) for _ in range(2)]
+    for number, epoch in enumerate(epochs):
+        order = np.random.default_rng(number).permutation(IDS).tolist()
+        assert run_epoch(meters[0], epoch) == run_epoch(meters[1], epoch, batch=3, order=order)
+
+
+@pytest.mark.parametrize("done", range(6))
+def test_resuming_changes_nothing(done):
+    epochs = random_assignments(3)
+    whole = InstabilityMeter(IDS, N)
+    expected = [run_epoch(whole, epoch) for epoch in epochs]
+    first = InstabilityMeter(IDS, N)
+    before = [run_epoch(first, epoch) for epoch in epochs[:done]]
+    state = {key: value.copy() for key, value in first.state_dict().items()}
+    assert {key: (v.shape, v.dtype) for key, v in state.items()} == {
+        key: (v.shape, v.dtype) for key, v in InstabilityMeter(IDS, N).state_dict().items()
+    }
+    if done < len(epochs):  # an epoch that the kill interrupted leaves no trace
+        first.update(IDS[:1], match_vectors(epochs[done][IDS[0]][None], N))
+    np.testing.assert_equal(first.state_dict(), state)
+    second = InstabilityMeter(IDS, N)
+    second.load_state_dict(state)
+    assert before + [run_epoch(second, epoch) for epoch in epochs[done:]] == expected
+
+
+def test_a_missing_picture_is_an_error():
+    meter = InstabilityMeter(IDS, N)
+    for epoch in random_assignments(0)[:2]:
+        assignment = np.stack([epoch[i] for i in IDS if i != 23])
+        meter.update([i for i in IDS if i != 23], match_vectors(assignment, N))
+        with pytest.raises(ValueError, match=r"1 of 5 pictures .* image 23"):
+            meter.finish()
+        meter.update([23], match_vectors(epoch[23][None], N))
+        meter.finish()
+
+
+def test_pictures_outside_the_set_are_ignored():
+    epochs = random_assignments(1)
+    meter = InstabilityMeter(IDS, N)
+    for number, epoch in enumerate(epochs[:2]):
+        meter.update([1000, -1], np.full((2, N), number, np.int32))
+        result = run_epoch(meter, epoch)
+    assert result == slow_instability(*epochs[:2])
+
+
+def test_errors_name_what_is_wrong():
+    with pytest.raises(ValueError, match=r"-1\.\.4 for 5 queries, got 0\.\.5"):
+        match_vectors(np.array([[0, 5]]), 5)
+    with pytest.raises(ValueError, match=r"\(1, 2, 3\)"):
+        match_vectors(np.zeros((1, 2, 3), int), 5)
+    with pytest.raises(ValueError, match="3 ids, 2 of them distinct"):
+        InstabilityMeter([1, 2, 1], N)
+    meter = InstabilityMeter(IDS, N)
+    with pytest.raises(ValueError, match=r"\(1, 12\), got \(1, 5\)"):
+        meter.update([7], np.zeros((1, 5), np.int32))
+    with pytest.raises(ValueError, match=r"shape \(5, 8\)"):
+        meter.load_state_dict(InstabilityMeter(IDS, 8).state_dict())
+    with pytest.raises(ValueError, match="image 41, where this run measures image 40"):
+        meter.load_state_dict(InstabilityMeter([41, *IDS[1:]], N).state_dict())
+
+
+def test_no_objects_at_all():
+    vectors = match_vectors(np.full((2, 0), -1), 3)
+    np.testing.assert_array_equal(vectors, np.full((2, 3), -1))
+    assert vectors.dtype == np.int32

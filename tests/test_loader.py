@@ -1,0 +1,244 @@
+"""Batches as the model gets them."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from dn_detr_jax.data import transforms
+from dn_detr_jax.data.datasets import Example, open_dataset
+from dn_detr_jax.data.digit_scenes.scenes import draw_scene
+from dn_detr_jax.data.loader import eval_batches, eval_plan, train_batches
+
+
+@pytest.fixture
+def train(digits_config):
+    return open_dataset(digits_config.data, "train")
+
+
+@pytest.fixture
+def validation(digits_config):
+    return open_dataset(digits_config.data, "validation")
+
+
+def assert_equal_batches(a, b):
+    assert a.keys() == b.keys()
+    for key in a:
+        np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+
+
+def test_batches_hold_the_pictures_and_their_objects(train, digits_config):
+    """Against scenes drawn anew and a plain account of the format."""
+    batches = list(train_batches(train, digits_config, 0, 12))
+    seen = []
+    for batch in batches:
+        height, width = batch["image"].shape[1:3]
+        assert (height, width) in digits_config.data.canvases
+        dtypes = {key: value.dtype.name for key, value in batch.items() if key[0] != "d"}
+        assert dtypes == {
+            "image": "uint8",
+            "size": "int32",
+            "labels": "int32",
+            "boxes": "float32",
+            "valid": "bool",
+            "image_id": "int32",
+        }
+        assert batch["labels"].shape == batch["valid"].shape == (8, 8)
+        assert batch["boxes"].shape == (8, 8, 4) and batch["dropped_objects"] == 0
+        for row, image_id in enumerate(batch["image_id"]):
+            seen.append(int(image_id))
+            scene = draw_scene(0, "train", int(image_id))
+            h, w = batch["size"][row]
+            assert not batch["image"][row, h:].any() and not batch["image"][row, :, w:].any()
+            geometry = transforms.eval_geometry(
+                np.array([scene.image.shape[:2]]), int(min(h, w)), 128
+            ).at(0)
+            pixels, boxes, labels = transforms.apply(
+                scene.image, scene.boxes, scene.labels, geometry
+            )
+            np.testing.assert_array_equal(batch["image"][row, :h, :w], pixels)
+            count = len(labels)
+            assert batch["valid"][row].tolist() == [True] * count + [False] * (8 - count)
+            np.testing.assert_array_equal(batch["labels"][row, :count], labels)
+            cx, cy, bw, bh = batch["boxes"][row, :count].T * np.array([[w], [h], [w], [h]])
+            corners = np.stack([cx - bw / 2, cy - bh / 2, cx + bw / 2, cy + bh / 2], -1)
+            np.testing.assert_allclose(corners, boxes, atol=1e-4)
+            assert not batch["boxes"][row, count:].any() and not batch["labels"][row, count:].any()
+    assert sorted(seen) == list(range(96))  # 12 steps of 8 are one epoch of 96
+
+
+def test_resuming_from_a_step_and_splitting_over_processes(train, digits_config):
+    whole = list(train_batches(train, digits_config, 0, 20))
+    resumed = list(train_batches(train, digits_config, 14, 6))
+    for a, b in zip(whole[14:], resumed, strict=True):
+        assert_equal_batches(a, b)
+    parts = [list(train_batches(train, digits_config, 9, 5, p, 2)) for p in range(2)]
+    for batch, first, second in zip(whole[9:14], *parts, strict=True):
+        for key in ("image", "size", "labels", "boxes", "valid", "image_id"):
+            np.testing.assert_array_equal(batch[key], np.concatenate([first[key], second[key]]))
+
+
+def test_threads_change_nothing(train, digits_config):
+    one = list(train_batches(train, digits_config, 0, 6))
+    digits_config.data.threads, digits_config.data.prefetch = 1, 1
+    for a, b in zip(one, train_batches(train, digits_config, 0, 6), strict=True):
+        assert_equal_batches(a, b)
+
+
+def test_a_worker_process_changes_nothing_and_ends(train, digits_config):
+    expected = list(train_batches(train, digits_config, 3, 4))
+    digits_config.data.workers = 1
+    iterator = train_batches(train, digits_config, 3, 100)
+    for batch in expected:
+        assert_equal_batches(batch, next(iterator))
+    iterator.close()  # in the middle, with batches made ahead
+    import multiprocessing
+
+    deadline = time.monotonic() + 10
+    while multiprocessing.active_children() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not multiprocessing.active_children()
+
+
+def test_evaluation_pads_the_last_batch_of_each_canvas(validation, digits_config):
+    batches = list(eval_batches(validation, digits_config))
+    assert len(batches) == len(eval_plan(validation, digits_config))
+    ids = np.concatenate([batch["image_id"] for batch in batches])
+    assert sorted(ids[ids >= 0]) == list(range(40)) and (ids < 0).any()
+    for batch in batches:
+        empty = batch["image_id"] < 0
+        assert batch["image"].shape[0] == 8
+        assert (batch["size"][empty] == 1).all()
+        assert not batch["valid"][empty].any() and not batch["image"][empty].any()
+
+
+def test_evaluation_has_as_many_batches_in_every_process(validation, digits_config):
+    whole = list(eval_batches(validation, digits_config))
+    parts = [list(eval_batches(validation, digits_config, p, 4)) for p in range(4)]
+    assert {len(part) for part in parts} == {len(whole)}
+    for batch, *shares in zip(whole, *parts, strict=True):
+        ids = np.concatenate([share["image_id"] for share in shares])
+        np.testing.assert_array_equal(batch["image_id"], ids)
+
+
+def test_evaluation_of_a_subset(validation, digits_config):
+    batches = list(eval_batches(validation, digits_config, subset=np.array([31, 4])))
+    ids = np.concatenate([batch["image_id"] for batch in batches])
+    assert sorted(ids[ids >= 0]) == [4, 31]
+
+
+def test_more_objects_than_slots_keeps_some_and_counts_the_rest(train, digits_config):
+    full = list(train_batches(train, digits_config, 0, 24))
+    digits_config.data.max_objects = 3
+    few = list(train_batches(train, digits_config, 0, 24))
+    lost, kept_of_image = 0, {}
+    for step, (a, b) in enumerate(zip(full, few, strict=True)):
+        counts = a["valid"].sum(1)
+        np.testing.assert_array_equal(b["valid"].sum(1), np.minimum(counts, 3))
+        assert b["dropped_objects"] == np.maximum(counts - 3, 0).sum()
+        lost += b["dropped_objects"]
+        for row in range(8):
+            chosen = {tuple(box) for box in b["boxes"][row][b["valid"][row]].round(5).tolist()}
+            assert chosen <= {tuple(box) for box in a["boxes"][row].round(5).tolist()}
+            kept_of_image.setdefault((int(a["image_id"][row])), {})[step // 12] = b["labels"][
+                row
+            ].tolist()
+    assert lost > 0
+    assert any(kept[0] != kept[1] for kept in kept_of_image.values())  # not always the same ones
+
+
+class BrokenSource:
+    """Gives one picture that is damaged, and one whose file is gone."""
+
+    def __init__(self, source, damaged, missing):
+        self.source, self.damaged, self.missing = source, damaged, missing
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index) -> Example:
+        example = self.source[index]
+        if index == self.damaged:
+            return dataclasses.replace(example, image=b"damaged")
+        if index == self.missing:
+            raise OSError("disk error")
+        return example
+
+
+@pytest.mark.parametrize(
+    "broken,workers,message",
+    [
+        ((7, -1), 0, "no readable picture"),
+        ((-1, 7), 0, "disk error"),
+        ((7, -1), 1, "no readable picture"),
+    ],
+)
+def test_an_unreadable_picture_is_named(validation, digits_config, broken, workers, message):
+    digits_config.data.workers = workers
+    source = BrokenSource(validation.source, *broken)
+    dataset = dataclasses.replace(validation, source=source)
+    with pytest.raises(ValueError, match=rf"image 7 of .*digits_tiny, validation.*{message}"):
+        list(eval_batches(dataset, digits_config))
+
+
+def test_closing_ends_the_threads(train, digits_config):
+    def readers():
+        return [t for t in threading.enumerate() if t.name.startswith("grain-prefetch")]
+
+    before = len(readers())
+    iterator = train_batches(train, digits_config, 0, 10**9)
+    next(iterator)
+    assert len(readers()) > before
+    iterator.close()
+    deadline = time.monotonic() + 10
+    while len(readers()) > before and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert len(readers()) == before
+
+
+def test_a_program_that_fails_while_reading_ends(digits_dir):
+    """With an iterator left open and batches still being made ahead."""
+    code = f"""
+from dn_detr_jax.config import base_config
+from dn_detr_jax.data.datasets import open_dataset
+from dn_detr_jax.data.loader import train_batches
+c = base_config()
+c.data.name, c.data.dir, c.data.canvases = "digits_tiny", {str(digits_dir)!r}, ((128, 128),)
+c.data.augment.short_sides, c.data.augment.max_long_side, c.data.augment.crop = (96,), 128, 0.0
+batches = train_batches(open_dataset(c.data, "train"), c, 0, 10**9)
+next(batches)
+raise SystemExit(3)
+"""
+    run = subprocess.run([sys.executable, "-c", code], timeout=60, env=dict(os.environ))
+    assert run.returncode == 3
+
+
+@pytest.mark.parametrize(
+    "key,value,message",
+    [
+        ("train.batch_size", 9, r"train\.batch_size is 9, expected a positive multiple of the 2"),
+        ("train.batch_size", 98, r"train\.batch_size is 98, but the training split has 96"),
+        ("data.canvases", (), r"data\.canvases is \(\), expected pairs"),
+        ("data.canvases", ((64, 64),), r"data\.canvases \(\(64, 64\),\) are too small: image \d+"),
+        ("data.max_objects", 0, r"data\.max_objects is 0"),
+        ("data.workers", -1, r"data\.workers is -1"),
+        ("data.augment.flip", 1.5, r"data\.augment\.flip is 1\.5"),
+        ("data.augment.short_sides", (), r"data\.augment\.short_sides is \(\)"),
+        ("data.augment.crop_size", (9, 3), r"data\.augment\.crop_size is \(9, 3\)"),
+        ("seed", -1, r"seed is -1"),
+    ],
+)
+def test_wrong_values_are_named_before_any_work(train, digits_config, key, value, message):
+    *sections, name = key.split(".")
+    section = digits_config
+    for part in sections:
+        section = section[part]
+    with section.ignore_type():
+        section[name] = value
+    with pytest.raises(ValueError, match=message):
+        train_batches(train, digits_config, 0, 1, 0, 2)
