@@ -137,7 +137,13 @@ def base_config() -> ConfigDict:
         }
     )
     config.checkpoint = ConfigDict({"keep_latest": 2, "keep_best": 1})
-    config.init = ConfigDict({"checkpoint": ""})  # a work directory whose parameters to start from
+    config.init = ConfigDict(
+        {
+            "checkpoint": "",  # a work directory whose parameters to start from
+            "backbone": "",  # a ResNet's weights of torchvision or timm: .pth, .safetensors, .npz
+            "reset_heads": False,  # of the checkpoint, keep all but class head and label embedding
+        }
+    )
     return config
 
 
@@ -155,18 +161,18 @@ def parse_duration(duration: str, key: str) -> tuple[float, str]:
     """Splits a duration into its number and its unit.
 
     Args:
-        duration: for example "300 steps", "1.5 epochs" or "5%".
-        key: config key it comes from, for the error.
+      duration: for example "300 steps", "1.5 epochs" or "5%".
+      key: config key it comes from, for the error.
 
     Returns:
-        The number, at least 0, and one of "steps", "epochs", "%".
+      The number, at least 0, and one of "steps", "epochs", "%".
 
     Raises:
-        ConfigError: not such a duration, a part of a step, or more than 100%.
+      ConfigError: not such a duration, a part of a step, or more than 100%.
 
     Examples:
-        >>> parse_duration("1.5 epochs", "optimizer.warmup")
-        (1.5, 'epochs')
+      >>> parse_duration("1.5 epochs", "optimizer.warmup")
+      (1.5, 'epochs')
     """
     match = _DURATION.fullmatch(duration) if isinstance(duration, str) else None
     if not match:
@@ -183,8 +189,8 @@ def flat_keys(config: ConfigDict, prefix: str = "") -> list[str]:
     """The dotted path of every value in `config`, sections left out.
 
     Examples:
-        >>> flat_keys(ConfigDict({"dn": {"groups": 5}, "seed": 0}))
-        ['dn.groups', 'seed']
+      >>> flat_keys(ConfigDict({"dn": {"groups": 5}, "seed": 0}))
+      ['dn.groups', 'seed']
     """
     keys: list[str] = []
     for key, value in sorted(config.items()):
@@ -197,17 +203,17 @@ def nearest_key(key: str, keys: Iterable[str]) -> str:
     """A "did you mean" for an unknown dotted key; the empty string if nothing is near.
 
     Examples:
-        >>> nearest_key("model.num_head", ["model.num_heads", "model.num_classes"])
-        'did you mean model.num_heads?'
-        >>> nearest_key("groups", ["dn.groups", "seed"])
-        'did you mean dn.groups?'
+      >>> nearest_key("model.num_head", ["model.num_heads", "model.num_classes"])
+      'did you mean model.num_heads?'
+      >>> nearest_key("groups", ["dn.groups", "seed"])
+      'did you mean dn.groups?'
     """
     keys = list(keys)
-    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.75)
-    if not near:  # the right name in the wrong section, or without one
-        last = key.rsplit(".", 1)[-1]
-        by_name = {path.rsplit(".", 1)[-1]: path for path in reversed(keys)}
-        near = [by_name[name] for name in difflib.get_close_matches(last, by_name, n=1, cutoff=0.8)]
+    by_name = {path.rsplit(".", 1)[-1]: path for path in reversed(keys)}
+    last = key.rsplit(".", 1)[-1]
+    near = [by_name[last]] if last in by_name else []  # the right name in the wrong section
+    near = near or difflib.get_close_matches(key, keys, n=1, cutoff=0.75)
+    near = near or [by_name[name] for name in difflib.get_close_matches(last, by_name, cutoff=0.8)]
     return f"did you mean {near[0]}?" if near else ""
 
 
@@ -266,10 +272,10 @@ def validate(config: ConfigDict) -> None:
     """Checks every rule that can be checked from the config alone.
 
     Args:
-        config: an experiment's config, the command line's overrides applied.
+      config: an experiment's config, the command line's overrides applied.
 
     Raises:
-        ConfigError: naming the first wrong key, its value and what would be right.
+      ConfigError: naming the first wrong key, its value and what would be right.
     """
     _check_keys(config)
     checker = _Checker(config)
@@ -296,13 +302,13 @@ def _check_keys(config: ConfigDict) -> None:
 
 def _check_data(checker: _Checker) -> None:
     canvases = checker["data.canvases"]
-    right = isinstance(canvases, tuple | list) and canvases
+    right = isinstance(canvases, tuple | list) and bool(canvases)
     right = right and all(
         isinstance(size, tuple | list) and len(size) == 2 and all(map(_is_size, size))
         for size in canvases
     )
     expected = "(height, width) pairs of positive integers, for example ((800, 1344), (1344, 800))"
-    checker.check("data.canvases", bool(right), expected)
+    checker.check("data.canvases", right, expected)
     checker.whole(0, "data.workers")
     checker.whole(1, "data.max_objects", "data.threads", "data.prefetch", "data.shuffle_window")
     checker.whole(1, "data.eval_short_side", "data.eval_max_long_side")
@@ -341,13 +347,22 @@ def _check_model(checker: _Checker) -> None:
     checker.one_of("model.backbone.norm", "frozen_batch_norm", "group_norm")
     checker.one_of("model.backbone.stem", "standard", "light")
     checker.one_of("model.backbone.dilation", True, False)
-    checker.whole(1, "model.backbone.width")
+    checker.whole(4, "model.backbone.width")
     checker.one_of("model.backbone.stages", 1, 2, 3, 4)
     stages = checker["model.backbone.stages"]
     checker.check(
         "model.backbone.dilation",
         stages > 1 or not checker["model.backbone.dilation"],
         "the first stage has no stride to dilate: more stages, or False",
+    )
+    # The group norm of the backbone has at most 32 groups, of at least 4 channels; the channels
+    # double from stage to stage, and bottlenecks have four times as many.
+    width = checker["model.backbone.width"]
+    fits = all(c % min(32, c // 4) == 0 for c in (width * 2**i for i in range(6)))
+    checker.check(
+        "model.backbone.width",
+        fits or checker["model.backbone.norm"] != "group_norm",
+        "with group norm a width such as 8, 16, 32, 48, 64, 96 or 128",
     )
     checker.whole(-1, "model.backbone.frozen_stages")
     checker.check(
@@ -359,7 +374,8 @@ def _check_model(checker: _Checker) -> None:
 
 def _check_losses(checker: _Checker) -> None:
     checker.whole(0, "dn.groups")
-    _check_probabilities(checker, "dn.label_noise", "dn.box_noise", "loss.focal_alpha")
+    _check_probabilities(checker, "dn.label_noise", "loss.focal_alpha")
+    checker.number(lambda value: 0 <= value < 1, "from 0 to below 1", "dn.box_noise")
     checker.one_of("dn.attend_padding", True, False)
     costs = ["matcher.cost_class", "matcher.cost_bbox", "matcher.cost_giou"]
     weights = ["loss.weight_class", "loss.weight_bbox", "loss.weight_giou"]
@@ -414,3 +430,9 @@ def _check_run(checker: _Checker) -> None:
     )
     checker.whole(0, "eval.instability_images", "eval.pictures", "checkpoint.keep_best")
     checker.whole(1, "checkpoint.keep_latest")
+    checker.one_of("init.reset_heads", True, False)
+    checker.check(
+        "init.backbone",
+        not (checker["init.backbone"] and checker["init.checkpoint"]),
+        "empty, since init.checkpoint has a backbone; give one of the two",
+    )

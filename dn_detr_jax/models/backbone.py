@@ -41,17 +41,37 @@ class FrozenBatchNorm(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """Group norm (Wu and He, ECCV 2018) whose statistics are those of the valid pixels."""
+    """Group norm (Wu and He, ECCV 2018) whose statistics are those of the valid pixels.
 
-    groups: int = 32
+    `flax.linen.GroupNorm` takes a mask too, but only one with all channels.
+    """
+
+    max_groups: int = 32
+    eps: float = 1e-5
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, valid: jax.Array) -> jax.Array:
         """Normalises [B, H, W, C] over the pixels where `valid` [B, H, W, 1] is True."""
-        groups = min(self.groups, x.shape[-1] // 4)
-        norm = nn.GroupNorm(num_groups=groups, epsilon=1e-5, dtype=self.dtype, name="affine")
-        return norm(x, mask=valid)
+        channels = x.shape[-1]
+        groups = min(self.max_groups, channels // 4)
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+
+        # Sums over pixels first: one pass over the large array, the rest is small.
+        masked = jnp.where(valid, x, 0).astype(jnp.float32)
+        count = jnp.sum(valid, axis=(1, 2), dtype=jnp.float32) * (channels // groups)
+
+        def group_mean(channel_sums):  # [B, C] -> [B, C]
+            sums = channel_sums.reshape(len(x), groups, -1).sum(axis=-1)
+            return jnp.repeat(sums / count, channels // groups, axis=-1)
+
+        mean = group_mean(jnp.sum(masked, axis=(1, 2)))
+        mean_of_squares = group_mean(jnp.sum(masked * masked, axis=(1, 2)))
+        variance = jnp.maximum(mean_of_squares - mean * mean, 0.0)
+        factor = scale * jax.lax.rsqrt(variance + self.eps)
+        shift = bias - mean * factor
+        return x * factor[:, None, None].astype(x.dtype) + shift[:, None, None].astype(x.dtype)
 
 
 NORMS = {"frozen_batch_norm": FrozenBatchNorm, "group_norm": GroupNorm}

@@ -118,7 +118,7 @@ class DNDabDetr(nn.Module):
           relative to the valid size, of every decoder layer; denoising slots first.
         """
         features = self.backbone(image.astype(self.dtype), size)
-        self.sow("intermediates", "backbone", features)
+        self.sow("intermediates", "features", features)
         valid = valid_tokens(size, image.shape[1:3], features.shape[1:3])
         position = image_encoding(
             valid, self.hidden_dim, self.pe_temperature_h, self.pe_temperature_w

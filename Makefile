@@ -1,0 +1,64 @@
+# The commands of a clone. Each makes .venv and installs what it needs first; once that is done it
+# starts within seconds. ARGS adds arguments: make train ARGS="--config.dn.groups=0"
+
+VENV ?= .venv
+CONFIG ?= configs/digits.py
+WORKDIR ?= runs/digits
+ARGS ?=
+INSTALL = $(VENV)/bin/python -m pip install --quiet --prefer-binary --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help train eval test lint format clean distclean
+.DELETE_ON_ERROR:
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
+
+train: $(VENV)/.installed  ## train CONFIG into WORKDIR (the digits into runs/digits), or resume
+	$(VENV)/bin/python train.py --config $(CONFIG) --workdir $(WORKDIR) $(ARGS)
+
+eval: $(VENV)/.installed  ## evaluate the latest checkpoint of WORKDIR
+	$(VENV)/bin/python train.py --config $(CONFIG) --workdir $(WORKDIR) --eval_only $(ARGS)
+
+test: $(VENV)/.installed-dev  ## all tests
+	@$(VENV)/bin/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-dev  ## what a change must pass besides the tests
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(VENV)/.installed-dev  ## let ruff put the code into shape
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:  ## remove caches
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean  ## remove caches and the virtual environment
+	rm -rf $(VENV)
+
+# Python 3.11 to 3.14 with venv, or the one named by PYTHON=.
+$(VENV)/pyvenv.cfg:
+	@for python in $(PYTHON) python3.12 python3.11 python3.13 python3.14 python3 python; do \
+	  if "$$python" -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' \
+	      > /dev/null 2>&1; then \
+	    echo "Making $(VENV) with $$("$$python" --version)"; \
+	    rm -rf $(VENV); \
+	    exec "$$python" -m venv $(VENV); \
+	  fi; \
+	done; \
+	echo "Python 3.11 to 3.14 with venv was not found. Install one (Debian, Ubuntu: apt install" \
+	  "python3 python3-venv) or name one: make PYTHON=/path/to/python3" >&2; \
+	exit 1
+
+$(VENV)/.installed: requirements.txt | $(VENV)/pyvenv.cfg
+	@echo "Installing requirements.txt into $(VENV) (a few minutes the first time)"
+	@$(INSTALL) -r requirements.txt
+	@touch $@
+
+$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
+	@echo "Installing requirements-dev.txt into $(VENV)"
+	@$(INSTALL) -r requirements-dev.txt
+	@touch $@

@@ -1,0 +1,25 @@
+"""DN-DAB-DETR with ResNet-50 on COCO 2017, 50 epochs, as published.
+
+    python train.py --config configs/coco_r50.py --workdir runs/coco_r50 \\
+        --config.data.dir=PATH_OF_COCO --config.init.backbone=resnet50.pth
+
+The paper reports AP 44.1 on val2017 for this setting (Li et al., CVPR 2022: DN-DAB-DETR, ResNet-50,
+50 epochs, 16 images per step). That number is the paper's; it has not been measured here.
+
+The backbone starts from torchvision's or timm's ImageNet weights of ResNet-50. An official
+checkpoint is evaluated without any training:
+
+    python -m dn_detr_jax.interop.import_torch checkpoint.pth --config configs/coco_r50.py \\
+        --out runs/official
+    python train.py --config configs/coco_r50.py --workdir runs/official --eval_only --step latest
+
+To vary: `model.backbone.depth=101`, `model.backbone.dilation=True` (DC5), `model.num_patterns=3`,
+`dn.groups=0` (plain DAB-DETR), `model.dtype=bfloat16`.
+"""
+
+from dn_detr_jax.config import base_config
+
+
+def get_config():
+    """The defaults of every key are this experiment's."""
+    return base_config()

@@ -1,0 +1,105 @@
+"""Command-line flags and expected errors as one line each, without a traceback.
+
+`ml_collections` reports a wrong override by whatever exception its lookup raises; here a wrong key,
+a wrong type, a missing config file and every error that the caller expects end the program with
+one line on stderr and exit status 1. Errors that nobody expects keep their traceback.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from dn_detr_jax.config import ConfigError, flat_keys, nearest_key
+
+
+def run_main(
+    main: Callable[[Sequence[str]], None],
+    expected_errors: tuple[type[Exception], ...] = (ConfigError,),
+    arguments: Sequence[str] = (),
+) -> None:
+    """Parses the flags and runs `main`, as `absl.app.run` does.
+
+    The config file is the flag `--config` of `config_flags.DEFINE_config_file`.
+
+    Args:
+      main: gets the program's name and the arguments that are no flags.
+      expected_errors: exceptions of `main` whose message is all that the user needs to know.
+      arguments: names of the arguments that are no flags; each is required, others are errors.
+
+    Raises:
+      SystemExit: always; status 0, or 1 after an error in the flags or an expected error.
+    """
+
+    def guarded(argv: Sequence[str]) -> None:
+        try:
+            main(argv)
+        except expected_errors as error:
+            _fail(str(error))
+
+    app.run(guarded, flags_parser=lambda argv: _parse_flags(argv, arguments))
+
+
+def _fail(message: str) -> None:
+    sys.exit("error: " + " ".join(message.split()))
+
+
+def _parse_flags(argv: Sequence[str], arguments: Sequence[str]) -> list[str]:
+    """Parses all flags; exits with one line if one is wrong."""
+    if any(re.fullmatch(r"--?(help|helpfull|helpshort|helpxml)", arg) for arg in argv[1:]):
+        return flags.FLAGS(argv)  # absl prints the help and exits
+    _check_config_arguments(argv)
+    try:
+        rest = flags.FLAGS(argv)
+    except flags.IllegalFlagValueError as error:
+        _fail(str(error).strip().splitlines()[-1])
+    except flags.Error as error:
+        _fail(str(error))
+    if len(rest) - 1 > len(arguments):
+        extra = rest[1 + len(arguments)]
+        _fail(f"unexpected argument {extra!r}: overrides are --config.section.key=value")
+    if len(rest) - 1 < len(arguments):
+        _fail(f"{arguments[len(rest) - 1]} is missing; see --help")
+    return rest
+
+
+def _check_config_arguments(argv: Sequence[str]) -> None:
+    """Exits if the file of --config is missing, or an override has no key in it."""
+    path = _config_path(argv)
+    if path is None:
+        return  # absl knows whether the flag is required
+    file = path.split(":", 1)[0]
+    if not os.path.isfile(file):
+        _fail(f"--config={path}: there is no such file")
+    overrides = [match[1] for arg in argv if (match := re.match(r"--?(?:no)?config\.([^=]+)", arg))]
+    if not overrides:
+        return
+    throw_away = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", path, flag_values=throw_away, sys_argv=[""])
+    config = throw_away["config"].value
+    for key in overrides:
+        if not _has(config, key):
+            near = nearest_key(key, flat_keys(config))
+            _fail(f"--config.{key}: there is no such key in {file}{near and '; ' + near}")
+
+
+def _config_path(argv: Sequence[str]) -> str | None:
+    for i, arg in enumerate(argv[1:], start=1):
+        if match := re.fullmatch(r"--?config=(.*)", arg, re.DOTALL):
+            return match[1]
+        if re.fullmatch(r"--?config", arg) and i + 1 < len(argv):
+            return argv[i + 1]
+    return None
+
+
+def _has(config: ConfigDict, key: str) -> bool:
+    value = config
+    for part in key.split("."):
+        if not isinstance(value, ConfigDict) or part not in value:
+            return False
+        value = value[part]
+    # A whole section given as text would drop the keys that it leaves out.
+    return not isinstance(value, ConfigDict)

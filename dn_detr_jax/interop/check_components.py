@@ -1,0 +1,239 @@
+"""The reference's single components: boxes, encodings, denoising, matching, losses, detections."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dn_detr_jax import boxes as box_ops
+from dn_detr_jax import denoising, losses, matching
+from dn_detr_jax.evaluation.postprocess import select_detections
+from dn_detr_jax.interop import reference
+from dn_detr_jax.interop.check_detector import to_pixels
+from dn_detr_jax.interop.comparison import Report
+from dn_detr_jax.models.position import box_encoding, image_encoding, valid_tokens
+
+ATOL = 1e-5  # encodings, queries, boxes
+RTOL = 1e-4  # losses and gradients, relative to the largest value
+
+_DEFORMABLE = "deformable attention and its encoding belong to a model that is not in this package"
+_CONTRASTIVE = "contrastive denoising (DINO) is not in this package"
+
+
+def check(case: reference.Case) -> Report:
+    """Compares every component that the case holds and this package has."""
+    report = Report(case)
+    parts: dict[str, Callable[[Report, reference.Case], None]] = {
+        "focal.logits": _focal,
+        "box.b1": _boxes,
+        "pe.mask": _image_encodings,
+        "gse.pos": _box_encodings,
+        "invsig.x": _inverse_sigmoid,
+        "mask.in": _masks,
+        "matcher.logits": _matcher,
+        "crit.mixed.losses": _criterion,
+        "post.sizes": _post_processing,
+    }
+    with jax.default_matmul_precision("highest"):
+        for settings in case.manifest.get("dn_cases", ()):
+            _denoising(report, case, settings)
+        for array, part in parts.items():
+            if array in case:
+                part(report, case)
+    for name in case.arrays:
+        if name.startswith("msda.") or name == "pe.deformable_10000":
+            report.skip(name, _DEFORMABLE)
+    return report
+
+
+def _denoising(report: Report, case: reference.Case, settings: dict[str, Any]) -> None:
+    """Preparation, mask, split and losses of one set of targets.
+
+    Deformable variants differ in the content of their matching queries only, which is theirs.
+    """
+    prefix = f"dn.{settings['name']}."
+    if settings["contrastive"]:
+        for name in case.arrays:
+            if name.startswith(prefix):
+                report.skip(name, _CONTRASTIVE)
+        return
+    counts, groups = settings["gt_counts"], settings["scalar"]
+    targets = [
+        [case[f"{prefix}{kind}_{i}"] for i in range(len(counts))] for kind in ("labels", "boxes")
+    ]
+    # Without any object the PyTorch code has no slot at all.
+    labels, boxes, valid = reference.padded_targets(*targets, max(counts))
+    draws = [case[f"{prefix}noise_{kind}"] for kind in ("label_u", "label_new", "box_u")]
+    noise = reference.stored_noise(*draws, valid, groups)
+    dn = denoising.prepare(
+        *map(jnp.asarray, (labels, boxes, valid)),
+        jax.tree.map(jnp.asarray, noise),
+        groups=groups,
+        label_noise=settings["label_noise_scale"],
+        box_noise=settings["box_noise_scale"],
+    )
+    queries = settings["num_queries"] * max(1, settings["num_patterns"])
+    table = jnp.asarray(case["dn.label_enc"])
+    content = denoising.query_content(table, dn)
+    anchors = box_ops.inverse_sigmoid(denoising.query_boxes(dn))
+    slots, batch_first = dn.num_slots, settings["kind"] != "dab"
+    for name, ours in (("input_query_label", content), ("input_query_bbox", anchors)):
+        stored = case[prefix + name] if batch_first else case[prefix + name].swapaxes(0, 1)
+        report.array(prefix + name, ours, atol=ATOL, expected=stored[:, :slots])
+    allowed = denoising.attention_mask(dn, queries, attend_padding=True)
+    stored = np.broadcast_to(case[prefix + "attn_mask"], allowed.shape)
+    report.equal(prefix + "attn_mask", ~np.asarray(allowed), expected=stored)
+    rows = reference.slots_of(valid, groups)
+    report.equal(prefix + "map_known_indice", rows[1])
+    report.equal(prefix + "known_labels", np.asarray(dn.target_labels)[rows])
+    report.equal(prefix + "known_bboxs", np.asarray(dn.target_boxes)[rows])
+    _denoising_loss(report, case, prefix, settings, dn)
+
+
+def _denoising_loss(report, case, prefix: str, settings, dn: denoising.Denoising) -> None:
+    def plain_sum(logits, boxes):
+        logits, rest = denoising.split(logits, dn)
+        terms = denoising.reconstruction_loss(logits, denoising.split(boxes, dn)[0], dn)
+        return sum(jnp.sum(terms[k]) for k in ("loss_ce", "loss_bbox", "loss_giou")), (terms, rest)
+
+    outputs = [jnp.asarray(case[prefix + name]) for name in ("out_logits", "out_boxes")]
+    (_, (terms, rest)), grads = jax.value_and_grad(plain_sum, (0, 1), has_aux=True)(*outputs)
+    report.equal(prefix + "match_logits_shape", np.array(rest.shape))
+    last = len(outputs[0]) - 1
+    ours, names = {}, settings["loss_names"]
+    for name in names:
+        term, _, layer = name.removeprefix("tgt_").partition("_0")
+        ours[name] = float(terms[term][0 if layer or name.endswith("_0") else last])
+    stored = dict(zip(names, case[prefix + "dn_losses"], strict=True))
+    report.scalars(prefix + "dn_losses", ours, stored, rtol=RTOL)
+    if prefix + "grad_out_boxes" in case:
+        report.array(prefix + "grad_out_boxes", grads[1], rtol=RTOL)
+        sums = np.array([grads[0].sum(), jnp.abs(grads[0]).sum()])
+        report.array(prefix + "grad_out_logits_sum", sums, rtol=RTOL)
+
+
+def _focal(report: Report, case: reference.Case) -> None:
+    onehot, logits = case["focal.onehot"], jnp.asarray(case["focal.logits"])
+    count = float(case["focal.num_boxes"])
+    target = jnp.asarray(np.where(onehot.any(-1), onehot.argmax(-1), onehot.shape[-1]))
+
+    def loss(logits, alpha=0.25):
+        per_class = losses.sigmoid_focal_loss(logits, target, alpha=alpha)
+        return per_class.mean(axis=1).sum() / count
+
+    report.array("focal.loss", loss(logits), rtol=RTOL)
+    report.array("focal.loss_noalpha", loss(logits, -1.0), rtol=RTOL)
+    report.array("focal.loss_ce", loss(logits) * logits.shape[1], rtol=RTOL)
+    report.array("focal.grad", jax.grad(loss)(logits), rtol=RTOL)
+
+
+def _boxes(report: Report, case: reference.Case) -> None:
+    first, second = (jnp.asarray(case[f"box.{name}"]) for name in ("b1", "b2"))
+    a, b = box_ops.cxcywh_to_xyxy(first), box_ops.cxcywh_to_xyxy(second)
+    report.array("box.b1_xyxy", a, atol=ATOL)
+    report.array("box.b2_xyxy", b, atol=ATOL)
+    report.array("box.xyxy_to_cxcywh", box_ops.xyxy_to_cxcywh(a), atol=ATOL)
+    report.array("box.iou", box_ops.iou(a[:, None], b[None]), atol=ATOL)
+    report.array("box.giou", box_ops.generalized_iou(a[:, None], b[None]), atol=ATOL)
+
+
+def _image_encodings(report: Report, case: reference.Case) -> None:
+    valid = jnp.asarray(~case["pe.mask"])
+    real = ~case["pe.mask"][:, None]
+    for name, features, temperatures in (("20_20", 256, (20, 20)), ("10_40", 32, (10, 40))):
+        ours = image_encoding(valid, features, *map(float, temperatures)).transpose(0, 3, 1, 2)
+        report.array(f"pe.hw_{name}", ours, atol=ATOL, where=real)
+
+
+def _box_encodings(report: Report, case: reference.Case) -> None:
+    boxes = jnp.asarray(case["gse.pos"])
+    report.array("gse.out4", box_encoding(boxes, 128), atol=ATOL)
+    report.array("gse.out2", box_encoding(boxes[..., :2], 128), atol=ATOL)
+
+
+def _inverse_sigmoid(report: Report, case: reference.Case) -> None:
+    x = jnp.asarray(case["invsig.x"])
+    report.array("invsig.y", box_ops.inverse_sigmoid(x), atol=ATOL)
+    slope = jax.vmap(jax.grad(box_ops.inverse_sigmoid))(x)
+    # From 1 to 1001: each in units of itself.
+    unit = np.where(case["invsig.grad"] == 0, 1.0, case["invsig.grad"])
+    report.array("invsig.grad", slope / unit, rtol=RTOL, expected=case["invsig.grad"] / unit)
+
+
+def _masks(report: Report, case: reference.Case) -> None:
+    padding = case["mask.in"]
+    size = np.stack([(~padding).any(2).sum(1), (~padding).any(1).sum(1)], axis=1)
+    for name in case.arrays:
+        if name.startswith("mask.out_"):
+            shape = tuple(map(int, name.removeprefix("mask.out_").split("x")))
+            ours = valid_tokens(jnp.asarray(size), padding.shape[1:], shape)
+            report.equal(name, ~np.asarray(ours))
+
+
+def _matcher_targets(case: reference.Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    pictures = range(len(case["matcher.logits"]))
+    lists = [[case[f"matcher.target_{k}_{i}"] for i in pictures] for k in ("labels", "boxes")]
+    return reference.padded_targets(*lists, max(map(len, lists[0])))
+
+
+def _matcher(report: Report, case: reference.Case) -> None:
+    labels, boxes, valid = _matcher_targets(case)
+    cost = matching.matching_cost(
+        jnp.asarray(case["matcher.logits"])[None],
+        jnp.asarray(case["matcher.boxes"])[None],
+        jnp.asarray(labels),
+        jnp.asarray(boxes),
+    )
+    assignment = matching.solve_on_host(np.asarray(cost), valid)
+    for i, real in enumerate(valid):
+        report.array(f"matcher.cost_{i}", np.asarray(cost)[i, 0][:, real], atol=10 * ATOL)
+        queries = assignment[i, 0, real]
+        order = np.argsort(queries)
+        report.equal(f"matcher.indices_{i}", np.stack([queries[order], order]))
+
+
+_CRITERION_TERMS = (
+    "loss_ce",
+    "class_error",
+    "loss_bbox",
+    "loss_giou",
+    "loss_xy",
+    "loss_hw",
+    "cardinality_error",
+)
+
+
+def _criterion(report: Report, case: reference.Case) -> None:
+    labels, boxes, valid = _matcher_targets(case)
+    logits, predicted = (jnp.asarray(case[f"matcher.{name}"]) for name in ("logits", "boxes"))
+    for name, real in (("mixed", valid), ("empty", np.zeros_like(valid))):
+        cost = matching.matching_cost(logits[None], predicted[None], labels, jnp.asarray(boxes))
+        assignment = jnp.asarray(matching.solve_on_host(np.asarray(cost), real))
+
+        def total(logits, predicted, real=real, assignment=assignment):
+            terms = losses.set_criterion(
+                logits[None], predicted[None], labels, jnp.asarray(boxes), real, assignment
+            )
+            weights = {"weight_class": 1.0, "weight_bbox": 5.0, "weight_giou": 2.0}
+            return losses.weighted_total(terms, **weights), terms
+
+        (_, terms), grads = jax.value_and_grad(total, (0, 1), has_aux=True)(logits, predicted)
+        ours = {term: float(terms[term][0]) for term in _CRITERION_TERMS}
+        stored = dict(zip(_CRITERION_TERMS, case[f"crit.{name}.losses"], strict=False))
+        report.scalars(f"crit.{name}.losses", ours, stored, rtol=RTOL)
+        report.array(f"crit.{name}.grad_logits", grads[0], rtol=RTOL)
+        report.array(f"crit.{name}.grad_boxes", grads[1], rtol=RTOL)
+
+
+def _post_processing(report: Report, case: reference.Case) -> None:
+    found = select_detections(
+        jnp.asarray(case["matcher.logits"]),
+        jnp.asarray(case["matcher.boxes"]),
+        case["post.scores"].shape[1],
+    )
+    report.array("post.scores", found["scores"], atol=ATOL)
+    report.equal("post.labels", found["labels"])
+    corners = to_pixels(np.asarray(found["boxes"]), case["post.sizes"])
+    report.array("post.boxes", corners, atol=ATOL * float(case["post.sizes"].max()))

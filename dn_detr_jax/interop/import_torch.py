@@ -1,0 +1,105 @@
+"""Turns an official PyTorch checkpoint of DN-DAB-DETR into a work directory.
+
+    python -m dn_detr_jax.interop.import_torch checkpoint.pth --config configs/coco_r50.py \\
+        --out runs/official [--config.model.num_patterns=3 ...]
+
+The work directory holds one checkpoint, of step 0. `train.py --eval_only --workdir runs/official`
+evaluates it, `train.py --config.init.checkpoint=runs/official` starts a training from it. With
+`--config.init.reset_heads=True` the config may have another number of classes: the class head and
+the label embedding start fresh.
+
+SOURCE is a `.pth` (with `model`, `ema_model`, or a bare state dict; `--entry` chooses), a
+`.safetensors` or an `.npz`. PyTorch is not needed, and no code of the file is run.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from flax import traverse_util
+from ml_collections import ConfigDict, config_flags
+
+from dn_detr_jax.command_line import run_main
+from dn_detr_jax.config import ConfigError, validate
+from dn_detr_jax.interop import torch_files
+from dn_detr_jax.interop.convert import (
+    HEAD_PATHS,
+    Account,
+    ConversionError,
+    check_config,
+    flat,
+    official_config,
+    params_from_torch,
+    reset_heads,
+)
+from dn_detr_jax.models.registry import abstract_params, build_model
+from dn_detr_jax.training.checkpoints import Checkpoints
+
+FLAGS = flags.FLAGS
+
+
+def convert(
+    state: Mapping[str, np.ndarray], config: ConfigDict, args: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], Account]:
+    """Parameters of the config's model from an official state dict.
+
+    Args:
+      state: tensors by official name.
+      config: whole configuration; with `init.reset_heads` the heads come from its seed.
+      args: command line of the PyTorch training, which tells DC5 and the number of heads.
+
+    Returns:
+      A nested dictionary of float32 arrays, and where every tensor went.
+
+    Raises:
+      ConversionError: a checkpoint of another model, with the config that would fit.
+    """
+    check_config(official_config(state, args or {}), config, reset_heads=config.init.reset_heads)
+    model = build_model(config.model)
+    shapes = {path: leaf.shape for path, leaf in flat(abstract_params(model)).items()}
+    kept = HEAD_PATHS if config.init.reset_heads else ()
+    wanted = {path: shape for path, shape in shapes.items() if path not in kept}
+    params, account = params_from_torch(state, wanted)
+    if account.unfilled:
+        raise ConversionError(f"nothing in the source for {', '.join(account.unfilled)}")
+    if kept:
+        fresh = jax.jit(model.init)(
+            jax.random.key(config.seed), np.zeros((1, 64, 64, 3), np.float32), np.full((1, 2), 64)
+        )
+        table = np.asarray(state["label_enc.weight"], np.float32)
+        params = reset_heads(params | {"label_embedding": table}, flat(fresh["params"]))
+    return traverse_util.unflatten_dict(params, sep="/"), account
+
+
+def main(argv: Sequence[str]) -> None:
+    """Reads, converts, and writes the checkpoint."""
+    config = FLAGS.config
+    validate(config)
+    source = torch_files.read(argv[1], FLAGS.entry)
+    params, account = convert(source.state, config, source.args)
+    if (Path(FLAGS.out) / "checkpoints").exists():
+        raise ConfigError("--out", FLAGS.out, "a directory without checkpoints: none is replaced")
+    with Checkpoints(FLAGS.out, config) as checkpoints:
+        checkpoints.save(0, {"params": params})
+    print(f"{argv[1]}{source.entry and f' [{source.entry}]'}: {account.summary()}")
+    if not source.args and not config.model.backbone.dilation:
+        print(
+            "The file does not say whether it is a DC5 model: if it is, import it with "
+            "--config.model.backbone.dilation=True"
+        )
+    print(f"Wrote {Path(FLAGS.out) / 'checkpoints' / '0'}")
+
+
+def _define_flags() -> None:
+    config_flags.DEFINE_config_file("config", None, "The experiment, a file in configs/.")
+    flags.DEFINE_string("out", None, "Work directory to make.")
+    flags.DEFINE_string("entry", None, "Key of the state dict in the file, if not the usual one.")
+    flags.mark_flags_as_required(["config", "out"])
+
+
+if __name__ == "__main__":
+    _define_flags()
+    run_main(main, (ConfigError, ValueError, OSError, RuntimeError), arguments=("SOURCE",))

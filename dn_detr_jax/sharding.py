@@ -1,0 +1,53 @@
+"""The device mesh, and how batches and states lie on it.
+
+One mesh axis, `data`: batches are split over it, everything else has a copy on every device.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dn_detr_jax.config import ConfigError
+
+PyTree = Any
+
+
+def make_mesh(num_devices: int = -1) -> Mesh:
+    """A mesh over the first `num_devices` devices, -1: all of them.
+
+    Raises:
+      ConfigError: there are not that many devices.
+    """
+    devices = jax.devices()
+    if num_devices != -1 and not 1 <= num_devices <= len(devices):
+        raise ConfigError(
+            "mesh.data", num_devices, f"1 to {len(devices)} ({devices[0].platform}), or -1 for all"
+        )
+    devices = devices if num_devices == -1 else devices[:num_devices]
+    return jax.make_mesh((len(devices),), ("data",), (AxisType.Auto,), devices=devices)
+
+
+def over_data(mesh: Mesh) -> NamedSharding:
+    """The sharding of batches: the first axis is split over the devices."""
+    return NamedSharding(mesh, P("data"))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of states and results: every device has a copy."""
+    return NamedSharding(mesh, P())
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Sends this process' rows of a batch to its devices, as parts of the global arrays."""
+    sharding = over_data(mesh)
+    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+
+def with_sharding(shapes: PyTree, sharding: NamedSharding) -> PyTree:
+    """Adds a sharding to a tree of `jax.ShapeDtypeStruct`."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
+    )

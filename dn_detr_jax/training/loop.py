@@ -1,0 +1,513 @@
+"""The training loop and the evaluation of a trained run, read from top to bottom.
+
+The order of operations in `train` is the contract that makes runs resumable: a checkpoint holds the
+state after a number of steps, and everything else (data, noise, schedule) follows from the number.
+"""
+
+import dataclasses
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from absl import logging
+from flax import linen as nn
+from flax import traverse_util
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dn_detr_jax.config import ConfigError, validate
+from dn_detr_jax.data.datasets import Dataset, open_dataset
+from dn_detr_jax.data.loader import train_batches
+from dn_detr_jax.data.plan import steps_per_epoch
+from dn_detr_jax.evaluation import pictures
+from dn_detr_jax.evaluation.evaluate import Evaluation, Evaluator
+from dn_detr_jax.matching import host_timer
+from dn_detr_jax.models.registry import abstract_params, build_model, parameter_table, trainable
+from dn_detr_jax.sharding import make_mesh, put_batch, replicated, with_sharding
+from dn_detr_jax.training import schedules
+from dn_detr_jax.training.checkpoints import Checkpoints
+from dn_detr_jax.training.optimizer import describe, make_optimizer
+from dn_detr_jax.training.step import (
+    TrainState,
+    abstract_batch,
+    abstract_state,
+    init_state,
+    jit_detect,
+    jit_train_step,
+)
+from dn_detr_jax.training.writers import MetricWriter, Progress, read_metrics
+from dn_detr_jax.visualize import render_curves
+
+PyTree = Any
+
+
+class TrainingError(RuntimeError):
+    """Training that can't go on; one line with the step and the cause."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Setup:
+    """What training and evaluation share: everything up to the compiled programs."""
+
+    config: ConfigDict
+    mesh: Mesh
+    model: nn.Module
+    validation: Dataset
+    detect: Callable
+
+    @property
+    def class_names(self) -> list[str]:
+        return [category.name for category in self.validation.categories]
+
+
+def _set_up(config: ConfigDict) -> _Setup:
+    """Checks the config against itself, the devices and the data; compiles nothing."""
+    validate(config)
+    mesh = make_mesh(config.mesh.data)
+    for key in ("train", "eval"):
+        if config[key].batch_size % mesh.size:
+            raise ConfigError(
+                f"{key}.batch_size", config[key].batch_size, f"a multiple of {mesh.size} devices"
+            )
+    validation = open_dataset(config.data, "validation")
+    _check_classes(config, validation)
+    model = build_model(config.model)
+    detect = jit_detect(model=model, config=config, mesh=mesh)
+    return _Setup(config, mesh, model, validation, detect)
+
+
+def _check_classes(config: ConfigDict, dataset: Dataset) -> None:
+    if config.model.num_classes != len(dataset.categories):
+        raise ConfigError(
+            "model.num_classes",
+            config.model.num_classes,
+            f"{len(dataset.categories)}, the classes of {dataset.name!r}",
+        )
+
+
+def _is_first_process() -> bool:
+    return jax.process_index() == 0
+
+
+# --- Evaluation only -----------------------------------------------------------------------------
+
+
+def evaluate(config: ConfigDict, workdir: Path, step: str | int = "best") -> Evaluation:
+    """Evaluates a checkpoint, prints the COCO table and draws the pictures.
+
+    Args:
+      config: whole configuration; must fit the parameters of the checkpoint.
+      workdir: of the training run.
+      step: "latest", "best" or a number of steps.
+
+    Raises:
+      ConfigError, CheckpointError: something does not fit, before anything is compiled.
+    """
+    setup = _set_up(config)
+    shapes = with_sharding(abstract_params(setup.model), replicated(setup.mesh))
+    names = setup.class_names
+    with Checkpoints(workdir, config, class_names=names, read_only=True) as checkpoints:
+        params = checkpoints.restore_params(shapes, step)
+        number = checkpoints.find(step)
+    _, detect = _compile(setup)
+    evaluation = Evaluator(setup.validation, config, detect, setup.mesh)(params)
+    folder = _draw(setup, detect, params, workdir)
+    _report(evaluation, Path(workdir) / "checkpoints" / str(number), folder)
+    return evaluation
+
+
+def _report(evaluation: Evaluation, checkpoint: Path, folder: Path | None) -> None:
+    if _is_first_process():
+        print(f"\n{evaluation.table()}\n", flush=True)
+        print(f"checkpoint  {checkpoint}")
+        print(f"pictures    {folder or 'none: eval.pictures is 0'}", flush=True)
+
+
+def _draw(setup: _Setup, detect: Callable, params: PyTree, workdir: Path) -> Path | None:
+    """Draws detections, denoising and curves into the work directory."""
+    config = setup.config
+    if not config.eval.pictures or jax.process_count() > 1:
+        return None
+    drawn = {
+        "detections": pictures.detections(params, detect, setup.validation, config, setup.mesh)
+    }
+    if config.dn.groups:
+        dataset = open_dataset(config.data, "train")
+        batch = next(train_batches(dataset, config, 0, 1))
+        drawn |= pictures.denoising_groups(batch, config, setup.class_names)
+    metrics = Path(workdir) / "metrics.jsonl"
+    if metrics.exists():
+        drawn["curves"] = render_curves({Path(workdir).name: metrics})
+    steps = [line["step"] for line in read_metrics(workdir)]
+    with MetricWriter(workdir, start_step=max(steps, default=0)) as writer:
+        writer.images(max(steps, default=0), drawn)
+    return pictures.save(drawn, workdir)
+
+
+# --- Training ------------------------------------------------------------------------------------
+
+
+def train(config: ConfigDict, workdir: Path) -> Evaluation | None:
+    """Trains, or continues a training, and ends with the evaluation of the best checkpoint.
+
+    Args:
+      config: whole configuration.
+      workdir: for checkpoints, metrics and pictures; a run that is there is continued.
+
+    Returns:
+      The evaluation, or None if SIGTERM ended the training early: its state is saved then.
+
+    Raises:
+      ConfigError, CheckpointError: something does not fit, before anything is compiled.
+      TrainingError: loss or matching costs are not finite. The checkpoints are from before.
+    """
+    setup = _set_up(config)
+    training = open_dataset(config.data, "train")
+    _check_classes(config, training)
+    plan = _Plan.of(config, len(training))
+    params_shapes = abstract_params(setup.model)
+    is_trained = trainable(params_shapes, config.model)
+    train_mask = traverse_util.unflatten_dict(is_trained, sep="/")
+    optimizer, schedule = make_optimizer(
+        config, params_shapes, plan.per_epoch, plan.total, is_trained
+    )
+    _announce(setup, training, plan, params_shapes, is_trained)
+
+    checkpoints = Checkpoints(
+        workdir,
+        config,
+        keep_latest=config.checkpoint.keep_latest,
+        keep_best=config.checkpoint.keep_best,
+        class_names=setup.class_names,
+    )
+    with checkpoints:
+        step_function, metric_names = jit_train_step(
+            model=setup.model,
+            optimizer=optimizer,
+            trainable=train_mask,
+            config=config,
+            mesh=setup.mesh,
+        )
+        shapes = abstract_state(setup.model, optimizer, setup.mesh)
+        host_state: dict[str, Any] = {}
+        if checkpoints.latest_step() is None:
+            state = init_state(setup.model, optimizer, config.seed, setup.mesh)
+        else:
+            state, host_state = checkpoints.restore(shapes)
+            logging.info("continuing from step %d", int(state.step))
+        programs, detect = _compile(setup, step_function, shapes)
+        evaluator = Evaluator(setup.validation, config, detect, setup.mesh)
+        if host_state.get("instability") and evaluator.meter is not None:
+            evaluator.meter.load_state_dict(host_state["instability"])
+
+        run = _Run(
+            setup, plan, programs, metric_names, schedule, evaluator, checkpoints, Path(workdir)
+        )
+        finished = run.train(training, state)
+        if not finished:
+            return None
+        return _finish(setup, run, detect, with_sharding(params_shapes, replicated(setup.mesh)))
+
+
+def _finish(setup: _Setup, run: "_Run", detect: Callable, shapes: PyTree) -> Evaluation:
+    """Reports on the best checkpoint, evaluating it again only where it is not the last one."""
+    best = run.checkpoints.best_step()
+    step = best if best is not None else run.checkpoints.latest_step()
+    params = run.checkpoints.restore_params(shapes, step)
+    if run.last_evaluation is None or run.last_evaluation[0] != step:
+        evaluator = Evaluator(setup.validation, setup.config, detect, setup.mesh)
+        run.last_evaluation = (step, evaluator(params))
+    folder = _draw(setup, detect, params, run.workdir)
+    _report(run.last_evaluation[1], run.checkpoints.directory / str(step), folder)
+    return run.last_evaluation[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """All durations of a run, in steps."""
+
+    per_epoch: int
+    total: int
+    log_every: int
+    eval_every: int
+    checkpoint_every: int
+
+    @classmethod
+    def of(cls, config: ConfigDict, num_images: int) -> "_Plan":
+        per_epoch = steps_per_epoch(num_images, config.train.batch_size)
+
+        def steps(name, total=None):
+            key = f"train.{name}"
+            return max(schedules.steps(config.train[name], per_epoch, total, key=key), 1)
+
+        total = steps("duration")
+        every = (steps(f"{name}_every", total) for name in ("log", "eval", "checkpoint"))
+        return cls(per_epoch, total, *every)
+
+
+def _announce(
+    setup: _Setup, training: Dataset, plan: _Plan, params: PyTree, is_trained: dict[str, bool]
+) -> None:
+    """Logs what is about to be trained, on what, for how long."""
+    table = parameter_table(params, is_trained)
+    logging.info("parameters:\n%s\n%s", table, describe(params, setup.config, is_trained))
+    per_image = np.diff(training.annotations.offsets)
+    over = int((per_image > setup.config.data.max_objects).sum())
+    logging.info(
+        "%s: %d training pictures, %d validation pictures, %d classes; up to %d objects in a "
+        "picture, %d pictures have more than data.max_objects=%d",
+        training.name,
+        len(training),
+        len(setup.validation),
+        len(training.categories),
+        per_image.max(initial=0),
+        over,
+        setup.config.data.max_objects,
+    )
+    logging.info(
+        "%d steps of %d pictures (%.1f epochs) on %d %s devices",
+        plan.total,
+        setup.config.train.batch_size,
+        plan.total / plan.per_epoch,
+        setup.mesh.size,
+        jax.devices()[0].platform,
+    )
+
+
+def _compile(
+    setup: _Setup, step_function: Callable | None = None, state: TrainState | None = None
+) -> tuple[dict[tuple[int, int], Callable], Callable]:
+    """Compiles every program of the run ahead: one per canvas for training and for evaluation.
+
+    Returns:
+      Train steps by canvas (none without `step_function`), and the `detect` for all canvases.
+    """
+    config, mesh = setup.config, setup.mesh
+    params = with_sharding(abstract_params(setup.model), replicated(mesh))
+    canvases = [tuple(canvas) for canvas in config.data.canvases]
+
+    def compile_one(task):
+        purpose, canvas = task
+        batch = abstract_batch(config, purpose, mesh, canvas)
+        start = time.monotonic()
+        if purpose == "train":
+            program = step_function.lower(state, batch).compile()
+        else:
+            program = setup.detect.lower(params, batch).compile()
+        seconds = time.monotonic() - start
+        logging.info("compiled %s for %d x %d in %.1f s", purpose, *canvas, seconds)
+        return task, program
+
+    purposes = ["eval"] if step_function is None else ["train", "eval"]
+    tasks = [(purpose, canvas) for purpose in purposes for canvas in canvases]
+    # Accelerators time candidate kernels while compiling, which must not overlap.
+    workers = len(canvases) if mesh.devices.flat[0].platform == "cpu" else 1
+    with ThreadPoolExecutor(workers) as pool:
+        programs = dict(pool.map(compile_one, tasks))
+
+    def detect(params, batch):
+        return programs["eval", batch["image"].shape[1:3]](params, batch)
+
+    return {canvas: programs.get(("train", canvas)) for canvas in canvases}, detect
+
+
+class _StopSignal:
+    """Turns SIGTERM into a flag that the loop reads between steps."""
+
+    def __init__(self):
+        self.received = False
+        self._previous = None
+
+    def __enter__(self) -> "_StopSignal":
+        # Only the main thread may install handlers; elsewhere (notebooks) there is none.
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGTERM, self._receive)
+        return self
+
+    def _receive(self, *_: Any) -> None:
+        self.received = True
+
+    def __exit__(self, *_: object) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
+
+
+class _Run:
+    """A training under way: the loop over steps, and what it does every so often."""
+
+    def __init__(
+        self,
+        setup: _Setup,
+        plan: _Plan,
+        programs: dict[tuple[int, int], Callable],
+        metric_names: list[str],
+        schedule: optax.Schedule,
+        evaluator: Evaluator,
+        checkpoints: Checkpoints,
+        workdir: Path,
+    ):
+        self.setup, self.plan, self.programs = setup, plan, programs
+        self.metric_names, self.schedule = metric_names, schedule
+        self.evaluator, self.checkpoints, self.workdir = evaluator, checkpoints, workdir
+        self.last_evaluation: tuple[int, Evaluation] | None = None
+        self._window = _Window()
+
+    def train(self, dataset: Dataset, state: TrainState) -> bool:
+        """Trains to the end of the plan; False if SIGTERM came before."""
+        start, first = int(state.step), _is_first_process()
+        config, total = self.setup.config, self.plan.total
+        batches = train_batches(
+            dataset, config, start, total - start, jax.process_index(), jax.process_count()
+        )
+        with (
+            MetricWriter(self.workdir, first, start) as self._writer,
+            _StopSignal() as stop,
+        ):
+            self._progress = Progress(total, start, first)
+            if start == 0:
+                self._writer.text("config", f"```\n{config}\n```")
+            try:
+                return self._steps(batches, state, start, stop)
+            finally:
+                batches.close()
+                self._progress.close()
+
+    def _steps(
+        self, batches: Iterator[dict], state: TrainState, start: int, stop: _StopSignal
+    ) -> bool:
+        plan, window = self.plan, self._window
+        window.restart()
+        for step in range(start + 1, plan.total + 1):
+            waited = time.monotonic()
+            batch = next(batches)
+            window.waiting += time.monotonic() - waited
+            window.dropped += batch.pop("dropped_objects")
+            program = self.programs[batch["image"].shape[1:3]]
+            state, metrics = program(state, put_batch(batch, self.setup.mesh))
+            window.add(metrics)
+            self._progress.update(step)
+
+            last = step == plan.total
+            if step % plan.log_every == 0 or last:
+                self._log(step)
+            evaluates = step % plan.eval_every == 0 or last
+            evaluation = self._evaluate(step, state) if evaluates else None
+            stopped = self._agreed(stop.received)
+            if evaluates or stopped or step % plan.checkpoint_every == 0:
+                self._save(step, state, evaluation)
+            if stopped and not last:
+                self.checkpoints.wait()
+                self._progress.message(f"SIGTERM: saved step {step}; the same command continues")
+                return False
+        return True
+
+    def _agreed(self, received: bool) -> bool:
+        """Whether to stop now, the same on all processes."""
+        if jax.process_count() == 1:
+            return received
+        from jax.experimental import multihost_utils
+
+        return bool(multihost_utils.process_allgather(np.array(received)).any())
+
+    def _log(self, step: int) -> None:
+        """Writes the means since the last log; the only place that waits for the device."""
+        values = self._checked(step)
+        if values is None:
+            return
+        window, config = self._window, self.setup.config
+        seconds = window.seconds()
+        rate = config.train.batch_size * window.count / seconds
+        record = {f"train/{name}": value for name, value in values.items()}
+        record |= {
+            "train/learning_rate": self.schedule(step - 1),
+            "train/epoch": step / self.plan.per_epoch,
+            "time/images_per_second": rate,
+            "time/data_wait_share": window.waiting / seconds,
+            "time/data_wait_seconds": window.waiting,
+            "time/matching_seconds": host_timer.take(),
+            "time/seconds": seconds,
+            "data/dropped_objects": window.dropped,
+        }
+        for pattern, factor in config.optimizer.lr_multipliers:
+            name = pattern.strip("^$/")
+            record[f"train/learning_rate_{name}"] = factor * record["train/learning_rate"]
+        self._writer.scalars(step, record)
+        self._progress.log(step, values["loss"], rate)
+        window.restart()
+
+    def _checked(self, step: int) -> dict[str, float] | None:
+        """Means of the metrics since the last call, after a check that all are finite."""
+        if not self._window.metrics:
+            return None
+        rows = np.stack(jax.device_get(self._window.metrics))  # [steps, K]
+        self._window.metrics.clear()
+        column = {name: i for i, name in enumerate(self.metric_names)}
+        bad = ~np.isfinite(rows).all(axis=1) | (rows[:, column["nonfinite_costs"]] > 0)
+        if bad.any():
+            worst = int(np.argmax(bad))
+            terms = [n for n, value in zip(self.metric_names, rows[worst]) if not np.isfinite(value)]
+            costs = int(rows[worst, column["nonfinite_costs"]])
+            raise TrainingError(
+                f"step {step - len(rows) + worst + 1}: not finite: "
+                f"{', '.join(terms[:6]) or 'nothing else'}; {costs} matching costs not finite. "
+                f"The last checkpoint is step {self.checkpoints.latest_step()}; a lower "
+                "optimizer.learning_rate or a longer optimizer.warmup usually helps"
+            )
+        return dict(zip(self.metric_names, map(float, rows.mean(axis=0)), strict=True))
+
+    def _evaluate(self, step: int, state: TrainState) -> Evaluation:
+        self._log(step)  # what is not finite must neither be evaluated nor saved
+        start = time.monotonic()
+        evaluation = self.evaluator(state.params)
+        seconds = time.monotonic() - start
+        record = {f"eval/{name}": value for name, value in evaluation.metrics.items()}
+        record |= {f"eval_class/{name}": value for name, value in evaluation.per_class.items()}
+        self._writer.scalars(step, record | {"time/eval_seconds": seconds})
+        instability = evaluation.metrics.get("instability")
+        self._progress.message(
+            f"step {step}: AP {evaluation.metrics['AP']:.3f}, AP50 {evaluation.metrics['AP50']:.3f}"
+            + (f", instability {instability:.2f}" if instability is not None else "")
+            + f" ({seconds:.1f} s)"
+        )
+        self._progress.pause(seconds)
+        self.last_evaluation = (step, evaluation)
+        self._window.restart()
+        return evaluation
+
+    def _save(self, step: int, state: TrainState, evaluation: Evaluation | None) -> None:
+        self._log(step)
+        host_state = {}
+        if self.evaluator.meter is not None:
+            host_state["instability"] = self.evaluator.meter.state_dict()
+        if self.checkpoints.latest_step() == step:
+            return
+        self.checkpoints.save(
+            step, state, host_state, evaluation.metrics if evaluation is not None else None
+        )
+
+
+class _Window:
+    """Figures since the last log."""
+
+    def __init__(self):
+        self.metrics: list[jax.Array] = []
+        self.restart()
+
+    def restart(self) -> None:
+        """Starts anew; metrics that were not read yet stay."""
+        self.count, self.waiting, self.dropped = 0, 0.0, 0
+        self._start = time.monotonic()
+
+    def add(self, metrics: jax.Array) -> None:
+        self.metrics.append(metrics)
+        self.count += 1
+
+    def seconds(self) -> float:
+        return max(time.monotonic() - self._start, 1e-9)

@@ -1,0 +1,192 @@
+"""AdamW as in the official DN-DETR training: clipping, rates by parameter path, frozen parameters.
+
+Decoupled weight decay (Loshchilov & Hutter, "Decoupled Weight Decay Regularization", 2019) acts on
+every trained parameter, normalisation and biases included, as in the official code. Three steps
+with clipping and two rates equal PyTorch's `clip_grad_norm_` followed by `AdamW`.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from dn_detr_jax.config import ConfigError, base_config
+from dn_detr_jax.training.schedules import learning_rate_schedule
+
+PyTree = Any
+
+
+def parameter_paths(params: PyTree) -> list[str]:
+    """The paths of all parameters in the order of `jax.tree.leaves`, "/" between the keys.
+
+    Examples:
+      >>> parameter_paths({"backbone": {"conv1": {"kernel": 0}}, "head": {"bias": 0}})
+      ['backbone/conv1/kernel', 'head/bias']
+    """
+    return [_path(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)]
+
+
+def _path(keys: tuple) -> str:
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rates:
+    """What the patterns of the config decide: for each parameter its rule and its factor."""
+
+    rules: dict[str, int]  # path -> index into lr_multipliers, -1: none matches
+    factors: dict[str, float]  # path -> learning-rate factor, 0: frozen
+
+
+def _assign_rates(
+    params_shapes: PyTree, config: ConfigDict, trainable: Mapping[str, bool] | None
+) -> _Rates:
+    multipliers = config.optimizer.lr_multipliers
+    paths = parameter_paths(params_shapes)
+    rules = {}
+    for path in paths:
+        matching = (i for i, (pattern, _) in enumerate(multipliers) if re.search(pattern, path))
+        rules[path] = next(matching, -1)
+    taken = set(rules.values())
+    defaults = [pattern for pattern, _ in base_config().optimizer.lr_multipliers]
+    for i, (pattern, _) in enumerate(multipliers):
+        # The default patterns are there for every model, also for one without such a part.
+        if i in taken or pattern in defaults:
+            continue
+        if any(re.search(pattern, path) for path in paths):
+            reason = f"{pattern!r} gets no parameter: earlier patterns take all that it matches"
+        else:
+            reason = f"{pattern!r} matches no parameter; paths are like {paths[0]!r}"
+        raise ConfigError("optimizer.lr_multipliers", multipliers, reason)
+    factors = {path: float(multipliers[i][1]) if i >= 0 else 1.0 for path, i in rules.items()}
+    if trainable is not None:
+        factors = {path: factor * trainable[path] for path, factor in factors.items()}
+    if not any(factors.values()):
+        raise ConfigError(
+            "optimizer.lr_multipliers", multipliers, "no parameter is left to be trained"
+        )
+    return _Rates(rules, factors)
+
+
+def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+    """Scales the gradients g to a global norm of at most `max_norm`, as PyTorch does.
+
+    The factor is `min(1, max_norm / (|g| + 1e-6))`. `optax.clip_by_global_norm` has no 1e-6, which
+    at the usual `max_norm` of 0.1 is a relative difference of up to 1e-5 in every update.
+
+    Args:
+      max_norm: at least 0; 0 leaves the gradients as they are.
+    """
+
+    def update(updates, state, params=None):
+        del params
+        factor = jnp.minimum(1.0, max_norm / (optax.tree.norm(updates) + 1e-6))
+        return jax.tree.map(lambda g: g * factor.astype(g.dtype), updates), state
+
+    if max_norm <= 0:
+        return optax.identity()
+    return optax.GradientTransformation(optax.init_empty_state, update)
+
+
+def _scale_by_path(factors: dict[str, float]) -> optax.GradientTransformation:
+    """Multiplies the update of every parameter by the factor of its path."""
+
+    def update(updates, state, params=None):
+        del params
+        return jax.tree_util.tree_map_with_path(
+            lambda keys, u: u * jnp.asarray(factors[_path(keys)], u.dtype), updates
+        ), state
+
+    return optax.GradientTransformation(optax.init_empty_state, update)
+
+
+def make_optimizer(
+    config: ConfigDict,
+    params_shapes: PyTree,
+    steps_per_epoch: int,
+    total_steps: int,
+    trainable: Mapping[str, bool] | None = None,
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optimizer of a run.
+
+    For a parameter p with clipped gradient g, learning-rate factor f and rate r of the step,
+    `p <- p - f * r * (m / (sqrt(v) + eps) + weight_decay * p)` with the bias-corrected moments
+    m of g and v of g ** 2; eps is added outside the root, as in PyTorch.
+
+    Args:
+      config: the experiment; its `optimizer` section is used.
+      params_shapes: the parameters, or what `jax.eval_shape` says of them.
+      steps_per_epoch: steps of one pass over the training data.
+      total_steps: steps of the whole training.
+      trainable: whether to train a parameter, by its path; None: all of them. A parameter with
+        False, or with a factor of 0 in `config.optimizer.lr_multipliers`, is frozen: it gets
+        no update, no decay and no moments, and its gradient does not count for clipping.
+
+    Returns:
+      The transformation, whose state holds arrays shaped like parameters and scalars only, and
+      the learning rate by step for a factor of 1.
+
+    Raises:
+      ConfigError: a pattern that takes no parameter (the default patterns may), nothing left
+        to train, or a wrong duration.
+    """
+    rates = _assign_rates(params_shapes, config, trainable)
+    schedule = learning_rate_schedule(config.optimizer, steps_per_epoch, total_steps)
+    settings = config.optimizer
+    trained = optax.chain(
+        clip_by_global_norm(settings.clip_norm),
+        optax.scale_by_adam(b1=settings.b1, b2=settings.b2, eps=settings.eps),
+        optax.add_decayed_weights(settings.weight_decay),
+        _scale_by_path(rates.factors),
+        optax.scale_by_learning_rate(schedule),
+    )
+    labels = jax.tree_util.tree_map_with_path(
+        lambda keys, _: "trained" if rates.factors[_path(keys)] else "frozen", params_shapes
+    )
+    transforms = {"trained": trained, "frozen": optax.set_to_zero()}
+    return optax.partition(transforms, labels), schedule
+
+
+def describe(
+    params_shapes: PyTree, config: ConfigDict, trainable: Mapping[str, bool] | None = None
+) -> str:
+    """A table for the log: which parameters each learning-rate pattern took.
+
+    Args:
+      params_shapes, config, trainable: as for `make_optimizer`.
+
+    Returns:
+      A line per pattern, in the order of the config, one for the parameters that no pattern
+      matches, and one for the frozen ones, each with counts of arrays and of parameters.
+
+    Raises:
+      ConfigError: as `make_optimizer`.
+    """
+    rates = _assign_rates(params_shapes, config, trainable)
+    shapes = [leaf.shape for leaf in jax.tree.leaves(params_shapes)]
+    sizes = dict(zip(parameter_paths(params_shapes), map(math.prod, shapes), strict=True))
+    base = config.optimizer.learning_rate
+    rows = [
+        (pattern, factor, [path for path in sizes if rates.rules[path] == i])
+        for i, (pattern, factor) in enumerate(config.optimizer.lr_multipliers)
+    ]
+    rows.append(("(all others)", 1.0, [path for path in sizes if rates.rules[path] < 0]))
+    lines = []
+    for name, factor, paths in rows:
+        trained = [path for path in paths if rates.factors[path]]
+        lines.append(_describe_row(name, f"rate {base * factor:.3g}", trained, sizes))
+    frozen = [path for path in sizes if not rates.factors[path]]
+    lines.append(_describe_row("(frozen)", "no update", frozen, sizes))
+    return "\n".join(lines)
+
+
+def _describe_row(name: str, rate: str, paths: list[str], sizes: dict[str, int]) -> str:
+    count = sum(sizes[path] for path in paths)
+    example = f"  e.g. {paths[0]}" if paths else ""
+    return f"{name:<24} {rate:<14} {len(paths):>5} arrays {count:>13,} parameters{example}"

@@ -1,0 +1,351 @@
+"""The compiled training and evaluation steps, sharded over a mesh.
+
+One `jax.jit` with explicit shardings each: the batch is split over the mesh axis `data`, state and
+metrics are replicated, and losses are sums over the global batch divided by global counts. The
+compiler puts in the gradient's all-reduce; nothing in the losses knows of devices. Random numbers
+come from the seed and the step by `jax.random.fold_in`, so they depend neither on the number of
+devices nor on where a run was interrupted.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dn_detr_jax import denoising, losses, matching
+from dn_detr_jax.evaluation.postprocess import select_detections
+from dn_detr_jax.models.dn_dab_detr import normalize_images
+from dn_detr_jax.sharding import over_data, replicated, with_sharding
+
+PyTree = Any
+Batch = dict[str, jax.Array]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """What a training step maps to its successor.
+
+    Attributes:
+      step: int32 scalar, steps done.
+      params: nested dictionary of float32 arrays.
+      opt_state: of the optax transformation.
+    """
+
+    step: jax.Array
+    params: PyTree
+    opt_state: PyTree
+
+
+def abstract_state(
+    model: nn.Module, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """Shapes and shardings of the train state; computes nothing."""
+    shapes = jax.eval_shape(_init_function(model, optimizer), jax.random.key(0))
+    return with_sharding(shapes, replicated(mesh))
+
+
+def init_state(
+    model: nn.Module, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh
+) -> TrainState:
+    """Initialises the state on the mesh.
+
+    Args:
+      model: detector.
+      optimizer: its state goes into the train state.
+      seed: of the parameters.
+      mesh: with an axis `data`.
+    """
+    init = jax.jit(_init_function(model, optimizer), out_shardings=replicated(mesh))
+    return init(jax.random.key(seed))
+
+
+def _init_function(
+    model: nn.Module, optimizer: optax.GradientTransformation
+) -> Callable[[jax.Array], TrainState]:
+    def init(key):
+        # Parameters do not depend on the size of the picture.
+        variables = model.init(key, jnp.zeros((1, 64, 64, 3)), jnp.full((1, 2), 64))
+        params = variables["params"]
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    return init
+
+
+def _match(
+    outputs: dict[str, jax.Array], batch: Batch, config: ConfigDict, mesh: Mesh
+) -> tuple[jax.Array, jax.Array]:
+    """Assignment int32 [B, L, M] of all layers, and the number of costs that were not finite."""
+    cost = matching.matching_cost(
+        outputs["pred_logits"],
+        outputs["pred_boxes"],
+        batch["labels"],
+        batch["boxes"],
+        **config.matcher,
+        alpha=config.loss.focal_alpha,
+        gamma=config.loss.focal_gamma,
+    )
+    cost, nonfinite = matching.sanitize(cost, batch["valid"])
+    return matching.assign(cost, batch["valid"], mesh), nonfinite
+
+
+def _by_layer(terms: dict[str, jax.Array], prefix: str) -> dict[str, jax.Array]:
+    """{"loss_ce": [L]} to scalars: the last layer without suffix, the others `_0`, `_1`, ..."""
+    named = {}
+    for name, values in terms.items():
+        for layer in range(len(values) - 1):
+            named[f"{prefix}{name}_{layer}"] = values[layer]
+        named[f"{prefix}{name}"] = values[-1]
+    return named
+
+
+def compute_losses(
+    params: PyTree,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    model: nn.Module,
+    config: ConfigDict,
+    mesh: Mesh,
+    noise: denoising.Noise | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The training loss of a batch and all its terms.
+
+    Args:
+      params: of the model.
+      batch: `image` uint8 [B, H, W, 3], `size` [B, 2], `labels` [B, M], `boxes` [B, M, 4] and
+        `valid` [B, M].
+      key: for noise and dropout of this step.
+      model: detector.
+      config: whole configuration.
+      mesh: for the matching.
+      noise: draws to use in place of those from `key`.
+
+    Returns:
+      The weighted sum over decoder layers of matching and denoising losses, and a dictionary of
+      scalars: `loss_ce`, `loss_ce_0`, ..., the same with `dn_` in front for the denoising part,
+      `num_objects` and `nonfinite_costs`.
+    """
+    noise_key, dropout_key = jax.random.split(key)
+    dn = None
+    if config.dn.groups:
+        labels = batch["labels"]
+        if noise is None:
+            slots = (labels.shape[0], config.dn.groups * labels.shape[1])
+            noise = denoising.draw_noise(noise_key, slots, config.model.num_classes)
+        dn = denoising.prepare(
+            labels,
+            batch["boxes"],
+            batch["valid"],
+            noise,
+            groups=config.dn.groups,
+            label_noise=config.dn.label_noise,
+            box_noise=config.dn.box_noise,
+        )
+    outputs = model.apply(
+        {"params": params},
+        normalize_images(batch["image"], batch["size"]),
+        batch["size"],
+        dn,
+        attend_padding=config.dn.attend_padding,
+        train=True,
+        rngs={"dropout": dropout_key},
+    )
+    total, terms, _ = criterion(outputs, dn, batch, config=config, mesh=mesh)
+    return total, terms
+
+
+def criterion(
+    outputs: dict[str, jax.Array],
+    dn: denoising.Denoising | None,
+    batch: Batch,
+    *,
+    config: ConfigDict,
+    mesh: Mesh,
+) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
+    """The training loss of a model's outputs.
+
+    Args:
+      outputs: `pred_logits` [L, B, S + N, C] and `pred_boxes` [L, B, S + N, 4].
+      dn: the denoising queries among them, or None.
+      batch: `labels`, `boxes` and `valid`.
+      config: whole configuration.
+      mesh: for the matching.
+
+    Returns:
+      The loss and the terms of `compute_losses`, and the assignment int32 [B, L, M].
+    """
+    # Split before matching: a denoising query must never be matched.
+    parts = {name: denoising.split(x, dn) for name, x in outputs.items()}
+    matched = {name: part[1] for name, part in parts.items()}
+    assignment, nonfinite = _match(matched, batch, config, mesh)
+    focal = {"alpha": config.loss.focal_alpha, "gamma": config.loss.focal_gamma}
+    weights = {k: v for k, v in config.loss.items() if k.startswith("weight_")}
+    terms = losses.set_criterion(
+        **matched,
+        labels=batch["labels"],
+        boxes=batch["boxes"],
+        valid=batch["valid"],
+        assignment=assignment,
+        **focal,
+    )
+    total = losses.weighted_total(terms, **weights)
+    named = _by_layer(terms, "")
+    if dn is not None:
+        terms = denoising.reconstruction_loss(
+            parts["pred_logits"][0], parts["pred_boxes"][0], dn, **focal
+        )
+        total = total + losses.weighted_total(terms, **weights)
+        named |= _by_layer(terms, "dn_")
+    named["num_objects"] = jnp.sum(batch["valid"], dtype=jnp.float32)
+    named["nonfinite_costs"] = nonfinite.astype(jnp.float32)
+    return total, named, assignment
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    trainable: PyTree,
+    config: ConfigDict,
+    mesh: Mesh,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimizer step. `trainable` has a bool for every parameter; see `compute_losses`.
+
+    Returns:
+      The new state and the metrics: `loss`, its terms, and the global norms `grad_norm` (before
+      clipping), `update_norm` and `param_norm`.
+    """
+    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+
+    def loss_of(params):
+        # Without this, the backward pass of frozen layers would be computed and thrown away.
+        params = jax.tree.map(
+            lambda p, train: p if train else jax.lax.stop_gradient(p), params, trainable
+        )
+        return compute_losses(params, batch, key, model=model, config=config, mesh=mesh)
+
+    (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics |= {
+        "loss": loss,
+        "grad_norm": optax.tree.norm(grads),
+        "update_norm": optax.tree.norm(updates),
+        "param_norm": optax.tree.norm(params),
+    }
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def detect(
+    params: PyTree, batch: Batch, *, model: nn.Module, config: ConfigDict, mesh: Mesh
+) -> dict[str, jax.Array]:
+    """Detections of a batch, and the matching of the last decoder layer.
+
+    Returns:
+      `scores`, `labels` and `boxes` as `select_detections`; `assignment` int32 [B, M], the query
+      matched to each object, -1 for padding; and `image_id` int32 [B].
+    """
+    images = normalize_images(batch["image"], batch["size"])
+    outputs = model.apply({"params": params}, images, batch["size"])
+    outputs = {name: x[-1:] for name, x in outputs.items()}
+    assignment, _ = _match(outputs, batch, config, mesh)
+    detections = select_detections(
+        outputs["pred_logits"][0], outputs["pred_boxes"][0], config.eval.num_select
+    )
+    return detections | {"assignment": assignment[:, 0], "image_id": batch["image_id"]}
+
+
+def jit_train_step(
+    *,
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    trainable: PyTree,
+    config: ConfigDict,
+    mesh: Mesh,
+) -> tuple[Callable[[TrainState, Batch], tuple[TrainState, jax.Array]], list[str]]:
+    """The jitted train step, with its metrics in one vector so that logging is one transfer.
+
+    Args:
+      model: detector.
+      optimizer: of the state.
+      trainable: bool for every parameter.
+      config: whole configuration; baked into the program.
+      mesh: devices.
+
+    Returns:
+      A function (state, batch) -> (state, float32 [K]) that takes over (donates) the state, and
+      the names of the K metrics. It compiles once for each canvas.
+    """
+
+    def step(state, batch):
+        return train_step(
+            state,
+            batch,
+            model=model,
+            optimizer=optimizer,
+            trainable=trainable,
+            config=config,
+            mesh=mesh,
+        )
+
+    shapes = abstract_state(model, optimizer, mesh), abstract_batch(config, "train", mesh)
+    names = sorted(jax.eval_shape(step, *shapes)[1])
+
+    def packed(state, batch):
+        state, metrics = step(state, batch)
+        return state, jnp.stack([metrics[name].astype(jnp.float32) for name in names])
+
+    everywhere = replicated(mesh)
+    jitted = jax.jit(
+        packed,
+        in_shardings=(everywhere, over_data(mesh)),
+        out_shardings=(everywhere, everywhere),
+        donate_argnums=0,
+    )
+    return jitted, names
+
+
+def jit_detect(
+    *, model: nn.Module, config: ConfigDict, mesh: Mesh
+) -> Callable[[PyTree, Batch], dict[str, jax.Array]]:
+    """The jitted `detect`: (params, batch) -> detections, gathered on every device."""
+
+    def step(params, batch):
+        return detect(params, batch, model=model, config=config, mesh=mesh)
+
+    everywhere = replicated(mesh)
+    return jax.jit(step, in_shardings=(everywhere, over_data(mesh)), out_shardings=everywhere)
+
+
+def abstract_batch(
+    config: ConfigDict, purpose: str, mesh: Mesh, canvas: tuple[int, int] | None = None
+) -> Batch:
+    """Shapes of a batch.
+
+    Args:
+      config: whole configuration.
+      purpose: "train" or "eval", whose batch size it takes.
+      mesh: devices.
+      canvas: (height, width), by default the first of the config.
+    """
+    batch_size = config[purpose].batch_size
+    height, width = canvas or config.data.canvases[0]
+    objects = config.data.max_objects
+    shapes = {
+        "image": ((height, width, 3), jnp.uint8),
+        "size": ((2,), jnp.int32),
+        "labels": ((objects,), jnp.int32),
+        "boxes": ((objects, 4), jnp.float32),
+        "valid": ((objects,), jnp.bool),
+        "image_id": ((), jnp.int32),
+    }
+    structs = {k: jax.ShapeDtypeStruct((batch_size, *s), d) for k, (s, d) in shapes.items()}
+    return with_sharding(structs, over_data(mesh))

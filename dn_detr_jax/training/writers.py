@@ -1,0 +1,226 @@
+"""What a run tells about itself: `metrics.jsonl`, TensorBoard, and progress on the terminal.
+
+`metrics.jsonl` in the work directory has one JSON object per line, `{"step": 50, "time": ..., ...}`
+with the time in seconds since 1970; a value that is not finite is `null`. A resumed run continues
+the file as if it had never been interrupted. TensorBoard's files are in `tensorboard/`.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+
+class MetricWriter:
+    """Writes scalars, pictures and texts of a run; a context manager."""
+
+    def __init__(self, workdir: str | os.PathLike, enabled: bool = True, start_step: int = 0):
+        """Opens the files for appending.
+
+        Args:
+          workdir: the run's directory, made if necessary.
+          enabled: False on all processes but the first: nothing is written.
+          start_step: the step that the run starts or resumes from; what an interrupted run
+            wrote about later steps is removed.
+        """
+        self._file: TextIO | None = None
+        self._tensorboard: SummaryWriter | None = None
+        if not enabled:
+            return
+        workdir = Path(workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+        path = workdir / "metrics.jsonl"
+        _remove_after(path, start_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._tensorboard = SummaryWriter(
+            logdir=str(workdir / "tensorboard"), purge_step=start_step + 1, flush_secs=30
+        )
+
+    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+        """Writes one line and as many TensorBoard scalars.
+
+        Args:
+          step: steps done so far.
+          values: numbers by name, also as arrays without dimensions. Waits for them if they
+            are still being computed.
+        """
+        if self._file is None or self._tensorboard is None:
+            return
+        now = time.time()
+        numbers = {name: _number(value) for name, value in values.items()}
+        line: dict[str, Any] = {"step": int(step), "time": round(now, 3)}
+        line |= {name: x if math.isfinite(x) else None for name, x in numbers.items()}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+        for name, number in numbers.items():
+            self._tensorboard.add_scalar(name, number, int(step), walltime=now)
+
+    def images(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+        """Writes pictures, uint8 [H, W, 3], by name to TensorBoard."""
+        if self._tensorboard is None:
+            return
+        for name, picture in pictures.items():
+            self._tensorboard.add_image(name, np.asarray(picture), int(step), dataformats="HWC")
+        self._tensorboard.flush()
+
+    def text(self, name: str, text: str, step: int = 0) -> None:
+        """Writes a text, for example the config, to TensorBoard; line breaks stay."""
+        if self._tensorboard is not None:
+            indented = "".join(f"    {line}\n" for line in text.splitlines())
+            self._tensorboard.add_text(name, indented, int(step))
+
+    def close(self) -> None:
+        """Flushes and closes; may be called twice."""
+        if self._file is not None and self._tensorboard is not None:
+            self._file.close()
+            self._tensorboard.close()
+        self._file = self._tensorboard = None
+
+    def __enter__(self) -> "MetricWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+    """The lines of a work directory's `metrics.jsonl`, in their order; [] without the file.
+
+    A last line that a killed run did not complete is left out.
+    """
+    path = Path(workdir) / "metrics.jsonl"
+    return [values for values, _ in _read_lines(path)]
+
+
+def _read_lines(path: Path) -> list[tuple[dict[str, Any], str]]:
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            values = json.loads(line)
+        except ValueError:
+            continue  # cut short by a kill
+        if isinstance(values, dict) and "step" in values and line.endswith("\n"):
+            lines.append((values, line))
+    return lines
+
+
+def _remove_after(path: Path, step: int) -> None:
+    """Removes the lines about later steps, in a way that a kill can't lose the others."""
+    if not path.exists():
+        return
+    kept = [line for values, line in _read_lines(path) if values["step"] <= step]
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)
+
+
+def _number(value: Any) -> int | float:
+    number = np.asarray(value).item()
+    return int(number) if isinstance(number, bool) else number
+
+
+class Progress:
+    """Shows how far the training is: a bar with the time left, or lines where there is no terminal.
+
+    Every process may make one; those that are not `enabled` show nothing.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        start_step: int = 0,
+        enabled: bool = True,
+        stream: TextIO | None = None,
+    ):
+        """Starts the clock.
+
+        Args:
+          total_steps: steps of the whole training.
+          start_step: steps done before.
+          enabled: False: show nothing.
+          stream: where to; None: stderr.
+        """
+        self._stream = stream or sys.stderr
+        self._enabled = enabled
+        self._total, self._start = total_steps, start_step
+        self._began = time.monotonic()
+        self._paused = 0.0
+        self._bar = None
+        if enabled and self._stream.isatty():
+            self._bar = tqdm(
+                total=total_steps,
+                initial=start_step,
+                file=self._stream,
+                unit="step",
+                dynamic_ncols=True,
+            )
+
+    def update(self, step: int) -> None:
+        """Moves the bar to `step`; costs nothing elsewhere."""
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+
+    def log(self, step: int, loss: float, images_per_second: float) -> None:
+        """Shows the figures of a log event: beside the bar, or as a line of their own."""
+        if self._bar is not None:
+            self.update(step)
+            self._bar.set_postfix_str(f"loss {loss:.4g}, {images_per_second:.1f} img/s")
+        elif self._enabled:
+            self.message(
+                f"step {step:>{len(str(self._total))}}/{self._total}  loss {loss:.4f}  "
+                f"{images_per_second:.1f} img/s  {format_seconds(self._seconds_left(step))} left"
+            )
+
+    def message(self, text: str) -> None:
+        """Shows a text without breaking the bar."""
+        if self._bar is not None:
+            self._bar.write(text, file=self._stream)
+        elif self._enabled:
+            print(text, file=self._stream, flush=True)
+
+    def pause(self, seconds: float) -> None:
+        """Leaves `seconds` spent on something else (an evaluation) out of the time left."""
+        self._paused += seconds
+        if self._bar is not None:
+            self._bar.start_t += seconds
+
+    def _seconds_left(self, step: int) -> float:
+        done = step - self._start
+        elapsed = time.monotonic() - self._began - self._paused
+        return elapsed / done * (self._total - step) if done > 0 else math.nan
+
+    def close(self) -> None:
+        """Leaves the terminal clean; may be called twice."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration for people.
+
+    Examples:
+      >>> format_seconds(42.4), format_seconds(754), format_seconds(9000), format_seconds(200000)
+      ('42s', '12m34s', '2h30m', '2d07h')
+      >>> format_seconds(float("nan"))
+      '?'
+    """
+    if not math.isfinite(seconds):
+        return "?"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"

@@ -1,0 +1,433 @@
+"""Checkpoints: bit-exact, atomic, and every failure is one line that names path and cause."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+from dn_detr_jax.config import base_config
+from dn_detr_jax.training.checkpoints import CheckpointError, Checkpoints, read_config
+
+
+@flax.struct.dataclass
+class State:
+    step: jax.Array
+    params: Any
+    opt_state: Any
+
+
+class Nothing(NamedTuple):
+    """A part of an optimizer's state without arrays."""
+
+
+def make_state(seed=0, width=5):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    params = {
+        "backbone": {"kernel": jax.random.normal(keys[0], (3, width))},
+        "head": {"bias": jax.random.normal(keys[1], (7,)).astype(jnp.bfloat16)},
+        "scale": jnp.float32(np.nan),  # bits, not values
+    }
+    mask = {"backbone": {"kernel": True}, "head": {"bias": False}, "scale": True}
+    opt_state = optax.masked(optax.adam(1e-3), mask).init(params)
+    return State(jnp.int32(seed), params, (Nothing(), opt_state))
+
+
+HOST_STATE = {
+    "epoch": 3,
+    "best": 0.1 + 0.2,
+    "name": "ä",
+    "assignments": np.arange(12, dtype=np.int32).reshape(3, 4) - 1,
+    "nested": {"list": [1, np.float32(0.5), None], "empty": np.zeros((0, 2), np.float64)},
+}
+
+
+def abstract(tree):
+    return jax.eval_shape(lambda: tree)
+
+
+def assert_same_bits(result, expected):
+    assert jax.tree.structure(result) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def one_line(error):
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A work directory with the steps 1 (AP 0.2) and 2; tests change copies only."""
+    workdir = tmp_path_factory.mktemp("run")
+    with Checkpoints(workdir, base_config(), class_names=("zero", "one")) as checkpoints:
+        checkpoints.save(1, make_state(1), HOST_STATE, {"AP": 0.2})
+        checkpoints.save(2, make_state(2), HOST_STATE)
+    return workdir
+
+
+@pytest.fixture
+def copied(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "run")
+
+
+def test_round_trip_is_bit_exact(saved):
+    with Checkpoints(saved, base_config(), read_only=True) as checkpoints:
+        assert (checkpoints.latest_step(), checkpoints.best_step()) == (2, 1)
+        state, host = checkpoints.restore(abstract(make_state()))
+        assert_same_bits(state, make_state(2))
+        assert isinstance(state, State)
+        np.testing.assert_array_equal(host["assignments"], HOST_STATE["assignments"])
+        assert host["assignments"].dtype == np.int32
+        assert host["nested"]["empty"].shape == (0, 2)
+        assert (host["epoch"], host["best"], host["name"]) == (3, 0.1 + 0.2, "ä")
+        assert host["nested"]["list"] == [1, 0.5, None]
+        best, _ = checkpoints.restore(abstract(make_state()), step="best")
+        assert_same_bits(best, make_state(1))
+        params = checkpoints.restore_params(abstract(make_state().params), step=1)
+        assert_same_bits(params, make_state(1).params)
+
+
+def test_checkpoint_is_self_contained(saved):
+    config, class_names = read_config(saved)
+    assert config == json.loads(json.dumps(base_config().to_dict()))
+    assert class_names == ["zero", "one"]
+    inside = json.loads((saved / "checkpoints" / "2" / "config" / "metadata").read_text())
+    assert inside == {"config": config, "class_names": class_names}
+
+
+def test_restored_arrays_have_the_shardings_asked_for(saved):
+    sharding = jax.sharding.NamedSharding(
+        jax.make_mesh((1,), ("data",)), jax.sharding.PartitionSpec()
+    )
+    target = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract(make_state()),
+    )
+    with Checkpoints(saved, None, read_only=True) as checkpoints:
+        state, _ = checkpoints.restore(target)
+    assert all(leaf.sharding == sharding for leaf in jax.tree.leaves(state))
+
+
+def test_donating_the_state_after_save_does_not_change_what_is_saved(tmp_path):
+    """An asynchronous save must not read buffers that the next step writes into."""
+    step = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    state = {"params": {"w": jnp.zeros((1000, 500))}}
+    target = abstract(state)
+    with Checkpoints(tmp_path, None) as checkpoints:
+        state = step(state)
+        checkpoints.save(1, state)
+        for _ in range(5):
+            state = step(state)
+        restored, host = checkpoints.restore(target)
+    np.testing.assert_array_equal(restored["params"]["w"], np.ones((1000, 500)))
+    assert host == {}
+
+
+def test_keeps_the_latest_and_the_best(tmp_path):
+    scores = [0.1, 0.5, 0.2, None, float("nan"), 0.5, 0.3, 0.1]
+    with Checkpoints(tmp_path, None, keep_latest=2, keep_best=1) as checkpoints:
+        for step, score in enumerate(scores, start=1):
+            checkpoints.save(step, make_state(step), {}, None if score is None else {"AP": score})
+    with Checkpoints(tmp_path, None, keep_latest=2, keep_best=1) as checkpoints:
+        assert checkpoints.all_steps() == [6, 7, 8]
+        assert checkpoints.best_step() == 6  # the later one of two equals
+        checkpoints.save(9, make_state(9), {}, {"AP": 0.2})
+        checkpoints.wait()
+        assert checkpoints.all_steps() == [6, 8, 9]
+    folders = [path.name for path in (tmp_path / "checkpoints").iterdir()]
+    assert sorted(folders) == ["6", "8", "9"]
+
+
+def test_no_checkpoint(tmp_path):
+    with Checkpoints(tmp_path / "never_made", base_config(), read_only=True) as checkpoints:
+        assert checkpoints.latest_step() is None and checkpoints.best_step() is None
+        with pytest.raises(CheckpointError, match="no complete checkpoint") as error:
+            checkpoints.restore_params(abstract(make_state().params))
+        assert "never_made" in one_line(error)
+    assert not (tmp_path / "never_made").exists()
+
+
+def test_unknown_step_and_missing_best(tmp_path):
+    with Checkpoints(tmp_path, None) as checkpoints:
+        checkpoints.save(3, make_state())
+        with pytest.raises(CheckpointError, match=r"no checkpoint of step 4; steps: 3"):
+            checkpoints.restore(abstract(make_state()), step=4)
+        with pytest.raises(CheckpointError, match=r"no checkpoint has an AP.*steps: 3"):
+            checkpoints.restore(abstract(make_state()), step="best")
+
+
+def test_a_step_is_never_overwritten(copied):
+    with Checkpoints(copied, None) as checkpoints:
+        with pytest.raises(CheckpointError, match="2: exists already"):
+            checkpoints.save(2, make_state(9))
+        state, _ = checkpoints.restore(abstract(make_state()))
+        assert_same_bits(state, make_state(2))
+
+
+def test_restarting_from_an_earlier_step_sets_the_later_ones_aside(copied):
+    for _ in range(2):
+        with Checkpoints(copied, None) as checkpoints:
+            assert checkpoints.set_aside_after(1) == [2]
+            assert checkpoints.latest_step() == 1
+            checkpoints.save(2, make_state(5))
+            checkpoints.wait()
+            assert checkpoints.all_steps() == [1, 2]
+    aside = copied / "checkpoints" / "set_aside"
+    assert sorted(path.name for path in aside.iterdir()) == ["2", "2_"]
+
+
+# Another config
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_another_model_names_exactly_the_differing_keys(copied, read_only):
+    config = base_config()
+    config.model.num_queries = 100
+    config.model.dtype = "bfloat16"
+    config.data.canvases = ((96, 128),)
+    config.train.log_every = "7 steps"
+    with pytest.raises(CheckpointError, match="another config") as error:
+        Checkpoints(copied, config, class_names=("zero", "one"), read_only=read_only)
+    message = one_line(error)
+    assert str(copied) in message
+    assert "model.num_queries was 300, now 100" in message
+    assert "log_every" not in message
+    trained = ["data.canvases was [[800, 1344], [1344, 800]], now [[96, 128]]", "model.dtype was"]
+    assert [text in message for text in trained] == [not read_only] * 2
+    assert message.count(" was ") == (1 if read_only else 3)
+
+
+def test_other_class_names_are_another_run(copied):
+    with pytest.raises(CheckpointError, match=r"class_names was \['zero', 'one'\], now \['one'"):
+        Checkpoints(copied, base_config(), class_names=("one", "zero"))
+
+
+def test_harmless_keys_may_change_and_are_stored(copied):
+    config = base_config()
+    config.train.log_every = "7 steps"
+    config.data.dir = "/elsewhere"
+    config.data.workers = 3
+    config.mesh.data = 1
+    config.checkpoint.keep_latest = 9
+    with Checkpoints(copied, config, class_names=("zero", "one")) as checkpoints:
+        assert checkpoints.latest_step() == 2
+    assert read_config(copied)[0]["data"]["workers"] == 3
+
+
+def test_the_config_inside_a_checkpoint_is_compared_too(copied):
+    (copied / "config.json").unlink()
+    config = base_config()
+    config.dn.groups = 0
+    with pytest.raises(CheckpointError, match=r"dn\.groups was 5, now 0"):
+        Checkpoints(copied, config, class_names=("zero", "one"))
+
+
+def test_a_directory_without_checkpoints_may_change_its_config(tmp_path):
+    Checkpoints(tmp_path, base_config()).close()
+    config = base_config()
+    config.seed = 7
+    Checkpoints(tmp_path, config).close()
+    assert read_config(tmp_path)[0]["seed"] == 7
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"config": 3}'])
+def test_a_damaged_config_is_named(copied, content):
+    (copied / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"config\.json: can't be read") as error:
+        Checkpoints(copied, base_config())
+    one_line(error)
+
+
+# Damage
+
+
+def _files(checkpoint):
+    return sorted(path for path in checkpoint.rglob("*") if path.is_file())
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) * 2 // 3] ^= 0x10
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize("damage", [os.remove, _cut, _flip])
+def test_any_damaged_file_is_an_error_or_without_effect(copied, damage):
+    """No file can be lost, cut short or changed so that other values come back in silence."""
+    reported = 0
+    for file in _files(copied / "checkpoints" / "2"):
+        content = file.read_bytes()
+        damage(file)
+        with Checkpoints(copied, None, read_only=True) as checkpoints:
+            try:
+                state, host = checkpoints.restore(abstract(make_state()))
+                assert_same_bits(state, make_state(2))
+                assert host["epoch"] == 3
+            except CheckpointError as error:
+                reported += 1
+                assert "\n" not in str(error)
+                assert str(copied / "checkpoints" / "2") in str(error)
+                assert "damaged" in str(error) and "--step: 1" in str(error)
+        if file.name == "_METADATA":
+            with Checkpoints(copied, None, read_only=True) as checkpoints:
+                previous, _ = checkpoints.restore(abstract(make_state()), step=1)
+            assert_same_bits(previous, make_state(1))
+        file.write_bytes(content)
+    assert reported >= 10
+
+
+def test_a_missing_item_is_damage(copied):
+    shutil.rmtree(copied / "checkpoints" / "2" / "params")
+    with (
+        Checkpoints(copied, None, read_only=True) as checkpoints,
+        pytest.raises(CheckpointError, match=r"damaged.*--step: 1") as error,
+    ):
+        checkpoints.restore(abstract(make_state()))
+    one_line(error)
+
+
+def test_damaged_metrics_hide_nothing_and_are_not_deleted(copied):
+    (copied / "checkpoints" / "1" / "metrics" / "metrics").write_text("{")
+    with Checkpoints(copied, None, keep_latest=1) as checkpoints:
+        assert checkpoints.best_step() == 1
+        for step in (3, 4):
+            checkpoints.save(step, make_state(step), {}, {"AP": 0.9})
+        checkpoints.wait()
+        assert 1 in checkpoints.all_steps()
+
+
+def test_another_model_names_the_first_differing_parameters(saved):
+    with Checkpoints(saved, None, read_only=True) as checkpoints:
+        with pytest.raises(CheckpointError, match="does not fit the model") as error:
+            checkpoints.restore_params(abstract(make_state(width=6).params))
+        assert (
+            "backbone/kernel is float32[3, 5] in the checkpoint, float32[3, 6] in the model"
+            in one_line(error)
+        )
+        params = dict(make_state().params, extra={"kernel": jnp.zeros((2,))})
+        del params["scale"]
+        with pytest.raises(CheckpointError) as error:
+            checkpoints.restore_params(abstract(params))
+        message = one_line(error)
+        assert "extra/kernel is missing in the checkpoint, float32[2] in the model" in message
+        assert "scale is float32[] in the checkpoint, missing in the model" in message
+
+
+# Failures while saving
+
+
+async def _full_disk(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_is_reported_and_leaves_the_others_intact(copied, monkeypatch):
+    checkpoints = Checkpoints(copied, base_config(), class_names=("zero", "one"), keep_latest=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.JsonCheckpointHandler, "_save_fn", _full_disk)
+        checkpoints.save(3, make_state(3), {}, {"AP": 0.9})
+        with pytest.raises(CheckpointError) as error:
+            checkpoints.wait()
+    message = one_line(error)
+    assert "saving step 3 failed: no space left" in message
+    assert str(copied / "checkpoints") in message
+    assert checkpoints.all_steps() == [1, 2]
+    assert checkpoints.best_step() == 1
+    checkpoints.save(4, make_state(4))  # the disk has space again
+    checkpoints.close()
+    with Checkpoints(copied, None, read_only=True) as checkpoints:
+        assert checkpoints.all_steps() == [1, 4]
+        for step in (1, 4):
+            state, _ = checkpoints.restore(abstract(make_state()), step=step)
+            assert_same_bits(state, make_state(step))
+
+
+@pytest.mark.parametrize("finish", [lambda c: c.close(), lambda c: c.save(4, make_state(4))])
+def test_a_failed_save_is_reported_by_close_and_by_the_next_save(copied, monkeypatch, finish):
+    monkeypatch.setattr(ocp.JsonCheckpointHandler, "_save_fn", _full_disk)
+    checkpoints = Checkpoints(copied, None)
+    checkpoints.save(3, make_state(3))
+    with pytest.raises(CheckpointError, match="saving step 3 failed"):
+        finish(checkpoints)
+
+
+def test_a_directory_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="file") as error:
+        Checkpoints(tmp_path / "file", base_config())
+    one_line(error)
+
+
+def test_leftovers_of_a_killed_process_are_ignored_and_removed(copied):
+    unfinished = copied / "checkpoints" / "7.orbax-checkpoint-tmp"
+    shutil.copytree(copied / "checkpoints" / "2", unfinished)
+    shutil.copytree(copied / "checkpoints" / "1", copied / "checkpoints" / "trash" / "0")
+    with Checkpoints(copied, None, read_only=True) as checkpoints:
+        assert checkpoints.latest_step() == 2
+    assert unfinished.exists()  # may be another process's save under way
+    with Checkpoints(copied, None) as checkpoints:
+        checkpoints.save(8, make_state(8))
+    assert sorted(path.name for path in (copied / "checkpoints").iterdir()) == ["1", "2", "8"]
+
+
+ENDLESS_SAVES = """
+import sys
+import jax, jax.numpy as jnp
+from dn_detr_jax.training.checkpoints import Checkpoints
+checkpoints = Checkpoints(sys.argv[1], None, keep_latest=2)
+first = checkpoints.latest_step() or 0
+for step in range(first + 1, 10_000):
+    state = {"params": {str(i): jnp.full((200, 300), step + i) for i in range(8)}}
+    checkpoints.save(step, state, {"step": step}, {"AP": step % 5})
+    print(step, flush=True)
+"""
+
+
+def test_killed_while_saving_only_complete_checkpoints_are_there(tmp_path):
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "JAX_PLATFORMS": "cpu",
+    }
+    target = {"params": {str(i): jax.ShapeDtypeStruct((200, 300), jnp.int32) for i in range(8)}}
+    latest = 0
+    for delay in (0.0, 0.013, 0.031):
+        process = subprocess.Popen(
+            [sys.executable, "-c", ENDLESS_SAVES, str(tmp_path)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        lines = [process.stdout.readline() for _ in range(4)]
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait(timeout=30)
+        process.stdout.close()
+        started = int(lines[-1])
+        with Checkpoints(tmp_path, None, read_only=True) as checkpoints:
+            # Saving the last one began only when the one before was complete.
+            assert checkpoints.latest_step() >= started - 1 > latest
+            for step in checkpoints.all_steps():
+                state, host = checkpoints.restore(target, step=step)
+                assert host == {"step": step}
+                for i in range(8):
+                    np.testing.assert_array_equal(state["params"][str(i)], step + i)
+            latest = checkpoints.latest_step()

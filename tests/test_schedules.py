@@ -1,0 +1,73 @@
+"""Durations and learning rates: a wrong unit or an off-by-one step would show here."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from dn_detr_jax.config import ConfigError, base_config
+from dn_detr_jax.training.schedules import learning_rate_schedule, steps
+
+
+@pytest.mark.parametrize(
+    ("duration", "expected"),
+    [
+        ("300 steps", 300),
+        ("1 step", 1),
+        ("2 epochs", 80),
+        ("1.5 epochs", 60),
+        (".5 epoch", 20),
+        ("5%", 50),
+        ("100 %", 1000),
+        ("0 steps", 0),
+        ("0.001%", 1),  # more than nothing is never rounded to nothing
+    ],
+)
+def test_durations(duration, expected):
+    assert steps(duration, 40, 1000, key="train.log_every") == expected
+
+
+@pytest.mark.parametrize(
+    "duration", ["300", "steps", "-3 steps", "1.5 steps", "2 hours", "101%", "", "1e3 steps", 7]
+)
+def test_wrong_durations_name_key_and_value(duration):
+    with pytest.raises(ConfigError) as error:
+        steps(duration, 40, 1000, key="train.log_every")
+    assert "config.train.log_every" in str(error.value)
+    assert repr(duration) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_percentage_of_nothing_is_an_error():
+    with pytest.raises(ConfigError, match=r"train\.duration = '5%'.*percentages are of"):
+        steps("5%", 40, None, key="train.duration")
+
+
+def _settings(**changes):
+    settings = base_config().optimizer
+    settings.update({"learning_rate": 0.5, "step_at": "10 epochs"} | changes)
+    return settings
+
+
+def test_step_schedule_drops_at_the_step():
+    schedule = learning_rate_schedule(_settings(), steps_per_epoch=7, total_steps=100)
+    rates = [float(schedule(step)) for step in (0, 69, 70, 99)]
+    np.testing.assert_allclose(rates, [0.5, 0.5, 0.05, 0.05], rtol=1e-6)
+
+
+@pytest.mark.parametrize("warmup", ["0 steps", "10 steps"])
+def test_cosine_against_its_formula_under_jit(warmup):
+    settings = _settings(schedule="cosine", warmup=warmup)
+    schedule = learning_rate_schedule(settings, steps_per_epoch=7, total_steps=110)
+    w = int(warmup.split()[0])
+    for step in (0, 1, 5, 9, 10, 11, 60, 109, 110, 500):
+        ramp = min(1.0, step / w) if w else 1.0
+        progress = min(max((step - w) / (110 - w), 0.0), 1.0)
+        expected = 0.5 * ramp * 0.5 * (1 + math.cos(math.pi * progress))
+        assert float(jax.jit(schedule)(step)) == pytest.approx(expected, abs=1e-7), step
+
+
+def test_warmup_longer_than_the_training_is_an_error():
+    with pytest.raises(ConfigError, match=r"optimizer\.warmup = '100 steps'.*50 steps"):
+        learning_rate_schedule(_settings(warmup="100 steps"), steps_per_epoch=7, total_steps=50)

@@ -1,0 +1,45 @@
+"""Trains or evaluates a detector.
+
+    python train.py --config configs/digits.py --workdir runs/digits
+    python train.py --config configs/digits.py --workdir runs/digits --eval_only
+
+Any value of the config can be overridden, for example `--config.dn.groups=0`.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+from dn_detr_jax.command_line import run_main
+from dn_detr_jax.config import ConfigError
+
+FLAGS = flags.FLAGS
+config_flags.DEFINE_config_file("config", None, "The experiment, a file in configs/.")
+flags.DEFINE_string("workdir", None, "For checkpoints, metrics and pictures; continued if it is.")
+flags.DEFINE_bool("eval_only", False, "Evaluate a checkpoint of the work directory.")
+flags.DEFINE_string("step", "best", "With --eval_only: best, latest or a number of steps.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs what the flags say."""
+    del argv
+    from dn_detr_jax.training import loop
+
+    logging.set_verbosity(logging.INFO)
+    workdir = Path(FLAGS.workdir)
+    if FLAGS.eval_only:
+        step = FLAGS.step
+        if step not in ("best", "latest"):
+            if not step.isdecimal():
+                raise ConfigError("--step", step, "best, latest or a number of steps")
+            step = int(step)
+        loop.evaluate(FLAGS.config, workdir, step)
+    else:
+        loop.train(FLAGS.config, workdir)
+
+
+if __name__ == "__main__":
+    run_main(main, (ConfigError, ValueError, OSError, RuntimeError))
