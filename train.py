@@ -6,10 +6,11 @@
 Any value of the config can be overridden, for example `--config.dn.groups=0`.
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import flags, logging
+from absl import flags
 from ml_collections import config_flags
 
 from dn_detr_jax.command_line import run_main
@@ -28,7 +29,7 @@ def main(argv: Sequence[str]) -> None:
     del argv
     from dn_detr_jax.training import loop
 
-    logging.set_verbosity(logging.INFO)
+    _log_to_terminal()
     workdir = Path(FLAGS.workdir)
     if FLAGS.eval_only:
         step = FLAGS.step
@@ -39,6 +40,16 @@ def main(argv: Sequence[str]) -> None:
         loop.evaluate(FLAGS.config, workdir, step)
     else:
         loop.train(FLAGS.config, workdir)
+
+
+def _log_to_terminal() -> None:
+    """Shows what this package logs, with the time, and nothing of its libraries' details."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger("dn_detr_jax")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
 
 
 if __name__ == "__main__":

@@ -87,12 +87,14 @@ def _check_config_arguments(argv: Sequence[str]) -> None:
 
 
 def _config_path(argv: Sequence[str]) -> str | None:
+    """The value of --config; the last one counts, as for absl."""
+    path = None
     for i, arg in enumerate(argv[1:], start=1):
         if match := re.fullmatch(r"--?config=(.*)", arg, re.DOTALL):
-            return match[1]
-        if re.fullmatch(r"--?config", arg) and i + 1 < len(argv):
-            return argv[i + 1]
-    return None
+            path = match[1]
+        elif re.fullmatch(r"--?config", arg) and i + 1 < len(argv):
+            path = argv[i + 1]
+    return path
 
 
 def _has(config: ConfigDict, key: str) -> bool:

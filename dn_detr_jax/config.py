@@ -72,9 +72,9 @@ def base_config() -> ConfigDict:
         {
             "depth": 50,  # 18, 34, 50 or 101
             "width": 64,  # channels of the first stage
-            "stages": 4,  # the output has stride 4 * 2 ** (stages - 1), half with the light stem
+            "stages": 4,  # the output has stride 4 * 2 ** (stages - 1)
             "norm": "frozen_batch_norm",  # or group_norm, for training from scratch
-            "stem": "standard",  # 7x7 stride 2 and max pooling; or light: 3x3 stride 2
+            "stem": "standard",  # 7x7 stride 2 and max pooling; or light: 3x3 stride 2, no pooling
             "dilation": False,  # last stage without stride, dilated (DC5)
             "mask_padding": True,  # features do not depend on the canvas; False: as in PyTorch
             "frozen_stages": 1,  # stem and that many stages get no gradient; -1: none frozen

@@ -70,14 +70,10 @@ def classes_of_queries(
     Returns:
       int32 [L, B, N].
     """
-    batch, layers, _ = assignment.shape
-    # An extra column takes what is not assigned, and is cut off.
-    column = jnp.where(assignment >= 0, assignment, num_queries)
-    targets = jnp.full((batch, layers, num_queries + 1), num_classes, jnp.int32)
-    targets = targets.at[
-        jnp.arange(batch)[:, None, None], jnp.arange(layers)[None, :, None], column
-    ].set(jnp.broadcast_to(labels[:, None, :], assignment.shape).astype(jnp.int32))
-    return targets[..., :num_queries].swapaxes(0, 1)
+    # By comparison, not by scattering: a scatter into sharded pictures makes the compiler gather.
+    matched = assignment[:, :, None, :] == jnp.arange(num_queries)[:, None]  # [B, L, N, M]
+    classes = jnp.where(matched, labels[:, None, None, :], num_classes)
+    return jnp.min(classes, axis=-1, initial=num_classes).astype(jnp.int32).swapaxes(0, 1)
 
 
 def set_criterion(

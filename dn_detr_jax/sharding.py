@@ -48,6 +48,4 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
 
 def with_sharding(shapes: PyTree, sharding: NamedSharding) -> PyTree:
     """Adds a sharding to a tree of `jax.ShapeDtypeStruct`."""
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
-    )
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)

@@ -1,5 +1,6 @@
 """The reference's single components: boxes, encodings, denoising, matching, losses, detections."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -67,22 +68,28 @@ def _denoising(report: Report, case: reference.Case, settings: dict[str, Any]) -
     labels, boxes, valid = reference.padded_targets(*targets, max(counts))
     draws = [case[f"{prefix}noise_{kind}"] for kind in ("label_u", "label_new", "box_u")]
     noise = reference.stored_noise(*draws, valid, groups)
-    dn = denoising.prepare(
-        *map(jnp.asarray, (labels, boxes, valid)),
-        jax.tree.map(jnp.asarray, noise),
-        groups=groups,
-        label_noise=settings["label_noise_scale"],
-        box_noise=settings["box_noise_scale"],
-    )
     queries = settings["num_queries"] * max(1, settings["num_patterns"])
-    table = jnp.asarray(case["dn.label_enc"])
-    content = denoising.query_content(table, dn)
-    anchors = box_ops.inverse_sigmoid(denoising.query_boxes(dn))
+
+    @jax.jit
+    def prepare(labels, boxes, valid, noise, table):
+        dn = denoising.prepare(
+            labels,
+            boxes,
+            valid,
+            noise,
+            groups=groups,
+            label_noise=settings["label_noise_scale"],
+            box_noise=settings["box_noise_scale"],
+        )
+        content = denoising.query_content(table, dn)
+        anchors = box_ops.inverse_sigmoid(denoising.query_boxes(dn))
+        return dn, content, anchors, denoising.attention_mask(dn, queries, attend_padding=True)
+
+    dn, content, anchors, allowed = prepare(labels, boxes, valid, noise, case["dn.label_enc"])
     slots, batch_first = dn.num_slots, settings["kind"] != "dab"
     for name, ours in (("input_query_label", content), ("input_query_bbox", anchors)):
         stored = case[prefix + name] if batch_first else case[prefix + name].swapaxes(0, 1)
         report.array(prefix + name, ours, atol=ATOL, expected=stored[:, :slots])
-    allowed = denoising.attention_mask(dn, queries, attend_padding=True)
     stored = np.broadcast_to(case[prefix + "attn_mask"], allowed.shape)
     report.equal(prefix + "attn_mask", ~np.asarray(allowed), expected=stored)
     rows = reference.slots_of(valid, groups)
@@ -93,13 +100,14 @@ def _denoising(report: Report, case: reference.Case, settings: dict[str, Any]) -
 
 
 def _denoising_loss(report, case, prefix: str, settings, dn: denoising.Denoising) -> None:
-    def plain_sum(logits, boxes):
+    def plain_sum(logits, boxes, dn):
         logits, rest = denoising.split(logits, dn)
         terms = denoising.reconstruction_loss(logits, denoising.split(boxes, dn)[0], dn)
         return sum(jnp.sum(terms[k]) for k in ("loss_ce", "loss_bbox", "loss_giou")), (terms, rest)
 
     outputs = [jnp.asarray(case[prefix + name]) for name in ("out_logits", "out_boxes")]
-    (_, (terms, rest)), grads = jax.value_and_grad(plain_sum, (0, 1), has_aux=True)(*outputs)
+    gradient = jax.jit(jax.value_and_grad(plain_sum, (0, 1), has_aux=True))
+    (_, (terms, rest)), grads = gradient(*outputs, dn)
     report.equal(prefix + "match_logits_shape", np.array(rest.shape))
     last = len(outputs[0]) - 1
     ours, names = {}, settings["loss_names"]
@@ -119,14 +127,15 @@ def _focal(report: Report, case: reference.Case) -> None:
     count = float(case["focal.num_boxes"])
     target = jnp.asarray(np.where(onehot.any(-1), onehot.argmax(-1), onehot.shape[-1]))
 
+    @functools.partial(jax.jit, static_argnames="alpha")
     def loss(logits, alpha=0.25):
         per_class = losses.sigmoid_focal_loss(logits, target, alpha=alpha)
         return per_class.mean(axis=1).sum() / count
 
     report.array("focal.loss", loss(logits), rtol=RTOL)
-    report.array("focal.loss_noalpha", loss(logits, -1.0), rtol=RTOL)
+    report.array("focal.loss_noalpha", loss(logits, alpha=-1.0), rtol=RTOL)
     report.array("focal.loss_ce", loss(logits) * logits.shape[1], rtol=RTOL)
-    report.array("focal.grad", jax.grad(loss)(logits), rtol=RTOL)
+    report.array("focal.grad", jax.jit(jax.grad(loss))(logits), rtol=RTOL)
 
 
 def _boxes(report: Report, case: reference.Case) -> None:
@@ -135,28 +144,31 @@ def _boxes(report: Report, case: reference.Case) -> None:
     report.array("box.b1_xyxy", a, atol=ATOL)
     report.array("box.b2_xyxy", b, atol=ATOL)
     report.array("box.xyxy_to_cxcywh", box_ops.xyxy_to_cxcywh(a), atol=ATOL)
-    report.array("box.iou", box_ops.iou(a[:, None], b[None]), atol=ATOL)
-    report.array("box.giou", box_ops.generalized_iou(a[:, None], b[None]), atol=ATOL)
+    report.array("box.iou", jax.jit(box_ops.iou)(a[:, None], b[None]), atol=ATOL)
+    giou = jax.jit(box_ops.generalized_iou)
+    report.array("box.giou", giou(a[:, None], b[None]), atol=ATOL)
 
 
 def _image_encodings(report: Report, case: reference.Case) -> None:
     valid = jnp.asarray(~case["pe.mask"])
     real = ~case["pe.mask"][:, None]
     for name, features, temperatures in (("20_20", 256, (20, 20)), ("10_40", 32, (10, 40))):
-        ours = image_encoding(valid, features, *map(float, temperatures)).transpose(0, 3, 1, 2)
+        encode = jax.jit(image_encoding, static_argnums=1)
+        ours = encode(valid, features, *map(float, temperatures)).transpose(0, 3, 1, 2)
         report.array(f"pe.hw_{name}", ours, atol=ATOL, where=real)
 
 
 def _box_encodings(report: Report, case: reference.Case) -> None:
     boxes = jnp.asarray(case["gse.pos"])
-    report.array("gse.out4", box_encoding(boxes, 128), atol=ATOL)
-    report.array("gse.out2", box_encoding(boxes[..., :2], 128), atol=ATOL)
+    encode = jax.jit(box_encoding, static_argnums=1)
+    report.array("gse.out4", encode(boxes, 128), atol=ATOL)
+    report.array("gse.out2", encode(boxes[..., :2], 128), atol=ATOL)
 
 
 def _inverse_sigmoid(report: Report, case: reference.Case) -> None:
     x = jnp.asarray(case["invsig.x"])
     report.array("invsig.y", box_ops.inverse_sigmoid(x), atol=ATOL)
-    slope = jax.vmap(jax.grad(box_ops.inverse_sigmoid))(x)
+    slope = jax.jit(jax.vmap(jax.grad(box_ops.inverse_sigmoid)))(x)
     # From 1 to 1001: each in units of itself.
     unit = np.where(case["invsig.grad"] == 0, 1.0, case["invsig.grad"])
     report.array("invsig.grad", slope / unit, rtol=RTOL, expected=case["invsig.grad"] / unit)
@@ -178,17 +190,17 @@ def _matcher_targets(case: reference.Case) -> tuple[np.ndarray, np.ndarray, np.n
     return reference.padded_targets(*lists, max(map(len, lists[0])))
 
 
+@jax.jit
+def _cost(logits, predicted, labels, boxes):
+    return matching.matching_cost(logits[None], predicted[None], labels, boxes)
+
+
 def _matcher(report: Report, case: reference.Case) -> None:
     labels, boxes, valid = _matcher_targets(case)
-    cost = matching.matching_cost(
-        jnp.asarray(case["matcher.logits"])[None],
-        jnp.asarray(case["matcher.boxes"])[None],
-        jnp.asarray(labels),
-        jnp.asarray(boxes),
-    )
-    assignment = matching.solve_on_host(np.asarray(cost), valid)
+    cost = np.asarray(_cost(case["matcher.logits"], case["matcher.boxes"], labels, boxes))
+    assignment = matching.solve_on_host(cost, valid)
     for i, real in enumerate(valid):
-        report.array(f"matcher.cost_{i}", np.asarray(cost)[i, 0][:, real], atol=10 * ATOL)
+        report.array(f"matcher.cost_{i}", cost[i, 0][:, real], atol=10 * ATOL)
         queries = assignment[i, 0, real]
         order = np.argsort(queries)
         report.equal(f"matcher.indices_{i}", np.stack([queries[order], order]))
@@ -207,20 +219,21 @@ _CRITERION_TERMS = (
 
 def _criterion(report: Report, case: reference.Case) -> None:
     labels, boxes, valid = _matcher_targets(case)
-    logits, predicted = (jnp.asarray(case[f"matcher.{name}"]) for name in ("logits", "boxes"))
+    outputs = case["matcher.logits"], case["matcher.boxes"]
+
+    def total(logits, predicted, valid, assignment):
+        logits, predicted = logits[None], predicted[None]
+        terms = losses.set_criterion(logits, predicted, labels, boxes, valid, assignment)
+        weights = {"weight_class": 1.0, "weight_bbox": 5.0, "weight_giou": 2.0}
+        return losses.weighted_total(terms, **weights), terms
+
+    gradient = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))
+    cost = np.asarray(_cost(*outputs, labels, boxes))
     for name, real in (("mixed", valid), ("empty", np.zeros_like(valid))):
-        cost = matching.matching_cost(logits[None], predicted[None], labels, jnp.asarray(boxes))
-        assignment = jnp.asarray(matching.solve_on_host(np.asarray(cost), real))
-
-        def total(logits, predicted, real=real, assignment=assignment):
-            terms = losses.set_criterion(
-                logits[None], predicted[None], labels, jnp.asarray(boxes), real, assignment
-            )
-            weights = {"weight_class": 1.0, "weight_bbox": 5.0, "weight_giou": 2.0}
-            return losses.weighted_total(terms, **weights), terms
-
-        (_, terms), grads = jax.value_and_grad(total, (0, 1), has_aux=True)(logits, predicted)
+        assignment = matching.solve_on_host(cost, real)
+        (_, terms), grads = gradient(*outputs, real, assignment)
         ours = {term: float(terms[term][0]) for term in _CRITERION_TERMS}
+        # The denoising terms behind them are 0: there are no denoising queries.
         stored = dict(zip(_CRITERION_TERMS, case[f"crit.{name}.losses"], strict=False))
         report.scalars(f"crit.{name}.losses", ours, stored, rtol=RTOL)
         report.array(f"crit.{name}.grad_logits", grads[0], rtol=RTOL)

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from flax import linen as nn
 from flax import traverse_util
 from ml_collections import ConfigDict, config_flags
 
@@ -66,12 +68,22 @@ def convert(
     if account.unfilled:
         raise ConversionError(f"nothing in the source for {', '.join(account.unfilled)}")
     if kept:
-        fresh = jax.jit(model.init)(
-            jax.random.key(config.seed), np.zeros((1, 64, 64, 3), np.float32), np.full((1, 2), 64)
-        )
         table = np.asarray(state["label_enc.weight"], np.float32)
-        params = reset_heads(params | {"label_embedding": table}, flat(fresh["params"]))
+        params = reset_heads(
+            params | {"label_embedding": table}, params | _fresh_heads(model, config.seed)
+        )
     return traverse_util.unflatten_dict(params, sep="/"), account
+
+
+def _fresh_heads(model: nn.Module, seed: int) -> dict[str, np.ndarray]:
+    """Initial values of the head's parameters, by path."""
+
+    @jax.jit  # computes nothing but what is returned
+    def init(key):
+        params = model.init(key, jnp.zeros((1, 64, 64, 3)), jnp.full((1, 2), 64))["params"]
+        return {path: value for path, value in flat(params).items() if path in HEAD_PATHS}
+
+    return jax.device_get(init(jax.random.key(seed)))
 
 
 def main(argv: Sequence[str]) -> None:

@@ -1,11 +1,11 @@
 """Parameters to start a training from: a pretrained backbone, or a whole trained detector."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 from flax import traverse_util
 from ml_collections import ConfigDict
 
@@ -22,6 +22,7 @@ from dn_detr_jax.models.registry import abstract_params, build_model
 from dn_detr_jax.training.checkpoints import Checkpoints, read_config
 
 PyTree = Any
+logger = logging.getLogger(__name__)
 
 
 def load_initial(params: PyTree, config: ConfigDict) -> PyTree:
@@ -60,9 +61,9 @@ def _from_backbone(fresh: dict[str, Any], config: ConfigDict) -> dict[str, Any]:
         loaded, account = backbone_from_torch(state, {p: v.shape for p, v in fresh.items()})
     except (OSError, torch_files.FileError, ConversionError) as error:
         raise ConfigError("init.backbone", path, str(error)) from error
-    logging.info("backbone from %s: %d parameters", path, len(loaded))
+    logger.info("backbone from %s: %d parameters", path, len(loaded))
     if account.unused:
-        logging.info("unused there: %s", ", ".join(account.unused))
+        logger.info("unused there: %s", ", ".join(account.unused))
     return fresh | loaded
 
 
@@ -87,7 +88,7 @@ def _from_checkpoint(fresh: dict[str, Any], config: ConfigDict) -> dict[str, Any
         step = checkpoints.best_step()
         step = "latest" if step is None else step
         restored = flat(jax.device_get(checkpoints.restore_params(shapes, step)))
-    logging.info("parameters from %s, step %s", path, step)
+    logger.info("parameters from %s, step %s", path, step)
     if config.init.reset_heads:
         return reset_heads(restored, jax.device_get(fresh))
     return restored

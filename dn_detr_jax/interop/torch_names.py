@@ -167,15 +167,26 @@ class TorchTensor:
         return np.ascontiguousarray(np.concatenate(parts) if len(parts) > 1 else parts[0])
 
 
+@dataclasses.dataclass(frozen=True)
+class _Rule:
+    """A tensor of a row: templates of its name, of our paths, and of all leaves of our module."""
+
+    pattern: re.Pattern
+    name: str
+    paths: tuple[str, ...]
+    leaves: tuple[str, ...]
+    layout: Layout
+
+
 @functools.cache
-def _compiled_rules() -> tuple[tuple[re.Pattern, str, tuple[str, ...], Layout], ...]:
-    """(pattern of the first path, their template, all path templates, layout) of every row."""
+def _rules() -> tuple[_Rule, ...]:
     rules = []
     for kind, theirs, ours in MODULES:
+        leaves = tuple(ours[0] + leaf for _, leaf, _ in KINDS[kind])
         for their_leaf, our_leaf, layout in KINDS[kind]:
             paths = tuple(path + our_leaf for path in ours)
             pattern = re.sub(r"\\{(\w)\\}", r"(?P<\1>\\d+)", re.escape(paths[0]))
-            rules.append((re.compile(pattern), theirs + their_leaf, paths, layout))
+            rules.append(_Rule(re.compile(pattern), theirs + their_leaf, paths, leaves, layout))
     return tuple(rules)
 
 
@@ -190,20 +201,24 @@ def torch_tensors(
     Returns:
       The tensors, and the paths that have no place in the official model (group norms).
     """
-    tensors, covered = [], set()
+    tensors: list[TorchTensor] = []
+    covered: set[str] = set()
     for path in shapes:
-        for pattern, theirs, ours, layout in _compiled_rules():
-            if match := pattern.fullmatch(path):
-                paths = tuple(template.format(**match.groupdict()) for template in ours)
-                # Shapes alone: a broadcast zero takes no memory.
-                zeros = {p: np.broadcast_to(np.float32(0), shapes[p]) for p in paths}
-                part = layout.to_torch(zeros[path]).shape
-                shape = (part[0] * len(paths), *part[1:])
-                tensors.append(
-                    TorchTensor(theirs.format(**match.groupdict()), shape, paths, layout)
-                )
-                covered.update(paths)
-                break
+        for rule in _rules():
+            match = rule.pattern.fullmatch(path)
+            if not match:
+                continue
+            indices = match.groupdict()
+            # A group norm has a scale and a bias as a batch norm has, and nothing else.
+            if any(leaf.format(**indices) not in shapes for leaf in rule.leaves):
+                continue
+            paths = tuple(template.format(**indices) for template in rule.paths)
+            # Shapes alone: a broadcast zero takes no memory.
+            part = rule.layout.to_torch(np.broadcast_to(np.float32(0), shapes[path])).shape
+            shape = (part[0] * len(paths), *part[1:])
+            tensors.append(TorchTensor(rule.name.format(**indices), shape, paths, rule.layout))
+            covered.update(paths)
+            break
     return tensors, [path for path in shapes if path not in covered]
 
 

@@ -64,7 +64,9 @@ class Linear(nn.Module):
         kernel = self.param("kernel", self.kernel_init, (fan_in, self.features))
         bias_init = nn.initializers.zeros if self.zero_bias else torch_default_bias(fan_in)
         bias = self.param("bias", bias_init, (self.features,))
-        return x.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)
+        y = x.astype(self.dtype) @ kernel.astype(self.dtype)
+        # In float32 for the sake of the gradient, a sum over all tokens.
+        return (y.astype(jnp.float32) + bias).astype(self.dtype)
 
 
 class MLP(nn.Module):
@@ -106,7 +108,9 @@ class Activation(nn.Module):
         if self.kind == "relu":
             return nn.relu(x)
         slope = self.param("slope", nn.initializers.constant(0.25), ())
-        return jnp.where(x >= 0, x, slope.astype(x.dtype) * x)
+        # In float32 for the sake of the slope's gradient, a sum over all tokens and channels.
+        y = x.astype(jnp.float32)
+        return jnp.where(y >= 0, y, slope * y).astype(x.dtype)
 
 
 class FeedForward(nn.Module):

@@ -37,7 +37,8 @@ class FrozenBatchNorm(nn.Module):
         mean = self.param("mean", nn.initializers.zeros, shape)
         var = self.param("var", nn.initializers.ones, shape)
         factor = scale * jax.lax.rsqrt(var + self.eps)
-        return x * factor.astype(self.dtype) + (bias - mean * factor).astype(self.dtype)
+        # In float32: a factor rounded to bfloat16 would be off for its whole channel.
+        return (x.astype(jnp.float32) * factor + (bias - mean * factor)).astype(self.dtype)
 
 
 class GroupNorm(nn.Module):
@@ -146,8 +147,8 @@ class ResNet(nn.Module):
       width: channels of the first stage, 64 as published; doubled by every stage.
       stages: 1 to 4.
       norm: a key of `NORMS`.
-      stem: "standard", 7x7 stride 2 and 3x3 max pooling stride 2; or "light", 3x3 stride 2, for
-        small pictures.
+      stem: "standard", 7x7 stride 2 and 3x3 max pooling stride 2; or "light", for small pictures:
+        3x3 stride 2, and the first stage has the other stride.
       dilation: last stage at the stride of the one before, dilated instead (DC5).
       mask_padding: results do not depend on the canvas, see the module's head.
       dtype: of the compute.
@@ -171,8 +172,8 @@ class ResNet(nn.Module):
           size: int [B, 2], valid height and width.
 
         Returns:
-          [B, ceil(H / s), ceil(W / s), C]: stride s is 4 * 2 ** (stages - 1), half of that with the
-          light stem, half of that again with dilation.
+          [B, ceil(H / s), ceil(W / s), C]: stride s is 4 * 2 ** (stages - 1), half of that with
+          dilation.
         """
         masks = _Masks(size, image.shape[1:3])
         norm = NORMS[self.norm]
@@ -195,11 +196,12 @@ class ResNet(nn.Module):
 
         for stage, blocks in enumerate(BLOCKS[self.depth][: self.stages]):
             dilated = self.dilation and stage == self.stages - 1
+            strided = (stage > 0 or self.stem == "light") and not dilated
             for index in range(blocks):
                 x = _Block(
                     features=self.width * 2**stage,
                     bottleneck=self.depth in BOTTLENECK_DEPTHS,
-                    stride=2 if index == 0 and stage > 0 and not dilated else 1,
+                    stride=2 if index == 0 and strided else 1,
                     dilation=2 if dilated and index > 0 else 1,
                     norm=norm,
                     mask_padding=self.mask_padding,

@@ -5,6 +5,7 @@ state after a number of steps, and everything else (data, noise, schedule) follo
 """
 
 import dataclasses
+import logging
 import signal
 import threading
 import time
@@ -16,18 +17,19 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from absl import logging
 from flax import linen as nn
 from flax import traverse_util
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dn_detr_jax.config import ConfigError, validate
 from dn_detr_jax.data.datasets import Dataset, open_dataset
-from dn_detr_jax.data.loader import train_batches
+from dn_detr_jax.data.loader import eval_batches, train_batches
 from dn_detr_jax.data.plan import steps_per_epoch
 from dn_detr_jax.evaluation import pictures
 from dn_detr_jax.evaluation.evaluate import Evaluation, Evaluator
+from dn_detr_jax.interop.initial import load_initial
 from dn_detr_jax.matching import host_timer
 from dn_detr_jax.models.registry import abstract_params, build_model, parameter_table, trainable
 from dn_detr_jax.sharding import make_mesh, put_batch, replicated, with_sharding
@@ -46,6 +48,7 @@ from dn_detr_jax.training.writers import MetricWriter, Progress, read_metrics
 from dn_detr_jax.visualize import render_curves
 
 PyTree = Any
+logger = logging.getLogger(__name__)
 
 
 class TrainingError(RuntimeError):
@@ -78,6 +81,8 @@ def _set_up(config: ConfigDict) -> _Setup:
             )
     validation = open_dataset(config.data, "validation")
     _check_classes(config, validation)
+    processes = jax.process_index(), jax.process_count()
+    eval_batches(validation, config, *processes).close()  # checks that the pictures fit
     model = build_model(config.model)
     detect = jit_detect(model=model, config=config, mesh=mesh)
     return _Setup(config, mesh, model, validation, detect)
@@ -199,9 +204,19 @@ def train(config: ConfigDict, workdir: Path) -> Evaluation | None:
         host_state: dict[str, Any] = {}
         if checkpoints.latest_step() is None:
             state = init_state(setup.model, optimizer, config.seed, setup.mesh)
+            state = state.replace(params=load_initial(state.params, config))
         else:
             state, host_state = checkpoints.restore(shapes)
-            logging.info("continuing from step %d", int(state.step))
+            logger.info("continuing from step %d", int(state.step))
+        start = int(state.step)
+        batches = train_batches(
+            training,
+            config,
+            start,
+            plan.total - start,
+            jax.process_index(),
+            jax.process_count(),
+        )
         programs, detect = _compile(setup, step_function, shapes)
         evaluator = Evaluator(setup.validation, config, detect, setup.mesh)
         if host_state.get("instability") and evaluator.meter is not None:
@@ -210,7 +225,7 @@ def train(config: ConfigDict, workdir: Path) -> Evaluation | None:
         run = _Run(
             setup, plan, programs, metric_names, schedule, evaluator, checkpoints, Path(workdir)
         )
-        finished = run.train(training, state)
+        finished = run.train(batches, state)
         if not finished:
             return None
         return _finish(setup, run, detect, with_sharding(params_shapes, replicated(setup.mesh)))
@@ -257,10 +272,10 @@ def _announce(
 ) -> None:
     """Logs what is about to be trained, on what, for how long."""
     table = parameter_table(params, is_trained)
-    logging.info("parameters:\n%s\n%s", table, describe(params, setup.config, is_trained))
+    logger.info("parameters:\n%s\n%s", table, describe(params, setup.config, is_trained))
     per_image = np.diff(training.annotations.offsets)
     over = int((per_image > setup.config.data.max_objects).sum())
-    logging.info(
+    logger.info(
         "%s: %d training pictures, %d validation pictures, %d classes; up to %d objects in a "
         "picture, %d pictures have more than data.max_objects=%d",
         training.name,
@@ -271,7 +286,7 @@ def _announce(
         over,
         setup.config.data.max_objects,
     )
-    logging.info(
+    logger.info(
         "%d steps of %d pictures (%.1f epochs) on %d %s devices",
         plan.total,
         setup.config.train.batch_size,
@@ -302,7 +317,7 @@ def _compile(
         else:
             program = setup.detect.lower(params, batch).compile()
         seconds = time.monotonic() - start
-        logging.info("compiled %s for %d x %d in %.1f s", purpose, *canvas, seconds)
+        logger.info("compiled %s for %d x %d in %.1f s", purpose, *canvas, seconds)
         return task, program
 
     purposes = ["eval"] if step_function is None else ["train", "eval"]
@@ -359,20 +374,16 @@ class _Run:
         self.last_evaluation: tuple[int, Evaluation] | None = None
         self._window = _Window()
 
-    def train(self, dataset: Dataset, state: TrainState) -> bool:
+    def train(self, batches: Iterator[dict], state: TrainState) -> bool:
         """Trains to the end of the plan; False if SIGTERM came before."""
         start, first = int(state.step), _is_first_process()
-        config, total = self.setup.config, self.plan.total
-        batches = train_batches(
-            dataset, config, start, total - start, jax.process_index(), jax.process_count()
-        )
         with (
             MetricWriter(self.workdir, first, start) as self._writer,
             _StopSignal() as stop,
         ):
-            self._progress = Progress(total, start, first)
+            self._progress = Progress(self.plan.total, start, first)
             if start == 0:
-                self._writer.text("config", f"```\n{config}\n```")
+                self._writer.text("config", str(self.setup.config))
             try:
                 return self._steps(batches, state, start, stop)
             finally:
@@ -412,8 +423,6 @@ class _Run:
         """Whether to stop now, the same on all processes."""
         if jax.process_count() == 1:
             return received
-        from jax.experimental import multihost_utils
-
         return bool(multihost_utils.process_allgather(np.array(received)).any())
 
     def _log(self, step: int) -> None:
@@ -452,7 +461,9 @@ class _Run:
         bad = ~np.isfinite(rows).all(axis=1) | (rows[:, column["nonfinite_costs"]] > 0)
         if bad.any():
             worst = int(np.argmax(bad))
-            terms = [n for n, value in zip(self.metric_names, rows[worst]) if not np.isfinite(value)]
+            terms = [
+                n for n, value in zip(self.metric_names, rows[worst]) if not np.isfinite(value)
+            ]
             costs = int(rows[worst, column["nonfinite_costs"]])
             raise TrainingError(
                 f"step {step - len(rows) + worst + 1}: not finite: "

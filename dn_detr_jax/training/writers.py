@@ -61,6 +61,8 @@ class MetricWriter:
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
         for name, number in numbers.items():
+            if not math.isfinite(number):  # TensorBoard has no place for it, and warns
+                continue
             self._tensorboard.add_scalar(name, number, int(step), walltime=now)
 
     def images(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:

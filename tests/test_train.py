@@ -1,0 +1,196 @@
+"""The real train.py on a tiny detector: interruptions, evaluation, errors, what it leaves."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from PIL import Image
+
+_ROOT = Path(__file__).parent.parent
+_CONFIG = _ROOT / "tests" / "data" / "tiny.py"
+# Optimising the tiny programs takes longer than running them.
+_ENV = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+}
+
+
+def _command(workdir, digits_dir, *arguments):
+    return [
+        sys.executable,
+        str(_ROOT / "train.py"),
+        f"--config={_CONFIG}",
+        f"--workdir={workdir}",
+        f"--config.data.dir={digits_dir}",
+        *arguments,
+    ]
+
+
+def _run(workdir, digits_dir, *arguments):
+    return subprocess.run(
+        _command(workdir, digits_dir, *arguments),
+        env=_ENV,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+def _lines(workdir):
+    path = Path(workdir) / "metrics.jsonl"
+    if not path.exists():
+        return []
+    found = []
+    for line in path.read_text().splitlines():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:  # written at this moment
+            break
+    return found
+
+
+def _interrupt(workdir, digits_dir, number, at_step):
+    """Runs until `at_step` is logged, then sends the signal; returns (exit status, stderr)."""
+    command = _command(workdir, digits_dir)
+    with subprocess.Popen(command, env=_ENV, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 500
+        while all(line["step"] < at_step for line in _lines(workdir)):
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=300)
+        return process.returncode, stderr
+
+
+def _arrays(workdir, step):
+    """All arrays of a checkpoint, read without any code of this package."""
+    folder = Path(workdir) / "checkpoints" / str(step)
+    with ocp.StandardCheckpointer() as reader:
+        return {item: reader.restore(folder / item) for item in ("params", "state")}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, digits_dir):
+    """The work directory and the output of a run that nobody disturbed."""
+    workdir = tmp_path_factory.mktemp("finished")
+    done = _run(workdir, digits_dir)
+    assert done.returncode == 0, done.stderr
+    return workdir, done
+
+
+@pytest.mark.slow
+def test_killed_and_terminated_run_ends_like_an_undisturbed_one(
+    finished, tmp_path_factory, digits_dir
+):
+    """Catches state outside the checkpoint: data order, noise, schedule, matching of last epoch."""
+    workdir = tmp_path_factory.mktemp("interrupted")
+    status, _ = _interrupt(workdir, digits_dir, signal.SIGKILL, at_step=3)
+    assert status == -signal.SIGKILL
+    status, stderr = _interrupt(workdir, digits_dir, signal.SIGTERM, at_step=4)
+    assert status == 0, stderr
+    stopped = max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+    assert 4 <= stopped < 8, stderr
+    assert "SIGTERM" in stderr
+    done = _run(workdir, digits_dir)
+    assert done.returncode == 0, done.stderr
+    assert f"continuing from step {stopped}" in done.stderr
+
+    expected, got = _arrays(finished[0], 8), _arrays(workdir, 8)
+    assert jax.tree.structure(expected) == jax.tree.structure(got)
+    jax.tree.map(np.testing.assert_array_equal, expected, got)
+
+    def evaluations(folder):
+        times = ("time", "time/eval_seconds")
+        lines = [line for line in _lines(folder) if "eval/AP" in line]
+        return [{k: v for k, v in line.items() if k not in times} for line in lines]
+
+    assert evaluations(workdir) == evaluations(finished[0])
+    assert [line["step"] for line in evaluations(workdir)] == [3, 6, 8]
+    assert "eval/instability" in evaluations(workdir)[-1]
+
+
+def test_output_ends_with_table_checkpoint_and_pictures(finished):
+    workdir, done = finished
+    tail = done.stdout.strip().splitlines()
+    assert tail[-2].split()[0] == "checkpoint" and Path(tail[-2].split()[1]).is_dir()
+    assert tail[-1].split() == ["pictures", str(workdir / "pictures")]
+    assert re.search(r"AP +@\[ IoU=0.50:0.95 .*= 0\.\d{3}", done.stdout)
+    for name in ("detections", "attention_mask", "noised_boxes", "curves"):
+        with Image.open(workdir / "pictures" / f"{name}.png") as picture:
+            assert min(picture.size) > 200
+    assert list((workdir / "tensorboard").iterdir())
+
+
+def test_metrics_file_holds_every_term_and_is_finite(finished):
+    """Catches loss terms that are not logged, or logged for the wrong layers."""
+    logged = [line for line in _lines(finished[0]) if "train/loss" in line]
+    assert [line["step"] for line in logged] == list(range(1, 9))
+    names = {
+        f"train/{part}{term}{layer}"
+        for part in ("", "dn_")
+        for term in ("loss_ce", "loss_bbox", "loss_giou")
+        for layer in ("", "_0")
+    }
+    names |= {f"train/{norm}_norm" for norm in ("grad", "update", "param")}
+    names |= {"train/learning_rate", "time/images_per_second", "time/data_wait_seconds"}
+    names |= {"time/matching_seconds", "train/class_error", "train/cardinality_error"}
+    for line in logged:
+        assert names <= line.keys()
+        assert all(math.isfinite(line[name]) for name in names)
+        weighted = sum(
+            weight * line[f"train/{part}{term}{layer}"]
+            for term, weight in (("loss_ce", 1), ("loss_bbox", 5), ("loss_giou", 2))
+            for part in ("", "dn_")
+            for layer in ("", "_0")
+        )
+        assert weighted == pytest.approx(line["train/loss"], rel=1e-5)
+    assert logged[0]["train/learning_rate"] == 0  # warm-up starts there
+    assert logged[0]["train/update_norm"] == 0 < logged[1]["train/update_norm"]
+
+
+@pytest.mark.slow
+def test_eval_only_prints_the_table_of_the_training(finished, digits_dir):
+    workdir, trained = finished
+    before = (workdir / "metrics.jsonl").read_text()
+    done = _run(workdir, digits_dir, "--eval_only")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == trained.stdout
+    assert (workdir / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config.model.num_header=2"], ["num_header", "num_heads"]),
+        (["--config.model.num_heads=many"], ["num_heads", "many"]),
+        (["--config.model.num_classes=91"], ["num_classes", "91", "10"]),
+        (["--config.train.batch_size=9", "--config.mesh.data=2"], ["batch_size", "9", "2"]),
+        (["--config.data.dir=/proc/nothing"], ["/proc/nothing"]),
+        (["--config.data.name=pets"], ["pets", "digits"]),
+        (["--config=configs/none.py"], ["configs/none.py"]),
+        (["--config.mesh.data=4"], ["mesh.data", "4"]),
+        (["--eval_only"], ["no complete checkpoint"]),
+        (["--config.data.canvases=((64, 64),)"], ["canvases", "128"]),
+    ],
+    ids=lambda value: value[0].split("=")[0].strip("-") if value[0].startswith("--") else "",
+)
+def test_wrong_input_is_one_line_and_an_exit_status(arguments, words, tmp_path, digits_dir):
+    """Catches tracebacks, and errors that come after minutes of compiling."""
+    done = _run(tmp_path / "run", digits_dir, *arguments)
+    assert done.returncode != 0
+    assert "compiled" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and all(word in last for word in words), done.stderr
+    assert "Traceback" not in done.stderr
