@@ -461,9 +461,7 @@ class _Run:
         bad = ~np.isfinite(rows).all(axis=1) | (rows[:, column["nonfinite_costs"]] > 0)
         if bad.any():
             worst = int(np.argmax(bad))
-            terms = [
-                n for n, value in zip(self.metric_names, rows[worst]) if not np.isfinite(value)
-            ]
+            terms = [self.metric_names[i] for i in np.flatnonzero(~np.isfinite(rows[worst]))]
             costs = int(rows[worst, column["nonfinite_costs"]])
             raise TrainingError(
                 f"step {step - len(rows) + worst + 1}: not finite: "
