@@ -27,7 +27,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main(argv: Sequence[str]) -> None:
     """Runs what the flags say."""
     del argv
-    from dn_detr_jax.training import loop
+    from dn_detr_jax.training import loop, report
 
     _log_to_terminal()
     workdir = Path(FLAGS.workdir)
@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
             if not step.isdecimal():
                 raise ConfigError("--step", step, "best, latest or a number of steps")
             step = int(step)
-        loop.evaluate(FLAGS.config, workdir, step)
+        report.evaluate(FLAGS.config, workdir, step)
     else:
         loop.train(FLAGS.config, workdir)
 

@@ -64,6 +64,8 @@ def base_config() -> ConfigDict:
             "dropout": 0.0,
             "pe_temperature_h": 20.0,  # of the sine position encoding of the image
             "pe_temperature_w": 20.0,
+            "pe_temperature_box": 10000.0,  # of the sine encoding of the anchors
+            "position_gain": 0.0,  # above 0: cross-attention starts at the anchors, see Decoder
             "random_refpoints_xy": False,  # anchors' centres uniform over the image at the start
             "dtype": "float32",  # of the compute; parameters are always float32
         }
@@ -341,7 +343,9 @@ def _check_model(checker: _Checker) -> None:
     checker.one_of("model.dtype", "float32", "bfloat16")
     checker.number(lambda value: 0 <= value < 1, "from 0 to below 1", "model.dropout")
     above_zero = (lambda value: value > 0), "above 0"
-    checker.number(*above_zero, "model.pe_temperature_h", "model.pe_temperature_w")
+    temperatures = [f"model.pe_temperature_{part}" for part in ("h", "w", "box")]
+    checker.number(*above_zero, *temperatures)
+    checker.number(lambda value: value >= 0, "of at least 0", "model.position_gain")
     checker.one_of("model.random_refpoints_xy", True, False)
     checker.one_of("model.backbone.depth", 18, 34, 50, 101)
     checker.one_of("model.backbone.norm", "frozen_batch_norm", "group_norm")

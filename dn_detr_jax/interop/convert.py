@@ -16,7 +16,6 @@ from ml_collections import ConfigDict
 
 from dn_detr_jax.interop.torch_names import (
     BACKBONE_PREFIX,
-    TorchTensor,
     canonical_name,
     tied_names,
     torch_tensors,
@@ -326,19 +325,3 @@ def _as_flags(overrides: Mapping[str, Any]) -> str:
 def _some(names: list[str], separator: str = ", ", count: int = _SHOWN) -> str:
     more = f"{separator}and {len(names) - count} more" if len(names) > count else ""
     return separator.join(names[:count]) + more
-
-
-__all__ = [
-    "Account",
-    "ConversionError",
-    "TorchTensor",
-    "backbone_config",
-    "backbone_from_torch",
-    "check_config",
-    "flat",
-    "gradients_to_torch",
-    "official_config",
-    "params_from_torch",
-    "params_to_torch",
-    "reset_heads",
-]

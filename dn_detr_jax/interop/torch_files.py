@@ -232,7 +232,7 @@ _PERMITTED: dict[tuple[str, str], Any] = {
     ("torch", "Size"): _Function(tuple),
     ("torch", "device"): _Function(lambda *parts: ":".join(map(str, parts))),
     ("collections", "OrderedDict"): collections.OrderedDict,
-    ("collections", "Counter"): collections.Counter,
+    ("collections", "Counter"): _Function(dict),
     ("_codecs", "encode"): _Function(lambda text, *_: text.encode("latin1")),
     **{
         (module, f"{kind}Path"): _Function(lambda *parts, pure=pure: str(pure(*map(str, parts))))

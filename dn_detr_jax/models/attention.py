@@ -43,17 +43,17 @@ def layer_norm(name: str, dtype: jnp.dtype) -> nn.LayerNorm:
 
 
 class Linear(nn.Module):
-    """Linear map with Xavier weights and, unless it serves attention, PyTorch's default bias.
+    """Linear map with Xavier weights and PyTorch's default bias, unless told otherwise.
 
     Attributes:
       features: outputs.
-      zero_bias: start biases at 0.
+      bias_init: of the bias; None: PyTorch's default.
       kernel_init: of the weights.
       dtype: of the compute.
     """
 
     features: int
-    zero_bias: bool = False
+    bias_init: nn.initializers.Initializer | None = None
     kernel_init: nn.initializers.Initializer = xavier_uniform
     dtype: jnp.dtype = jnp.float32
 
@@ -62,7 +62,7 @@ class Linear(nn.Module):
         """Maps [..., K] to [..., features]."""
         fan_in = x.shape[-1]
         kernel = self.param("kernel", self.kernel_init, (fan_in, self.features))
-        bias_init = nn.initializers.zeros if self.zero_bias else torch_default_bias(fan_in)
+        bias_init = self.bias_init or torch_default_bias(fan_in)
         bias = self.param("bias", bias_init, (self.features,))
         y = x.astype(self.dtype) @ kernel.astype(self.dtype)
         # In float32 for the sake of the gradient, a sum over all tokens.
@@ -75,13 +75,13 @@ class MLP(nn.Module):
     Attributes:
       features: outputs of each layer.
       kernel_init: of the weights.
-      zero_last: start the last layer at zero, weights and biases.
+      last_constant: start the last layer with weights 0 and this bias; None: like the others.
       dtype: of the compute.
     """
 
     features: tuple[int, ...]
     kernel_init: nn.initializers.Initializer = torch_default_kernel
-    zero_last: bool = False
+    last_constant: float | None = None
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -89,9 +89,11 @@ class MLP(nn.Module):
         """Maps [..., K] to [..., features[-1]]."""
         last = len(self.features) - 1
         for i, features in enumerate(self.features):
-            zero = self.zero_last and i == last
-            init = nn.initializers.zeros if zero else self.kernel_init
-            x = Linear(features, zero, init, self.dtype, name=f"layer{i}")(x)
+            init, bias_init = self.kernel_init, None
+            if i == last and self.last_constant is not None:
+                init = nn.initializers.zeros
+                bias_init = nn.initializers.constant(self.last_constant)
+            x = Linear(features, bias_init, init, self.dtype, name=f"layer{i}")(x)
             if i < last:
                 x = nn.relu(x)
         return x

@@ -13,7 +13,7 @@ from flax import linen as nn
 
 from dn_detr_jax.boxes import inverse_sigmoid
 from dn_detr_jax.models.attention import MLP, FeedForward, Linear, attention, layer_norm
-from dn_detr_jax.models.initializers import xavier_uniform
+from dn_detr_jax.models.initializers import aligned_heads, xavier_uniform
 from dn_detr_jax.models.position import box_encoding
 
 
@@ -34,6 +34,7 @@ class DecoderLayer(nn.Module):
       dropout: rate.
       first: the first layer, whose content has no position yet, adds it to the cross-attention's
         content.
+      position_gain: see `Decoder`.
       dtype: of the compute.
     """
 
@@ -42,13 +43,20 @@ class DecoderLayer(nn.Module):
     activation: str
     dropout: float
     first: bool
+    position_gain: float
     dtype: jnp.dtype
 
     def _project(self, x: jax.Array, name: str) -> jax.Array:
         return Linear(x.shape[-1], dtype=self.dtype, name=name)(x)
 
+    def _project_position(self, x: jax.Array, name: str) -> jax.Array:
+        if not self.position_gain:
+            return self._project(x, name)
+        init = aligned_heads(self.num_heads, self.position_gain)
+        return Linear(x.shape[-1], nn.initializers.zeros, init, self.dtype, name=name)(x)
+
     def _residual(self, x: jax.Array, y: jax.Array, name: str, train: bool) -> jax.Array:
-        y = Linear(x.shape[-1], True, dtype=self.dtype, name=f"{name}_out")(y)
+        y = Linear(x.shape[-1], nn.initializers.zeros, dtype=self.dtype, name=f"{name}_out")(y)
         y = nn.Dropout(self.dropout)(y, deterministic=not train)
         return layer_norm(f"{name}_norm", self.dtype)(x + y)
 
@@ -87,11 +95,11 @@ class DecoderLayer(nn.Module):
         x = self._residual(x, y, "self", train)
 
         query, key = project(x, "cross_query_content"), project(memory, "cross_key_content")
-        key_position = project(memory_position, "cross_key_position")
+        key_position = self._project_position(memory_position, "cross_key_position")
         if self.first:
             query = query + project(query_position, "cross_query_position")
             key = key + key_position
-        query_sine = project(query_sine, "cross_query_sine")
+        query_sine = self._project_position(query_sine, "cross_query_sine")
         y = attention(
             _interleave_heads(query, query_sine, self.num_heads),
             _interleave_heads(key, key_position, self.num_heads),
@@ -114,6 +122,11 @@ class Decoder(nn.Module):
       ffn_dim: width of the feed-forward networks.
       activation: "prelu" or "relu".
       dropout: rate.
+      temperature: of the sine encoding of the anchors.
+      position_gain: above 0, the cross-attention starts out looking at the place of the anchor: the
+        position projections of query and key start equal, with this gain, and the scale of the
+        position query at one. It needs the temperature of the features' encoding. 0: Xavier
+        weights everywhere, as published.
       dtype: of the compute; anchors stay in float32.
     """
 
@@ -122,6 +135,8 @@ class Decoder(nn.Module):
     ffn_dim: int
     activation: str
     dropout: float
+    temperature: float
+    position_gain: float
     dtype: jnp.dtype
 
     @nn.compact
@@ -157,7 +172,12 @@ class Decoder(nn.Module):
         features = content.shape[-1]
         mlp = {"kernel_init": xavier_uniform, "dtype": self.dtype}
         position_head = MLP((features, features), **mlp, name="reference_point_head")
-        query_scale = MLP((features, features), **mlp, name="query_scale")
+        query_scale = MLP(
+            (features, features),
+            **mlp,
+            last_constant=1.0 if self.position_gain else None,
+            name="query_scale",
+        )
         size_head = MLP((features, 2), **mlp, name="reference_size_head")
         norm = layer_norm("norm", self.dtype)
 
@@ -165,7 +185,7 @@ class Decoder(nn.Module):
         reference = jax.nn.sigmoid(anchors)
         references, states = [reference], []
         for i in range(self.num_layers):
-            encoded = box_encoding(reference, features // 2)
+            encoded = box_encoding(reference, features // 2, self.temperature)
             query_position = position_head(encoded)
             query_sine = encoded[..., :features]
             if i > 0:
@@ -179,6 +199,7 @@ class Decoder(nn.Module):
                 self.activation,
                 self.dropout,
                 first=i == 0,
+                position_gain=self.position_gain,
                 dtype=self.dtype,
                 name=f"layer{i}",
             )(

@@ -74,6 +74,8 @@ class DNDabDetr(nn.Module):
       dropout: rate.
       pe_temperature_h: of the sine encoding of the features, vertical.
       pe_temperature_w: horizontal.
+      pe_temperature_box: of the sine encoding of the anchors.
+      position_gain: how the position part of the cross-attention starts, see `Decoder`.
       random_refpoints_xy: anchors start with centres uniform over the picture.
       dtype: of the compute.
     """
@@ -91,6 +93,8 @@ class DNDabDetr(nn.Module):
     dropout: float
     pe_temperature_h: float
     pe_temperature_w: float
+    pe_temperature_box: float
+    position_gain: float
     random_refpoints_xy: bool
     dtype: jnp.dtype
 
@@ -132,9 +136,9 @@ class DNDabDetr(nn.Module):
         def tokens(x):  # [B, h, w, ...] -> [B, h * w, ...]
             return x.reshape(x.shape[0], -1, *x.shape[3:])
 
-        shared = (self.num_heads, self.ffn_dim, self.activation, self.dropout, self.dtype)
+        shared = (self.num_heads, self.ffn_dim, self.activation, self.dropout)
         position, valid = tokens(position).astype(self.dtype), tokens(valid)
-        memory = Encoder(self.encoder_layers, *shared, name="encoder")(
+        memory = Encoder(self.encoder_layers, *shared, self.dtype, name="encoder")(
             tokens(projected), position, valid, train=train
         )
 
@@ -142,12 +146,20 @@ class DNDabDetr(nn.Module):
         box_head = MLP(
             (self.hidden_dim, self.hidden_dim, 4),
             torch_default_kernel,
-            zero_last=True,
+            last_constant=0.0,
             dtype=self.dtype,
             name="box_head",
         )
+        decoder = Decoder(
+            self.decoder_layers,
+            *shared,
+            temperature=self.pe_temperature_box,
+            position_gain=self.position_gain,
+            dtype=self.dtype,
+            name="decoder",
+        )
         content = content.astype(self.dtype)
-        states, references = Decoder(self.decoder_layers, *shared, name="decoder")(
+        states, references = decoder(
             content, anchors, mask, memory, position, valid, box_head, train=train
         )
         states, references = jnp.stack(states), jnp.stack(references)

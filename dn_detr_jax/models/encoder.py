@@ -37,7 +37,7 @@ class EncoderLayer(nn.Module):
 
         def project(x, name):
             init = packed_xavier_uniform(3)
-            return Linear(x.shape[-1], True, init, self.dtype, name=name)(x)
+            return Linear(x.shape[-1], nn.initializers.zeros, init, self.dtype, name=name)(x)
 
         placed = x + position
         y = attention(
@@ -47,7 +47,7 @@ class EncoderLayer(nn.Module):
             valid[:, None, :],
             self.num_heads,
         )
-        y = Linear(x.shape[-1], True, dtype=self.dtype, name="out")(y)
+        y = Linear(x.shape[-1], nn.initializers.zeros, dtype=self.dtype, name="out")(y)
         y = nn.Dropout(self.dropout)(y, deterministic=not train)
         x = layer_norm("attention_norm", self.dtype)(x + y)
         return FeedForward(

@@ -33,6 +33,24 @@ def packed_xavier_uniform(parts: int) -> nn.initializers.Initializer:
     return init
 
 
+def aligned_heads(num_heads: int, gain: float) -> nn.initializers.Initializer:
+    """A permutation times `gain` that deals the channels of a sine encoding out to the heads.
+
+    Two projections that start like this make the score of a query and a key, in every head, a sum
+    of cosines of the distance between their positions: largest where they coincide. Sine and
+    cosine of a frequency stay together; all heads get frequencies of every size.
+    """
+
+    def init(key: jax.Array, shape: Sequence[int], dtype=jnp.float32) -> jax.Array:
+        del key
+        channel = jnp.arange(shape[0])
+        pair, part = channel // 2, channel % 2
+        target = (pair % num_heads) * (shape[1] // num_heads) + 2 * (pair // num_heads) + part
+        return gain * jax.nn.one_hot(target, shape[1], dtype=dtype)
+
+    return init
+
+
 def prior_probability_bias(probability: float = 0.01) -> nn.initializers.Initializer:
     """Constant bias whose sigmoid is `probability` (Lin et al., ICCV 2017, section 4.1)."""
     return nn.initializers.constant(-math.log((1.0 - probability) / probability))

@@ -1,51 +1,37 @@
-"""The training loop and the evaluation of a trained run, read from top to bottom.
+"""The training loop, read from top to bottom.
 
-The order of operations in `train` is the contract that makes runs resumable: a checkpoint holds the
-state after a number of steps, and everything else (data, noise, schedule) follows from the number.
+The order of operations is the contract that makes runs resumable: a checkpoint holds the state
+after a number of steps, and everything else (data, noise, schedule) follows from the number.
 """
 
-import dataclasses
 import logging
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import optax
-from flax import linen as nn
 from flax import traverse_util
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dn_detr_jax.config import ConfigError, validate
 from dn_detr_jax.data.datasets import Dataset, open_dataset
-from dn_detr_jax.data.loader import eval_batches, train_batches
-from dn_detr_jax.data.plan import steps_per_epoch
-from dn_detr_jax.evaluation import pictures
+from dn_detr_jax.data.loader import train_batches
 from dn_detr_jax.evaluation.evaluate import Evaluation, Evaluator
 from dn_detr_jax.interop.initial import load_initial
 from dn_detr_jax.matching import host_timer
-from dn_detr_jax.models.registry import abstract_params, build_model, parameter_table, trainable
-from dn_detr_jax.sharding import make_mesh, put_batch, replicated, with_sharding
-from dn_detr_jax.training import schedules
+from dn_detr_jax.models.registry import abstract_params, parameter_table, trainable
+from dn_detr_jax.sharding import put_batch, replicated, with_sharding
 from dn_detr_jax.training.checkpoints import Checkpoints
 from dn_detr_jax.training.optimizer import describe, make_optimizer
-from dn_detr_jax.training.step import (
-    TrainState,
-    abstract_batch,
-    abstract_state,
-    init_state,
-    jit_detect,
-    jit_train_step,
-)
-from dn_detr_jax.training.writers import MetricWriter, Progress, read_metrics
-from dn_detr_jax.visualize import render_curves
+from dn_detr_jax.training.report import draw, report
+from dn_detr_jax.training.setup import Plan, Setup, check_classes, compile_programs, set_up
+from dn_detr_jax.training.step import TrainState, abstract_state, init_state, jit_train_step
+from dn_detr_jax.training.writers import MetricWriter, Progress
 
 PyTree = Any
 logger = logging.getLogger(__name__)
@@ -53,110 +39,6 @@ logger = logging.getLogger(__name__)
 
 class TrainingError(RuntimeError):
     """Training that can't go on; one line with the step and the cause."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Setup:
-    """What training and evaluation share: everything up to the compiled programs."""
-
-    config: ConfigDict
-    mesh: Mesh
-    model: nn.Module
-    validation: Dataset
-    detect: Callable
-
-    @property
-    def class_names(self) -> list[str]:
-        return [category.name for category in self.validation.categories]
-
-
-def _set_up(config: ConfigDict) -> _Setup:
-    """Checks the config against itself, the devices and the data; compiles nothing."""
-    validate(config)
-    mesh = make_mesh(config.mesh.data)
-    for key in ("train", "eval"):
-        if config[key].batch_size % mesh.size:
-            raise ConfigError(
-                f"{key}.batch_size", config[key].batch_size, f"a multiple of {mesh.size} devices"
-            )
-    validation = open_dataset(config.data, "validation")
-    _check_classes(config, validation)
-    processes = jax.process_index(), jax.process_count()
-    eval_batches(validation, config, *processes).close()  # checks that the pictures fit
-    model = build_model(config.model)
-    detect = jit_detect(model=model, config=config, mesh=mesh)
-    return _Setup(config, mesh, model, validation, detect)
-
-
-def _check_classes(config: ConfigDict, dataset: Dataset) -> None:
-    if config.model.num_classes != len(dataset.categories):
-        raise ConfigError(
-            "model.num_classes",
-            config.model.num_classes,
-            f"{len(dataset.categories)}, the classes of {dataset.name!r}",
-        )
-
-
-def _is_first_process() -> bool:
-    return jax.process_index() == 0
-
-
-# --- Evaluation only -----------------------------------------------------------------------------
-
-
-def evaluate(config: ConfigDict, workdir: Path, step: str | int = "best") -> Evaluation:
-    """Evaluates a checkpoint, prints the COCO table and draws the pictures.
-
-    Args:
-      config: whole configuration; must fit the parameters of the checkpoint.
-      workdir: of the training run.
-      step: "latest", "best" or a number of steps.
-
-    Raises:
-      ConfigError, CheckpointError: something does not fit, before anything is compiled.
-    """
-    setup = _set_up(config)
-    shapes = with_sharding(abstract_params(setup.model), replicated(setup.mesh))
-    names = setup.class_names
-    with Checkpoints(workdir, config, class_names=names, read_only=True) as checkpoints:
-        params = checkpoints.restore_params(shapes, step)
-        number = checkpoints.find(step)
-    _, detect = _compile(setup)
-    evaluation = Evaluator(setup.validation, config, detect, setup.mesh)(params)
-    folder = _draw(setup, detect, params, workdir)
-    _report(evaluation, Path(workdir) / "checkpoints" / str(number), folder)
-    return evaluation
-
-
-def _report(evaluation: Evaluation, checkpoint: Path, folder: Path | None) -> None:
-    if _is_first_process():
-        print(f"\n{evaluation.table()}\n", flush=True)
-        print(f"checkpoint  {checkpoint}")
-        print(f"pictures    {folder or 'none: eval.pictures is 0'}", flush=True)
-
-
-def _draw(setup: _Setup, detect: Callable, params: PyTree, workdir: Path) -> Path | None:
-    """Draws detections, denoising and curves into the work directory."""
-    config = setup.config
-    if not config.eval.pictures or jax.process_count() > 1:
-        return None
-    drawn = {
-        "detections": pictures.detections(params, detect, setup.validation, config, setup.mesh)
-    }
-    if config.dn.groups:
-        dataset = open_dataset(config.data, "train")
-        batch = next(train_batches(dataset, config, 0, 1))
-        drawn |= pictures.denoising_groups(batch, config, setup.class_names)
-    metrics = Path(workdir) / "metrics.jsonl"
-    if metrics.exists():
-        drawn["curves"] = render_curves({Path(workdir).name: metrics})
-    steps = [line["step"] for line in read_metrics(workdir)]
-    with MetricWriter(workdir, start_step=max(steps, default=0)) as writer:
-        writer.images(max(steps, default=0), drawn)
-    return pictures.save(drawn, workdir)
-
-
-# --- Training ------------------------------------------------------------------------------------
 
 
 def train(config: ConfigDict, workdir: Path) -> Evaluation | None:
@@ -173,18 +55,16 @@ def train(config: ConfigDict, workdir: Path) -> Evaluation | None:
       ConfigError, CheckpointError: something does not fit, before anything is compiled.
       TrainingError: loss or matching costs are not finite. The checkpoints are from before.
     """
-    setup = _set_up(config)
+    setup = set_up(config)
     training = open_dataset(config.data, "train")
-    _check_classes(config, training)
-    plan = _Plan.of(config, len(training))
+    check_classes(config, training)
+    plan = Plan.of(config, len(training))
     params_shapes = abstract_params(setup.model)
     is_trained = trainable(params_shapes, config.model)
     train_mask = traverse_util.unflatten_dict(is_trained, sep="/")
     optimizer, schedule = make_optimizer(
         config, params_shapes, plan.per_epoch, plan.total, is_trained
     )
-    _announce(setup, training, plan, params_shapes, is_trained)
-
     checkpoints = Checkpoints(
         workdir,
         config,
@@ -193,6 +73,7 @@ def train(config: ConfigDict, workdir: Path) -> Evaluation | None:
         class_names=setup.class_names,
     )
     with checkpoints:
+        _announce(setup, training, plan, params_shapes, is_trained, Path(workdir))
         step_function, metric_names = jit_train_step(
             model=setup.model,
             optimizer=optimizer,
@@ -217,7 +98,7 @@ def train(config: ConfigDict, workdir: Path) -> Evaluation | None:
             jax.process_index(),
             jax.process_count(),
         )
-        programs, detect = _compile(setup, step_function, shapes)
+        programs, detect = compile_programs(setup, step_function, shapes)
         evaluator = Evaluator(setup.validation, config, detect, setup.mesh)
         if host_state.get("instability") and evaluator.meter is not None:
             evaluator.meter.load_state_dict(host_state["instability"])
@@ -231,7 +112,7 @@ def train(config: ConfigDict, workdir: Path) -> Evaluation | None:
         return _finish(setup, run, detect, with_sharding(params_shapes, replicated(setup.mesh)))
 
 
-def _finish(setup: _Setup, run: "_Run", detect: Callable, shapes: PyTree) -> Evaluation:
+def _finish(setup: Setup, run: "_Run", detect: Callable, shapes: PyTree) -> Evaluation:
     """Reports on the best checkpoint, evaluating it again only where it is not the last one."""
     best = run.checkpoints.best_step()
     step = best if best is not None else run.checkpoints.latest_step()
@@ -239,40 +120,25 @@ def _finish(setup: _Setup, run: "_Run", detect: Callable, shapes: PyTree) -> Eva
     if run.last_evaluation is None or run.last_evaluation[0] != step:
         evaluator = Evaluator(setup.validation, setup.config, detect, setup.mesh)
         run.last_evaluation = (step, evaluator(params))
-    folder = _draw(setup, detect, params, run.workdir)
-    _report(run.last_evaluation[1], run.checkpoints.directory / str(step), folder)
+    folder = draw(setup, detect, params, run.workdir)
+    report(run.last_evaluation[1], run.checkpoints.directory / str(step), folder)
     return run.last_evaluation[1]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """All durations of a run, in steps."""
-
-    per_epoch: int
-    total: int
-    log_every: int
-    eval_every: int
-    checkpoint_every: int
-
-    @classmethod
-    def of(cls, config: ConfigDict, num_images: int) -> "_Plan":
-        per_epoch = steps_per_epoch(num_images, config.train.batch_size)
-
-        def steps(name, total=None):
-            key = f"train.{name}"
-            return max(schedules.steps(config.train[name], per_epoch, total, key=key), 1)
-
-        total = steps("duration")
-        every = (steps(f"{name}_every", total) for name in ("log", "eval", "checkpoint"))
-        return cls(per_epoch, total, *every)
-
-
 def _announce(
-    setup: _Setup, training: Dataset, plan: _Plan, params: PyTree, is_trained: dict[str, bool]
+    setup: Setup,
+    training: Dataset,
+    plan: Plan,
+    params: PyTree,
+    is_trained: dict[str, bool],
+    workdir: Path,
 ) -> None:
-    """Logs what is about to be trained, on what, for how long."""
+    """Logs what is about to be trained, on what, for how long; lists the parameters in a file."""
     table = parameter_table(params, is_trained)
-    logger.info("parameters:\n%s\n%s", table, describe(params, setup.config, is_trained))
+    rates = describe(params, setup.config, is_trained)
+    if jax.process_index() == 0:
+        (workdir / "parameters.txt").write_text(f"{table}\n\n{rates}\n", encoding="utf-8")
+    logger.info("%s, see %s\n%s", table.splitlines()[-1], workdir / "parameters.txt", rates)
     per_image = np.diff(training.annotations.offsets)
     over = int((per_image > setup.config.data.max_objects).sum())
     logger.info(
@@ -294,43 +160,6 @@ def _announce(
         setup.mesh.size,
         jax.devices()[0].platform,
     )
-
-
-def _compile(
-    setup: _Setup, step_function: Callable | None = None, state: TrainState | None = None
-) -> tuple[dict[tuple[int, int], Callable], Callable]:
-    """Compiles every program of the run ahead: one per canvas for training and for evaluation.
-
-    Returns:
-      Train steps by canvas (none without `step_function`), and the `detect` for all canvases.
-    """
-    config, mesh = setup.config, setup.mesh
-    params = with_sharding(abstract_params(setup.model), replicated(mesh))
-    canvases = [tuple(canvas) for canvas in config.data.canvases]
-
-    def compile_one(task):
-        purpose, canvas = task
-        batch = abstract_batch(config, purpose, mesh, canvas)
-        start = time.monotonic()
-        if purpose == "train":
-            program = step_function.lower(state, batch).compile()
-        else:
-            program = setup.detect.lower(params, batch).compile()
-        seconds = time.monotonic() - start
-        logger.info("compiled %s for %d x %d in %.1f s", purpose, *canvas, seconds)
-        return task, program
-
-    purposes = ["eval"] if step_function is None else ["train", "eval"]
-    tasks = [(purpose, canvas) for purpose in purposes for canvas in canvases]
-    # Accelerators time candidate kernels while compiling, which must not overlap.
-    workers = len(canvases) if mesh.devices.flat[0].platform == "cpu" else 1
-    with ThreadPoolExecutor(workers) as pool:
-        programs = dict(pool.map(compile_one, tasks))
-
-    def detect(params, batch):
-        return programs["eval", batch["image"].shape[1:3]](params, batch)
-
-    return {canvas: programs.get(("train", canvas)) for canvas in canvases}, detect
 
 
 class _StopSignal:
@@ -359,8 +188,8 @@ class _Run:
 
     def __init__(
         self,
-        setup: _Setup,
-        plan: _Plan,
+        setup: Setup,
+        plan: Plan,
         programs: dict[tuple[int, int], Callable],
         metric_names: list[str],
         schedule: optax.Schedule,
@@ -376,7 +205,7 @@ class _Run:
 
     def train(self, batches: Iterator[dict], state: TrainState) -> bool:
         """Trains to the end of the plan; False if SIGTERM came before."""
-        start, first = int(state.step), _is_first_process()
+        start, first = int(state.step), jax.process_index() == 0
         with (
             MetricWriter(self.workdir, first, start) as self._writer,
             _StopSignal() as stop,

@@ -43,7 +43,7 @@ class DigitScenes(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "First version."}  # noqa: RUF012 (the type is that of TFDS)
     BUILDER_CONFIGS = [  # noqa: RUF012
-        DigitScenesConfig(name="full", train=8000, validation=600, description="For training."),
+        DigitScenesConfig(name="full", train=6000, validation=600, description="For training."),
         DigitScenesConfig(name="tiny", train=96, validation=40, description="For tests."),
     ]
 

@@ -16,11 +16,11 @@ MAX_DIGITS = 8
 SPLITS = ("train", "validation")
 
 _EMPTY_SHARE = 0.04  # of the scenes have no digit
-_DIGIT_HEIGHT = (14.0, 48.0)  # pixels, of the ink before it is turned
+_DIGIT_HEIGHT = (18.0, 48.0)  # pixels, of the ink before it is turned
 _MAX_ANGLE = 20.0  # degrees
 _MAX_COVER = 0.2  # share of a digit's ink that others may cover
 _MAX_BOX_OVERLAP = 0.3  # intersection over the smaller of two boxes
-_MIN_CONTRAST = 75.0  # luminance between a digit and what is under it, of 255
+_MIN_CONTRAST = 90.0  # luminance between a digit and what is under it, of 255
 _ENLARGE = 8  # of the 8 x 8 samples, before they are turned and brought to size
 _INK = 0.3  # opacity from which a pixel belongs to the box
 _LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601

@@ -1,0 +1,74 @@
+"""The end of a training, and the evaluation of a trained run: COCO table and pictures."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from dn_detr_jax.data.datasets import open_dataset
+from dn_detr_jax.data.loader import train_batches
+from dn_detr_jax.evaluation import pictures
+from dn_detr_jax.evaluation.evaluate import Evaluation, Evaluator
+from dn_detr_jax.models.registry import abstract_params
+from dn_detr_jax.sharding import replicated, with_sharding
+from dn_detr_jax.training.checkpoints import Checkpoints
+from dn_detr_jax.training.setup import Setup, compile_programs, set_up
+from dn_detr_jax.training.writers import MetricWriter, read_metrics
+from dn_detr_jax.visualize import render_curves
+
+PyTree = Any
+
+
+def evaluate(config: ConfigDict, workdir: Path, step: str | int = "best") -> Evaluation:
+    """Evaluates a checkpoint, prints the COCO table and draws the pictures.
+
+    Args:
+      config: whole configuration; must fit the parameters of the checkpoint.
+      workdir: of the training run.
+      step: "latest", "best" or a number of steps.
+
+    Raises:
+      ConfigError, CheckpointError: something does not fit, before anything is compiled.
+    """
+    setup = set_up(config)
+    shapes = with_sharding(abstract_params(setup.model), replicated(setup.mesh))
+    names = setup.class_names
+    with Checkpoints(workdir, config, class_names=names, read_only=True) as checkpoints:
+        params = checkpoints.restore_params(shapes, step)
+        number = checkpoints.find(step)
+    _, detect = compile_programs(setup)
+    evaluation = Evaluator(setup.validation, config, detect, setup.mesh)(params)
+    folder = draw(setup, detect, params, workdir)
+    report(evaluation, Path(workdir) / "checkpoints" / str(number), folder)
+    return evaluation
+
+
+def report(evaluation: Evaluation, checkpoint: Path, folder: Path | None) -> None:
+    """Prints the COCO table, and where checkpoint and pictures are."""
+    if jax.process_index() == 0:
+        print(f"\n{evaluation.table()}\n", flush=True)
+        print(f"checkpoint  {checkpoint}")
+        print(f"pictures    {folder or 'none: eval.pictures is 0'}", flush=True)
+
+
+def draw(setup: Setup, detect: Callable, params: PyTree, workdir: Path) -> Path | None:
+    """Draws detections, denoising and curves into the work directory."""
+    config = setup.config
+    if not config.eval.pictures or jax.process_count() > 1:
+        return None
+    drawn = {
+        "detections": pictures.detections(params, detect, setup.validation, config, setup.mesh)
+    }
+    if config.dn.groups:
+        dataset = open_dataset(config.data, "train")
+        batch = next(train_batches(dataset, config, 0, 1))
+        drawn |= pictures.denoising_groups(batch, config, setup.class_names)
+    metrics = Path(workdir) / "metrics.jsonl"
+    if metrics.exists():
+        drawn["curves"] = render_curves({Path(workdir).name: metrics})
+    steps = [line["step"] for line in read_metrics(workdir)]
+    with MetricWriter(workdir, start_step=max(steps, default=0)) as writer:
+        writer.images(max(steps, default=0), drawn)
+    return pictures.save(drawn, workdir)

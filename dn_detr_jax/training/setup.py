@@ -1,0 +1,138 @@
+"""What training and evaluation share: the checked config, devices, data, and compiled programs."""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+from flax import linen as nn
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dn_detr_jax.config import ConfigError, validate
+from dn_detr_jax.data.datasets import Dataset, open_dataset
+from dn_detr_jax.data.loader import eval_batches
+from dn_detr_jax.data.plan import steps_per_epoch
+from dn_detr_jax.models.registry import abstract_params, build_model
+from dn_detr_jax.sharding import make_mesh, replicated, with_sharding
+from dn_detr_jax.training import schedules
+from dn_detr_jax.training.step import TrainState, abstract_batch, jit_detect
+
+PyTree = Any
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """Everything up to the compiled programs.
+
+    Attributes:
+      config: whole configuration, checked.
+      mesh: devices.
+      model: detector.
+      validation: the split to evaluate on.
+      detect: the jitted `training.step.detect`.
+    """
+
+    config: ConfigDict
+    mesh: Mesh
+    model: nn.Module
+    validation: Dataset
+    detect: Callable
+
+    @property
+    def class_names(self) -> list[str]:
+        """By label."""
+        return [category.name for category in self.validation.categories]
+
+
+def set_up(config: ConfigDict) -> Setup:
+    """Checks the config against itself, the devices and the data; compiles nothing."""
+    validate(config)
+    mesh = make_mesh(config.mesh.data)
+    for key in ("train", "eval"):
+        if config[key].batch_size % mesh.size:
+            raise ConfigError(
+                f"{key}.batch_size", config[key].batch_size, f"a multiple of {mesh.size} devices"
+            )
+    validation = open_dataset(config.data, "validation")
+    check_classes(config, validation)
+    processes = jax.process_index(), jax.process_count()
+    eval_batches(validation, config, *processes).close()  # checks that the pictures fit
+    model = build_model(config.model)
+    detect = jit_detect(model=model, config=config, mesh=mesh)
+    return Setup(config, mesh, model, validation, detect)
+
+
+def check_classes(config: ConfigDict, dataset: Dataset) -> None:
+    """Raises ConfigError unless the model has as many classes as the data."""
+    if config.model.num_classes != len(dataset.categories):
+        raise ConfigError(
+            "model.num_classes",
+            config.model.num_classes,
+            f"{len(dataset.categories)}, the classes of {dataset.name!r}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All durations of a run, in steps."""
+
+    per_epoch: int
+    total: int
+    log_every: int
+    eval_every: int
+    checkpoint_every: int
+
+    @classmethod
+    def of(cls, config: ConfigDict, num_images: int) -> "Plan":
+        """The durations of a config for that many training pictures."""
+        per_epoch = steps_per_epoch(num_images, config.train.batch_size)
+
+        def steps(name, total=None):
+            key = f"train.{name}"
+            return max(schedules.steps(config.train[name], per_epoch, total, key=key), 1)
+
+        total = steps("duration")
+        every = (steps(f"{name}_every", total) for name in ("log", "eval", "checkpoint"))
+        return cls(per_epoch, total, *every)
+
+
+def compile_programs(
+    setup: Setup, step_function: Callable | None = None, state: TrainState | None = None
+) -> tuple[dict[tuple[int, int], Callable], Callable]:
+    """Compiles every program of the run ahead: one per canvas for training and for evaluation.
+
+    Returns:
+      Train steps by canvas (none without `step_function`), and the `detect` for all canvases.
+    """
+    config, mesh = setup.config, setup.mesh
+    params = with_sharding(abstract_params(setup.model), replicated(mesh))
+    canvases = [tuple(canvas) for canvas in config.data.canvases]
+
+    def compile_one(task):
+        purpose, canvas = task
+        batch = abstract_batch(config, purpose, mesh, canvas)
+        start = time.monotonic()
+        if purpose == "train":
+            program = step_function.lower(state, batch).compile()
+        else:
+            program = setup.detect.lower(params, batch).compile()
+        seconds = time.monotonic() - start
+        logger.info("compiled %s for %d x %d in %.1f s", purpose, *canvas, seconds)
+        return task, program
+
+    purposes = ["eval"] if step_function is None else ["train", "eval"]
+    tasks = [(purpose, canvas) for purpose in purposes for canvas in canvases]
+    # Accelerators time candidate kernels while compiling, which must not overlap.
+    workers = len(canvases) if mesh.devices.flat[0].platform == "cpu" else 1
+    with ThreadPoolExecutor(workers) as pool:
+        programs = dict(pool.map(compile_one, tasks))
+
+    def detect(params, batch):
+        return programs["eval", batch["image"].shape[1:3]](params, batch)
+
+    return {canvas: programs.get(("train", canvas)) for canvas in canvases}, detect
