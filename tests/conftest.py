@@ -1,9 +1,21 @@
 """What several tests share."""
 
 import pytest
+from hypothesis import settings
+from tiny_detector import TinyDetector
 
 from dn_detr_jax.config import base_config
 from dn_detr_jax.data.datasets import open_dataset
+
+# The same examples every time; no deadline, since the first example compiles.
+settings.register_profile("tests", max_examples=25, deadline=None, derandomize=True, database=None)
+settings.load_profile("tests")
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """A small detector, with functions that all tests share so that they compile once."""
+    return TinyDetector()
 
 
 @pytest.fixture(scope="session")

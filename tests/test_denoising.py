@@ -1,0 +1,369 @@
+"""Query denoising: layout, noise, mask and loss against plain loops, and what must not leak.
+
+The leak tests run a whole small detector. Where two calls of one compiled program must agree, they
+must agree to the bit: a masked weight is exactly zero.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from fast_jit import fast_jit
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from tiny_detector import GROUPS, by_group, object_noise, picture_batch
+
+from dn_detr_jax import denoising
+
+# --- layout and noise -----------------------------------------------------------------------------
+
+BATCH, OBJECTS, CLASSES = 2, 3, 4
+prepare = fast_jit(denoising.prepare, static_argnames=("groups", "label_noise", "box_noise"))
+draw = fast_jit(denoising.draw_noise, static_argnums=(1, 2))
+
+
+def targets(seed=0):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, CLASSES, (BATCH, OBJECTS)).astype(np.int32)
+    return labels, oracle.random_boxes(rng, BATCH, OBJECTS), np.arange(OBJECTS) < [[3], [1]]
+
+
+def prepared(groups=GROUPS, label_noise=0.2, box_noise=0.4):
+    noise = draw(jax.random.key(3), (BATCH, groups * OBJECTS), CLASSES)
+    options = {"groups": groups, "label_noise": label_noise, "box_noise": box_noise}
+    return prepare(*targets(), noise, **options), noise
+
+
+def test_slot_of_every_object_in_every_group():
+    """Slot g * M + m is object m in group g: a wrong layout gives targets to other queries."""
+    labels, boxes, valid = targets()
+    dn, _ = prepared()
+    assert dn.num_slots == GROUPS * OBJECTS
+    for b, g, m in np.ndindex(BATCH, GROUPS, OBJECTS):
+        slot = g * OBJECTS + m
+        assert dn.group[b, slot] == g
+        assert dn.valid[b, slot] == valid[b, m]
+        assert dn.target_labels[b, slot] == labels[b, m]
+        np.testing.assert_array_equal(dn.target_boxes[b, slot], boxes[b, m])
+
+
+def test_noise_of_a_wrong_number_of_slots_is_refused():
+    label = np.zeros((BATCH, 5))
+    noise = denoising.Noise(label_u=label, label_new=label, box_u=np.zeros((BATCH, 5, 4)))
+    with pytest.raises(ValueError, match="5 slots, but 3 groups of 3 objects need 9"):
+        denoising.prepare(*targets(), noise, groups=3, label_noise=0.2, box_noise=0.4)
+
+
+def test_without_noise_queries_are_the_targets():
+    dn, _ = prepared(label_noise=0.0, box_noise=0.0)
+    np.testing.assert_array_equal(dn.labels, dn.target_labels)
+    np.testing.assert_array_equal(dn.boxes, dn.target_boxes)
+
+
+def test_label_noise_flips_at_its_rate_to_any_real_class():
+    """Catches a shifted range of classes, the extra row as a label, and a wrong rate.
+
+    A flip draws from all the classes, so one in C of them does not show.
+    """
+    classes, slots, rate = 5, 20_000, 0.3
+    noise = draw(jax.random.key(0), (4, slots), classes)
+    labels = jnp.full((4, slots), 2)
+    got = np.asarray(denoising.add_label_noise(labels, noise, rate))
+    frequency = np.bincount(got.ravel(), minlength=classes) / got.size
+    want = np.full(classes, rate / classes)
+    want[2] += 1 - rate
+    assert len(frequency) == classes
+    # Five standard deviations of a binomial share of 80,000 draws.
+    np.testing.assert_allclose(frequency, want, atol=5 * 0.5 / np.sqrt(got.size))
+    np.testing.assert_array_equal(denoising.add_label_noise(labels, noise, 1.0), noise.label_new)
+
+
+add_box_noise = fast_jit(denoising.add_box_noise)
+# Just above -1 and below 1 at the most, as the uniform draws give it.
+draws = hnp.arrays(np.float32, (1, 4, 4), elements=st.floats(0, 1, width=32, exclude_max=True))
+seeds, scales = st.integers(0, 2**32 - 1), st.floats(0, 0.99)
+
+
+@given(draws, seeds, scales)
+def test_box_noise_stays_in_its_bounds(box_u, seed, scale):
+    """Centres stay in their box, sides within 1 +- scale, everything in the picture.
+
+    Catches noise twice as large (the paper's lambda is of half a side), and axes mixed up.
+    """
+    boxes = oracle.random_boxes(np.random.default_rng(seed), 1, 4)
+    noise = denoising.Noise(label_u=None, label_new=None, box_u=box_u)
+    got = np.asarray(add_box_noise(boxes, noise, scale))
+    shift, sides = np.abs(got - boxes)[..., :2], got[..., 2:]
+    assert np.all(shift <= scale * boxes[..., 2:] / 2 + 1e-6)
+    assert np.all(sides >= (1 - scale) * boxes[..., 2:] - 1e-6)
+    assert np.all(sides <= (1 + scale) * boxes[..., 2:] + 1e-6)
+    assert np.all((got >= 0) & (got <= 1))
+
+
+def test_box_noise_reaches_its_bounds_and_follows_its_draws():
+    """Catches noise that is too small, shared between coordinates, or of one sign."""
+    box = np.float32([0.5, 0.4, 0.2, 0.1])
+    for box_u, want in (
+        ([0, 0, 0, 0], [0.46, 0.38, 0.12, 0.06]),
+        ([1, 1, 1, 1], [0.54, 0.42, 0.28, 0.14]),
+        ([0.5, 1, 0, 0.75], [0.5, 0.42, 0.12, 0.12]),
+    ):
+        noise = denoising.Noise(label_u=None, label_new=None, box_u=np.float32(box_u))
+        np.testing.assert_allclose(denoising.add_box_noise(box, noise, 0.4), want, rtol=1e-6)
+
+
+def test_box_noise_is_clipped_to_the_picture():
+    box = np.float32([0.01, 0.99, 0.9, 0.9])
+    noise = denoising.Noise(label_u=None, label_new=None, box_u=np.float32([0, 1, 1, 1]))
+    np.testing.assert_array_equal(denoising.add_box_noise(box, noise, 0.5), [0, 1, 1, 1])
+
+
+def test_draws_are_uniform_independent_and_repeatable():
+    """Catches one random key used twice: labels that flip exactly where boxes shrink."""
+    noise = draw(jax.random.key(1), (4, 5000), 3)
+    columns = np.stack([noise.label_u, noise.label_new, *np.moveaxis(noise.box_u, -1, 0)])
+    correlation = np.corrcoef(columns.reshape(6, -1))
+    assert np.abs(correlation - np.eye(6)).max() < 5 / np.sqrt(20_000)
+    assert np.mean(noise.label_u.ravel() == noise.box_u.ravel()[:20_000]) < 0.01
+    for uniform in (noise.label_u, noise.box_u):
+        assert uniform.min() >= 0 and uniform.max() < 1
+        histogram = np.histogram(uniform, 4, (0, 1))[0] / uniform.size
+        np.testing.assert_allclose(histogram, 0.25, atol=0.02)
+    again, other = (draw(jax.random.key(k), (4, 5000), 3) for k in (1, 2))
+    np.testing.assert_array_equal(noise.box_u, again.box_u)
+    assert np.mean(noise.box_u == other.box_u) < 0.01
+
+
+# --- queries and mask -----------------------------------------------------------------------------
+
+
+def test_queries_of_real_and_of_empty_slots():
+    """Embedding of the noised label and indicator 1; zeros and a neutral anchor for empty slots."""
+    dn, _ = prepared(label_noise=1.0)
+    table = np.random.default_rng(0).normal(size=(CLASSES + 1, 7)).astype(np.float32)
+    content, anchors = denoising.query_content(table, dn), denoising.query_boxes(dn)
+    for b, s in np.ndindex(BATCH, dn.num_slots):
+        if dn.valid[b, s]:
+            np.testing.assert_array_equal(content[b, s], [*table[dn.labels[b, s]], 1])
+            np.testing.assert_array_equal(anchors[b, s], dn.boxes[b, s])
+        else:
+            np.testing.assert_array_equal(content[b, s], 0)
+            np.testing.assert_array_equal(anchors[b, s], 0.5)
+    assert 0 < dn.valid.sum() < dn.valid.size
+
+
+attention_mask = fast_jit(
+    denoising.attention_mask, static_argnums=1, static_argnames="attend_padding"
+)
+
+
+@pytest.mark.parametrize("attend_padding", [False, True])
+@given(hnp.arrays(bool, (2, 6)), hnp.arrays(np.int32, (2, 6), elements=st.integers(-1, 2)))
+def test_mask_equals_a_slow_loop(attend_padding, valid, group):
+    """For any layout of groups, slots of no group included."""
+    valid = valid & (group >= 0)
+    fields = dict.fromkeys(("labels", "boxes", "target_labels", "target_boxes"))
+    dn = denoising.Denoising(group=group, valid=valid, **fields)
+    mask = np.asarray(attention_mask(dn, 3, attend_padding=attend_padding))
+    want = np.zeros((2, 9, 9), bool)
+    for b, row, column in np.ndindex(want.shape):
+        if column >= 6:
+            want[b, row, column] = True  # everybody sees matching queries
+        elif row < 6 and group[b, column] >= 0 and group[b, row] == group[b, column]:
+            want[b, row, column] = attend_padding or valid[b, column]
+    np.testing.assert_array_equal(mask, want)
+    assert mask.any(axis=-1).all()  # a row without a True would be a softmax over nothing
+
+
+def test_split_cuts_behind_the_slots():
+    dn, _ = prepared()
+    outputs = np.arange(2 * (9 + 5) * 3).reshape(2, 14, 3)
+    first, second = denoising.split(outputs, dn)
+    np.testing.assert_array_equal(first, outputs[:, :9])
+    np.testing.assert_array_equal(second, outputs[:, 9:])
+    first, second = denoising.split(outputs, None)
+    assert first.shape == (2, 0, 3)
+    np.testing.assert_array_equal(second, outputs)
+
+
+# --- reconstruction loss --------------------------------------------------------------------------
+
+LAYERS = 2
+reconstruction = fast_jit(denoising.reconstruction_loss)
+
+
+def loss_sum(logits, boxes, dn):
+    terms = denoising.reconstruction_loss(logits, boxes, dn)
+    return sum(terms[name].sum() for name in ("loss_ce", "loss_bbox", "loss_giou"))
+
+
+loss_gradient = fast_jit(jax.grad(loss_sum, argnums=(0, 1)))
+
+
+def predictions(slots, seed=5):
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 3, (LAYERS, BATCH, slots, CLASSES)).astype(np.float32)
+    return logits, oracle.random_boxes(rng, LAYERS, BATCH, slots)
+
+
+def test_reconstruction_loss_equals_a_plain_loop():
+    """Every layer by itself, real slots alone, divided by (objects in the batch) x groups."""
+    labels, boxes, valid = targets()
+    dn, _ = prepared(label_noise=1.0)
+    pred_logits, pred_boxes = predictions(dn.num_slots)
+    got = reconstruction(pred_logits, pred_boxes, dn)
+    want = {name: np.zeros(LAYERS) for name in ("loss_ce", "loss_bbox", "loss_giou", "class_error")}
+    count = 4 * GROUPS  # 3 + 1 objects
+    for layer, b, g, m in np.ndindex(LAYERS, BATCH, GROUPS, OBJECTS):
+        if not valid[b, m]:
+            continue
+        logits, box = (x[layer, b, g * OBJECTS + m] for x in (pred_logits, pred_boxes))
+        target = labels[b, m]  # the true one, whatever the noise has made of it
+        want["loss_ce"][layer] += sum(oracle.focal(x, c == target) for c, x in enumerate(logits))
+        want["loss_bbox"][layer] += np.abs(box.astype(np.float64) - boxes[b, m]).sum()
+        want["loss_giou"][layer] += 1 - oracle.giou(box, boxes[b, m])
+        want["class_error"][layer] += 100 * (np.argmax(logits) != target)
+    assert set(got) == set(want)
+    for name, values in want.items():
+        np.testing.assert_allclose(got[name], values / count, rtol=2e-5, err_msg=name)
+
+
+def test_reconstruction_without_objects_is_zero_with_finite_gradients():
+    """Catches 0 / 0 in a batch without objects, and gradient into empty slots."""
+    dn, _ = prepared()
+    pred = predictions(dn.num_slots)
+    by_logits, by_boxes = loss_gradient(*pred, dn)
+    for gradient in (by_logits, by_boxes):
+        assert np.isfinite(gradient).all()
+        np.testing.assert_array_equal(np.any(gradient != 0, axis=(0, 3)), dn.valid)
+
+    dn = dn.replace(valid=jnp.zeros_like(dn.valid))
+    assert all(np.array_equal(x, np.zeros(LAYERS)) for x in reconstruction(*pred, dn).values())
+    assert not any(np.any(gradient) for gradient in loss_gradient(*pred, dn))
+
+
+# --- nothing leaks --------------------------------------------------------------------------------
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def assert_close(a, b, tolerance=2e-5):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=tolerance, rtol=1e-5), a, b)
+
+
+def differs(a, b):
+    return any(np.abs(a[name] - b[name]).max() > 1e-3 for name in a)
+
+
+@pytest.fixture(scope="module")
+def result(tiny):
+    """Of the batch and the noise that the other tests vary."""
+    return tiny.train(tiny.params, picture_batch(), object_noise())
+
+
+def test_matching_queries_do_not_see_denoising_queries(tiny, result):
+    """The paper's leak: objects known to the matching part in training, and not in use."""
+    batch = picture_batch()
+    plain = tiny.detect(tiny.params, batch["image"], batch["size"])
+    assert_close(result.match, plain)
+    other = tiny.train(tiny.params, batch, object_noise(seed=9))
+    assert_equal(other.match, result.match)
+    assert differs(other.dn, result.dn)
+
+
+def test_groups_do_not_see_each_other(tiny, result):
+    """Several noised copies of an object together would give its true box away."""
+    first, other = object_noise(), object_noise(seed=9)
+    slots = np.arange(first.label_u.shape[1]) < 4  # group 0
+    mixed = jax.tree.map(
+        lambda a, b: np.where(slots.reshape(-1, *[1] * (a.ndim - 2)), b, a), first, other
+    )
+    got = tiny.train(tiny.params, picture_batch(), mixed)
+    assert_equal(got.match, result.match)
+    got, want = by_group(got.dn), by_group(result.dn)
+    assert_equal(
+        {k: v[:, :, 1:] for k, v in got.items()}, {k: v[:, :, 1:] for k, v in want.items()}
+    )
+    assert differs(
+        {k: v[:, :, 0] for k, v in got.items()}, {k: v[:, :, 0] for k, v in want.items()}
+    )
+
+
+def test_objects_of_a_group_see_each_other(tiny, result):
+    """A mask that hides everything would pass the tests above."""
+    noise = object_noise()
+    noise.box_u[0, 0] = 1 - noise.box_u[0, 0]  # object 0 of group 0
+    got = by_group(tiny.train(tiny.params, picture_batch(), noise).dn)
+    want = by_group(result.dn)
+    neighbour = (slice(None), 0, 0, 1)
+    assert differs(
+        {k: v[neighbour] for k, v in got.items()}, {k: v[neighbour] for k, v in want.items()}
+    )
+
+
+def test_content_of_empty_slots_changes_nothing(tiny, result):
+    """Whatever a loader leaves in the padding: outputs and losses stay the same to the bit."""
+    batch = picture_batch()
+    invalid = ~batch["valid"]
+    batch["labels"][invalid] = 77
+    batch["boxes"][invalid] = -3.0
+    got = tiny.train(tiny.params, batch, object_noise())
+    assert_equal(got.match, result.match)
+    assert_equal((got.total, got.terms), (result.total, result.terms))
+    real = np.tile(batch["valid"], (1, GROUPS))
+    assert_equal(*({k: v[:, real] for k, v in r.dn.items()} for r in (got, result)))
+
+
+@pytest.mark.parametrize("attend_padding", [False, True])
+def test_more_slots_for_objects_change_nothing(tiny, result, attend_padding):
+    """Four slots or seven for the same objects.
+
+    With `attend_padding`, as in the PyTorch code, they do change the results: so a picture depends
+    on the rest of its batch there, and this test would see it.
+    """
+
+    def run(objects):
+        batch, noise = picture_batch(objects), object_noise(objects)
+        got = tiny.train(tiny.params, batch, noise, attend_padding=attend_padding)
+        real = {k: v[:, :, :, :4] for k, v in by_group(got.dn).items()}
+        valid = batch["valid"][:, None, :4].repeat(GROUPS, axis=1)
+        return got, {k: v[:, valid] for k, v in real.items()}
+
+    (few, few_dn), (many, many_dn) = run(4), run(7)
+    assert_close(few.match, many.match)
+    if attend_padding:
+        assert differs(few_dn, many_dn)
+    else:
+        assert_close(few_dn, many_dn)
+        assert_close((few.total, few.terms), (many.total, many.terms), 1e-4)
+
+
+def test_the_rest_of_the_batch_changes_nothing(tiny, result):
+    """A picture among others, and the same one among other others."""
+    batch = picture_batch()
+    batch["image"][1:] = batch["image"][1:, ::-1]
+    batch["valid"][1:] = True
+    batch["size"][1:] = 64
+    got = tiny.train(tiny.params, batch, object_noise())
+    for now, before in ((got.match, result.match), (got.dn, result.dn)):
+        assert_equal({k: v[:, 0] for k, v in now.items()}, {k: v[:, 0] for k, v in before.items()})
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objects", ["none", "mixed"])
+def test_loss_and_gradients_are_finite(tiny, objects):
+    """A batch without objects, and one in which a picture has none."""
+    batch = picture_batch()
+    batch["valid"] &= objects == "mixed"
+    (loss, terms), gradient = tiny.loss_and_gradient(tiny.params, batch, object_noise())
+    assert np.isfinite(loss) and loss > 0
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((terms, gradient)))
+    dn_terms = np.array([v for k, v in terms.items() if k.startswith("dn_loss")])
+    assert len(dn_terms) == 6
+    assert np.all(dn_terms > 0) if objects == "mixed" else not dn_terms.any()

@@ -1,0 +1,345 @@
+"""The detector: sizes, start, gradients, precision, and independence from the canvas."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fast_jit import fast_jit
+from flax import traverse_util
+from tiny_detector import CANVAS, object_noise, picture_batch, random_params, tiny_config
+
+from dn_detr_jax.config import base_config
+from dn_detr_jax.denoising import Denoising
+from dn_detr_jax.models import attention, position
+from dn_detr_jax.models.backbone import ResNet
+from dn_detr_jax.models.dn_dab_detr import IMAGE_MEAN, IMAGE_STD, normalize_images
+from dn_detr_jax.models.registry import abstract_params, build_model, parameter_table, trainable
+
+
+def count(shapes):
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
+def flat(tree):
+    return traverse_util.flatten_dict(tree, sep="/")
+
+
+# --- shapes and numbers of parameters, without computing anything ---------------------------------
+
+
+def abstract_features(canvas, **options):
+    """Shape of the features, and the backbone's parameters."""
+    image = jax.ShapeDtypeStruct((2, *canvas, 3), jnp.float32)
+    size = jax.ShapeDtypeStruct((2, 2), jnp.int32)
+    init = ResNet(**options).init_with_output
+    features, variables = jax.eval_shape(init, jax.random.key(0), image, size)
+    return features.shape, variables["params"]
+
+
+@pytest.mark.parametrize(
+    "depth, published, channels",
+    [(18, 11_689_512, 512), (34, 21_797_672, 512), (50, 25_557_032, 2048), (101, 44_549_160, 2048)],
+)
+def test_backbones_are_the_published_ones(depth, published, channels):
+    """torchvision's numbers of parameters, less the classifier's, plus our stored statistics."""
+    shape, params = abstract_features((800, 1344), depth=depth)
+    assert shape == (2, 25, 42, channels)
+    statistics = count([v for k, v in flat(params).items() if k.endswith(("/mean", "/var"))])
+    assert count(params) - statistics == published - 1000 * (channels + 1)
+
+
+@pytest.mark.parametrize(
+    "options, shape",
+    [
+        ({"dilation": True}, (50, 84, 2048)),
+        ({"stages": 3}, (50, 84, 1024)),
+        ({"stages": 2, "dilation": True}, (200, 336, 512)),
+        ({"stem": "light"}, (25, 42, 2048)),
+        ({"stem": "light", "stages": 1, "norm": "group_norm", "width": 32}, (200, 336, 128)),
+        ({"stem": "light", "stages": 2, "dilation": True}, (200, 336, 512)),
+    ],
+)
+def test_stride_of_backbone_variants(options, shape):
+    """Catches a stride that is dropped or doubled by dilation, stages or the light stem."""
+    assert abstract_features((800, 1344), depth=50, **options)[0] == (2, *shape)
+
+
+@pytest.mark.parametrize(
+    "depth, parameters, statistics, trained",
+    [(50, 43_694_977, 106_240, 43_472_577), (101, 62_634_881, 210_688, 62_412_481)],
+)
+def test_number_of_parameters_of_the_published_detectors(depth, parameters, statistics, trained):
+    """DN-DAB-DETR of the official code: its parameters, its buffers, and what it trains."""
+    config = base_config().model
+    config.backbone.depth = depth
+    params = abstract_params(build_model(config))
+    assert count(params) == parameters + statistics
+    is_trained = trainable(params, config)
+    assert count([leaf for path, leaf in flat(params).items() if is_trained[path]]) == trained
+
+
+def test_shapes_with_patterns_relu_and_denoising():
+    """Patterns multiply the queries, share their anchors, and cost 256 numbers each."""
+    config = base_config().model
+    config.num_patterns, config.activation, config.backbone.dilation = 3, "relu", True
+    model = build_model(config)
+
+    def outputs(key, image, size, dn):
+        return model.init_with_output(key, image, size, dn)
+
+    shape = jax.ShapeDtypeStruct
+    slots = shape((2, 20), jnp.int32)
+    boxes = shape((2, 20, 4), jnp.float32)
+    dn = Denoising(slots, boxes, slots, shape((2, 20), jnp.bool), slots, boxes)
+    image, size = shape((2, 800, 1344, 3), jnp.float32), shape((2, 2), jnp.int32)
+    got, variables = jax.eval_shape(outputs, jax.random.key(0), image, size, dn)
+    assert got["pred_logits"].shape == (6, 2, 20 + 900, 91)
+    assert got["pred_boxes"].shape == (6, 2, 20 + 900, 4)
+    assert {x.dtype for x in got.values()} == {jnp.dtype("float32")}
+    slopes = 12  # one for each of the layers' PReLUs, gone with ReLU
+    assert count(variables["params"]) == 43_694_977 + 106_240 + 3 * 256 - slopes
+
+
+def test_parameter_table_lists_everything(tiny):
+    config = tiny_config().model
+    config.backbone.frozen_stages = 0
+    table = parameter_table(tiny.shapes, trainable(tiny.shapes, config)).splitlines()
+    lines = {line.split()[0]: line for line in table[:-1]}
+    assert set(lines) == set(flat(tiny.shapes))
+    assert lines["backbone/stem_conv/kernel"].split()[1:] == ["3x3x3x8", "216", "frozen"]
+    frozen = {path for path, line in lines.items() if line.endswith("frozen")}
+    assert frozen == {path for path in lines if path.startswith("backbone/stem")}
+    total, stem = count(tiny.shapes), count([tiny.shapes["backbone"]["stem_conv"]]) + 16
+    assert table[-1] == f"{total:,} parameters, {total - stem:,} of them trained"
+
+
+def test_unknown_model_is_refused():
+    config = tiny_config().model
+    config.name = "dino"
+    with pytest.raises(ValueError, match="'dino' is unknown; known: dn_dab_detr"):
+        build_model(config)
+
+
+# --- the start ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def start(tiny):
+    """Initial heads and anchors; the compiler leaves out the other parameters."""
+
+    def init(key):
+        image, size = jnp.zeros((1, CANVAS, CANVAS, 3)), jnp.full((1, 2), CANVAS)
+        params = tiny.model.init(key, image, size)["params"]
+        return {name: params[name] for name in ("box_head", "class_head", "anchors")}
+
+    return fast_jit(init)(jax.random.key(0))
+
+
+def test_first_predictions(tiny, start):
+    """Every layer predicts the anchors themselves, with scores around 0.01.
+
+    Scores of a half would bury the first thousand steps under false positives (Lin et al., ICCV
+    2017); a box head that starts anywhere else moves the anchors at random.
+    """
+    params = tiny.params | start
+    np.testing.assert_allclose(jax.nn.sigmoid(start["class_head"]["bias"]), 0.01, rtol=1e-5)
+    batch = picture_batch()
+    got = tiny.detect(params, batch["image"], batch["size"])
+    anchors = np.broadcast_to(jax.nn.sigmoid(start["anchors"]), got["pred_boxes"].shape)
+    np.testing.assert_allclose(got["pred_boxes"], anchors, atol=1e-5)
+    scores = jax.nn.sigmoid(got["pred_logits"])
+    assert 0.003 < np.median(scores) < 0.03 and scores.max() < 0.2
+
+
+def test_random_anchors_cover_the_picture():
+    """Option random_refpoints_xy: centres uniform, where normal logits crowd the middle."""
+    config = tiny_config().model
+    config.num_queries = 2000
+
+    def anchors(uniform):
+        config.random_refpoints_xy = uniform
+        model = build_model(config)
+        size = jnp.full((1, 2), CANVAS)
+        init = fast_jit(
+            lambda key: model.init(key, jnp.zeros((1, CANVAS, CANVAS, 3)), size)["params"][
+                "anchors"
+            ]
+        )
+        return np.asarray(jax.nn.sigmoid(init(jax.random.key(0))))
+
+    shares = np.histogram(anchors(True)[:, :2], 4, (0, 1))[0] / 4000
+    np.testing.assert_allclose(shares, 0.25, atol=0.04)
+    assert np.histogram(anchors(False)[:, :2], 4, (0, 1))[0][0] / 4000 < 0.18
+
+
+# --- gradients and precision ----------------------------------------------------------------------
+
+
+def test_gradient_reaches_every_parameter(tiny):
+    """Catches a stopped gradient, an unused module and a loss that forgets a layer.
+
+    A bias of attention keys shifts all the scores of a query alike, which the softmax ignores:
+    its gradient is zero but for rounding.
+    """
+    _, gradient = tiny.loss_and_gradient(tiny.params, picture_batch(), object_noise())
+    largest = {path: float(np.abs(leaf).max()) for path, leaf in flat(gradient).items()}
+    key_biases = {p for p in largest if p.endswith("/bias") and "key" in p.split("/")[-2]}
+    assert len(key_biases) == 1 + 2 * 4
+    assert {p for p, size in largest.items() if size < 1e-5} == key_biases
+
+
+def test_bfloat16_gives_float32_outputs_near_those_of_float32(tiny):
+    """Catches box arithmetic in bfloat16, whose 8 bits are 4 pixels of 1000."""
+    config = tiny_config().model
+    config.dtype = "bfloat16"
+    model, batch = build_model(config), picture_batch()
+    assert {leaf.dtype for leaf in jax.tree.leaves(abstract_params(model))} == {
+        jnp.dtype("float32")
+    }
+
+    def detect(params, image, size):
+        return model.apply({"params": params}, normalize_images(image, size), size)
+
+    got = fast_jit(detect)(tiny.params, batch["image"], batch["size"])
+    want = tiny.detect(tiny.params, batch["image"], batch["size"])
+    for name, tolerance in (("pred_logits", 0.1), ("pred_boxes", 0.02)):
+        assert got[name].dtype == jnp.float32
+        assert 0 < np.abs(got[name] - want[name]).max() < tolerance
+    # Numbers rounded to bfloat16 at the end would have 16 empty bits.
+    bits = np.asarray(got["pred_boxes"]).view(np.uint32) & 0xFFFF
+    assert np.mean(bits != 0) > 0.9
+
+
+# --- independence from the canvas -----------------------------------------------------------------
+
+
+def test_normalised_images_equal_a_plain_computation():
+    """Garbage in the padded area becomes 0, which is the mean colour."""
+    batch = picture_batch()
+    got = np.asarray(normalize_images(batch["image"], batch["size"]))
+    for b, (height, width) in enumerate(batch["size"]):
+        picture = batch["image"][b, :height, :width].astype(np.float64) / 255
+        want = (picture - IMAGE_MEAN) / IMAGE_STD
+        np.testing.assert_allclose(got[b, :height, :width], want, atol=1e-5)
+        assert not got[b, height:].any() and not got[b, :, width:].any()
+
+
+def on_larger_canvas(batch, side):
+    """The same pictures, with garbage where the larger canvas is padded."""
+    image = np.random.default_rng(7).integers(0, 256, (3, side, side, 3)).astype(np.uint8)
+    for b, (height, width) in enumerate(batch["size"]):
+        image[b, :height, :width] = batch["image"][b, :height, :width]
+    return batch | {"image": image}
+
+
+def test_detections_do_not_depend_on_the_canvas(tiny):
+    """The same pictures on canvases of 64 and of 96, all that is padded filled with garbage."""
+    batch = picture_batch()
+    want = tiny.detect(tiny.params, batch["image"], batch["size"])
+    for side in (CANVAS, 96):
+        other = on_larger_canvas(batch, side)
+        got = tiny.detect(tiny.params, other["image"], other["size"])
+        for name in want:
+            np.testing.assert_allclose(got[name], want[name], atol=5e-5, err_msg=f"{name} {side}")
+
+
+@pytest.mark.parametrize(
+    "depth, norm, stem, dilation, mask_padding",
+    [
+        (18, "group_norm", "standard", False, True),
+        (18, "frozen_batch_norm", "light", True, True),
+        (50, "group_norm", "light", True, True),
+        (50, "frozen_batch_norm", "standard", False, True),
+        (50, "frozen_batch_norm", "standard", False, False),
+    ],
+)
+def test_features_do_not_depend_on_the_canvas(depth, norm, stem, dilation, mask_padding):
+    """A picture by itself, of sides that the stride does not divide, and far inside a canvas.
+
+    Both norms, stems, blocks, and dilation.
+    Behind its biases padding is not zero any more, and leaks into the picture through every 3x3
+    convolution. Without `mask_padding`, as in PyTorch, it does, and this test sees it.
+    """
+    model = ResNet(
+        depth=depth,
+        width=8,
+        stages=2,
+        norm=norm,
+        stem=stem,
+        dilation=dilation,
+        mask_padding=mask_padding,
+    )
+    batch = picture_batch()
+    (height, width), size = batch["size"][1], batch["size"][1:2]
+    exact = batch["image"][1:2, :height, :width]
+    large = on_larger_canvas(batch, 96)["image"][1:2]
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(exact.shape), size)["params"]
+    params = random_params(shapes)
+    features = fast_jit(
+        lambda image, size: model.apply({"params": params}, normalize_images(image, size), size)
+    )
+    want = np.asarray(features(exact, size))
+    rows, columns = want.shape[1:3]
+    got = np.asarray(features(large, size))[:, :rows, :columns]
+    worst = np.abs(got - want).max() / np.abs(want).max()
+    assert worst < 1e-5 if mask_padding else worst > 1e-3
+
+
+# --- parts ----------------------------------------------------------------------------------------
+
+
+def slow_sines(angle, features, temperature):
+    return [
+        (math.cos if i % 2 else math.sin)(angle / temperature ** (2 * (i // 2) / features))
+        for i in range(features)
+    ]
+
+
+@pytest.mark.parametrize("canvas", [(32, 32), (48, 64)])
+def test_image_encoding_equals_a_plain_loop_on_any_canvas(canvas):
+    """Relative to the picture, not to the canvas: rows first, then columns."""
+    stride, features, sizes = 8, 8, np.int32([[32, 32], [20, 31], [1, 17]])
+    shape = (canvas[0] // stride, canvas[1] // stride)
+
+    def encode(size):
+        valid = position.valid_tokens(size, canvas, shape)
+        return valid, position.image_encoding(valid, features, 20.0, 30.0)
+
+    valid, got = fast_jit(encode)(sizes)
+    for b, (height, width) in enumerate(sizes):
+        rows, columns = math.ceil(height / stride), math.ceil(width / stride)
+        for i, j in np.ndindex(shape):
+            assert valid[b, i, j] == (i < rows and j < columns)
+            if not valid[b, i, j]:
+                continue
+            want = slow_sines(2 * math.pi * (i + 1) / rows, features // 2, 20.0)
+            want += slow_sines(2 * math.pi * (j + 1) / columns, features // 2, 30.0)
+            np.testing.assert_allclose(got[b, i, j], want, atol=1e-5)
+    assert np.isfinite(got).all()
+
+
+def test_box_encoding_equals_a_plain_loop():
+    """y comes before x: the official order, which pretrained weights need."""
+    box = np.float32([0.1, 0.7, 0.3, 0.9])
+    got = fast_jit(position.box_encoding, static_argnums=1)(box, 6)
+    want = np.ravel([slow_sines(2 * math.pi * box[i], 6, 10000.0) for i in (1, 0, 2, 3)])
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    np.testing.assert_allclose(position.box_encoding(box[:2], 6), want[:12], atol=1e-5)
+
+
+def test_attention_equals_a_plain_loop():
+    """Heads, scaling and mask; keys and values of different widths, as in the decoder."""
+    rng = np.random.default_rng(0)
+    query, key = (rng.normal(size=(2, n, 6)).astype(np.float32) for n in (3, 5))
+    value = rng.normal(size=(2, 5, 4)).astype(np.float32)
+    mask = rng.random((2, 3, 5)) < 0.5
+    mask[..., 2] = True
+    got = fast_jit(attention.attention, static_argnums=4)(query, key, value, mask, 2)
+    for b, q, head in np.ndindex(2, 3, 2):
+        k, v = slice(3 * head, 3 * head + 3), slice(2 * head, 2 * head + 2)
+        visible = np.flatnonzero(mask[b, q])
+        scores = np.exp([query[b, q, k] @ key[b, i, k] / math.sqrt(3) for i in visible])
+        want = sum(s * value[b, i, v] for s, i in zip(scores, visible, strict=True)) / scores.sum()
+        np.testing.assert_allclose(got[b, q, v], want, atol=1e-5)

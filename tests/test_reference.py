@@ -1,0 +1,186 @@
+"""The package against stored numbers of the official PyTorch DN-DETR.
+
+The whole detector is compiled once for evaluation and once for training; all tests read one report.
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import fast_jit
+import numpy as np
+import pytest
+
+from dn_detr_jax.config import base_config
+from dn_detr_jax.interop import check_components, check_detector, check_reference, reference
+from dn_detr_jax.interop.convert import flat
+from dn_detr_jax.models.registry import abstract_params, build_model, trainable
+
+DATA = Path(__file__).parent / "data" / "reference"
+# Most clipped gradients are near AdamW's epsilon, so that updates amplify rounding; single draws of
+# such noise differ by more than a factor of 5.
+AMPLIFIED = (
+    "steps.total_loss[1]",
+    "steps.total_loss[2]",
+    "step1.param_sample",
+    "step1.update_norm",
+)
+
+
+@pytest.fixture(scope="module")
+def components():
+    return check_components.check(reference.Case(DATA / "components.npz"))
+
+
+@pytest.fixture(scope="module")
+def detector():
+    setup = check_detector.set_up(reference.Case(DATA / "dn_dab_detr_r50.npz"))
+    setup.compiler_options = fast_jit.OPTIONS
+    return check_detector.check(setup)
+
+
+def of(report, *prefixes):
+    entries = {k: v for k, v in report.entries.items() if k.startswith(prefixes)}
+    assert entries, f"the report has nothing on {prefixes}"
+    return entries
+
+
+def assert_ok(entries):
+    assert {name: entry for name, entry in entries.items() if not entry["ok"]} == {}
+
+
+def test_components(components):
+    assert_ok(components.entries)
+
+
+def test_components_are_all_covered_but_those_of_other_models(components):
+    """A case that is silently left out would look like agreement."""
+    others = ("msda.", "dn.dino_", "pe.deformable_")
+    assert all(name.startswith(others) for name in components.not_covered)
+    for case in ("dab_3_2", "dab_4_0", "dab_0_0", "dab_pat3_0_2", "def_2_3", "def_0_3", "def_0_0"):
+        assert len(of(components, f"dn.{case}.")) >= 8
+    of(components, "focal.loss_ce"), of(components, "crit.empty.losses")
+
+
+def test_weights_follow_the_recipe(detector):
+    """Sampled values of every parameter, to the bit: recipe, importer and names agree."""
+    assert of(detector, "init.param_sample")["init.param_sample"]["abs"] == 0.0
+
+
+def test_backbone_encodings_and_encoder(detector):
+    assert_ok(of(detector, "eval.backbone", "eval.pos", "eval.src", "eval.enc", "eval.memory"))
+
+
+def test_decoder_states_references_logits_and_boxes(detector):
+    names = ("eval.dec", "eval.hs", "eval.ref", "eval.logits", "eval.boxes", "train.logits")
+    assert_ok(of(detector, *names, "train.boxes", "train.dn_logits", "train.dn_boxes"))
+
+
+def test_denoising_queries_and_mask(detector):
+    assert_ok(of(detector, "train.input_query", "train.attn_mask", "train.md_"))
+
+
+def test_matched_queries_of_all_layers(detector):
+    matches = of(detector, "train.match_l")
+    assert len(matches) == 12
+    assert_ok(matches)
+
+
+def test_detections(detector):
+    assert_ok(of(detector, "eval.post_"))
+
+
+def test_losses_of_evaluation_and_of_three_steps(detector):
+    assert_ok(of(detector, "eval.losses", "eval.total_loss", "steps."))
+
+
+def test_gradients_and_updates(detector):
+    assert of(detector, "train.grad_norm")["train.grad_norm"]["count"] == 338
+    assert_ok(of(detector, "train.grad", "step1.", "step3."))
+
+
+def test_errors_are_of_the_size_of_float32_noise(detector):
+    """Of the difference between float32 and float64 runs of the PyTorch code."""
+    ratios = {k: e["noise_ratio"] for k, e in detector.entries.items() if e.get("noise_ratio")}
+    assert len(ratios) > 30
+    assert {k: r for k, r in ratios.items() if r > 5 and k not in AMPLIFIED} == {}
+
+
+def test_everything_in_the_case_is_compared(detector):
+    compared = {name.split("[")[0] for name in detector.entries}
+    ignored = {"in.", "f64.", "train.sample_idx", "train.md_batch_idx", "train.md_known_indice"}
+    left = [
+        n for n in detector.case.arrays if n not in compared and not n.startswith(tuple(ignored))
+    ]
+    assert left == []
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def small_case(folder, change=None):
+    """The focal loss alone."""
+    case = reference.Case(DATA / "components.npz")
+    arrays = {k: v for k, v in case.arrays.items() if k.startswith("focal.")}
+    if change:
+        arrays[change] = arrays[change] * (1 + 1e-3)
+    manifest = case.manifest | {
+        "arrays": {k: case.manifest["arrays"][k] for k in arrays},
+        "dn_cases": [],
+    }
+    np.savez(folder / "case.npz", **arrays)
+    (folder / "case.json").write_text(json.dumps(manifest))
+    return str(folder / "case.npz")
+
+
+def test_command_prints_one_json_object(tmp_path, capsys):
+    assert check_reference.main([small_case(tmp_path)]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["ok"] is True
+    assert set(printed["results"]) == {
+        "focal.loss",
+        "focal.loss_noalpha",
+        "focal.loss_ce",
+        "focal.grad",
+    }
+
+
+def test_command_notices_a_difference_of_a_thousandth(tmp_path, capsys):
+    assert check_reference.main([small_case(tmp_path, change="focal.grad")]) == 1
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["ok"] is False
+    assert printed["out_of_tolerance"] == ["focal.grad"]
+
+
+def test_command_refuses_other_models(tmp_path, capsys):
+    manifest = json.loads((DATA / "dn_dab_detr_r50.json").read_text())
+    shutil.copy(DATA / "components.npz", tmp_path / "case.npz")
+    for change, words in (
+        ({"modelname": "dn_dab_deformable_detr"}, "is not a model of this package yet"),
+        ({"args": manifest["args"] | {"pre_norm": True}}, "pre_norm=True has no counterpart"),
+    ):
+        (tmp_path / "case.json").write_text(json.dumps(manifest | change))
+        assert check_reference.main([str(tmp_path / "case.npz")]) == 2
+        assert words in capsys.readouterr().err
+    assert check_reference.main([str(tmp_path / "none.npz")]) == 2
+    assert "none.npz: there is no such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "total", "trained"),
+    [
+        ({}, 43_694_977, 43_472_577),
+        ({"num_patterns": 3}, 43_695_745, 43_473_345),
+        ({"depth": 101}, 62_634_881, 62_412_481),
+    ],
+)
+def test_sizes_of_the_published_models(overrides, total, trained):
+    """Parameters of the PyTorch code, without the frozen batch norms, which are buffers there."""
+    config = base_config().model
+    (config.backbone if "depth" in overrides else config).update(overrides)
+    params = abstract_params(build_model(config))
+    sizes = {path: leaf.size for path, leaf in flat(params).items()}
+    buffers = sum(n for path, n in sizes.items() if re.search(r"backbone/.*norm\d?/", path))
+    assert sum(sizes.values()) - buffers == total
+    assert sum(n for path, n in sizes.items() if trainable(params, config)[path]) == trained
