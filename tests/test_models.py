@@ -258,9 +258,9 @@ def test_detections_do_not_depend_on_the_canvas(tiny):
 def test_features_do_not_depend_on_the_canvas(depth, norm, stem, dilation, mask_padding):
     """A picture by itself, of sides that the stride does not divide, and far inside a canvas.
 
-    Both norms, stems, blocks, and dilation.
-    Behind its biases padding is not zero any more, and leaks into the picture through every 3x3
-    convolution. Without `mask_padding`, as in PyTorch, it does, and this test sees it.
+    Both norms, stems, blocks, and dilation. Behind its biases padding is not zero any more, and
+    leaks into the picture through every 3x3 convolution. Without `mask_padding`, as in PyTorch, it
+    does, and this test sees it.
     """
     model = ResNet(
         depth=depth,
