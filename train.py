@@ -11,10 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from dn_detr_jax.command_line import run_main
 from dn_detr_jax.config import ConfigError
+from dn_detr_jax.data.errors import DataError
+from dn_detr_jax.training.errors import TrainingError
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "The experiment, a file in configs/.")
@@ -50,7 +53,8 @@ def _log_to_terminal() -> None:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
+    absl_logging.set_verbosity(absl_logging.WARNING)
 
 
 if __name__ == "__main__":
-    run_main(main, (ConfigError, ValueError, OSError, RuntimeError))
+    run_main(main, (ConfigError, DataError, TrainingError, OSError))

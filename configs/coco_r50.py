@@ -11,7 +11,7 @@ checkpoint is evaluated without any training:
 
     python -m dn_detr_jax.interop.import_torch checkpoint.pth --config configs/coco_r50.py \\
         --out runs/official
-    python train.py --config configs/coco_r50.py --workdir runs/official --eval_only --step latest
+    python train.py --config configs/coco_r50.py --workdir runs/official --eval_only
 
 To vary: `model.backbone.depth=101`, `model.backbone.dilation=True` (DC5), `model.num_patterns=3`,
 `dn.groups=0` (plain DAB-DETR), `model.dtype=bfloat16`.

@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from dn_detr_jax.data.digit_scenes import DigitScenes
+from dn_detr_jax.data.errors import DataError
 
 SPLITS = ("train", "validation")
 
@@ -149,16 +150,16 @@ def open_dataset(data_config: ConfigDict, split: str) -> Dataset:
       The split.
 
     Raises:
-      ValueError: for an unknown name or split, or without a folder.
+      DataError: for an unknown name or split, or without a folder.
       OSError: when the folder can't be read or written.
     """
     if data_config.name not in _PREPARE:
         known = ", ".join(sorted(_PREPARE))
-        raise ValueError(f"data.name is {data_config.name!r}, expected one of: {known}")
+        raise DataError(f"data.name is {data_config.name!r}, expected one of: {known}")
     if split not in SPLITS:
-        raise ValueError(f"split is {split!r}, expected one of {SPLITS}")
+        raise DataError(f"split is {split!r}, expected one of {SPLITS}")
     if not data_config.dir:
-        raise ValueError(
+        raise DataError(
             "data.dir is empty: name the folder where the data lies or may be prepared, "
             "such as --config.data.dir=data"
         )

@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 
 from dn_detr_jax.data import transforms
 from dn_detr_jax.data.datasets import Dataset
+from dn_detr_jax.data.errors import DataError
 from dn_detr_jax.data.plan import (
     BatchSpec,
     EpochPlan,
@@ -61,7 +62,7 @@ def train_batches(
       A generator; `close()` ends reading ahead, and so does leaving it.
 
     Raises:
-      ValueError: at once, for values of the configuration that can't be; while iterating, for a
+      DataError: at once, for values of the configuration that can't be; while iterating, for a
         picture that can't be read.
     """
     batch_size = config.train.batch_size
@@ -100,7 +101,7 @@ def eval_batches(
       A generator, as `train_batches`; without augmentation, each picture once.
 
     Raises:
-      ValueError: as `train_batches`.
+      DataError: as `train_batches`.
     """
     _check(dataset, config, "eval.batch_size", config.eval.batch_size, process_count)
     plan = eval_plan(dataset, config, subset)
@@ -125,12 +126,12 @@ def eval_plan(dataset: Dataset, config: ConfigDict, subset: np.ndarray | None = 
 def _check(
     dataset: Dataset, config: ConfigDict, key: str, batch_size: int, process_count: int
 ) -> None:
-    """Raises a ValueError for the first value that can't be."""
+    """Raises a DataError for the first value that can't be."""
     data, augment = config.data, config.data.augment
 
     def require(good: bool, name: str, value: Any, wanted: str) -> None:
         if not good:
-            raise ValueError(f"{name} is {value!r}, expected {wanted}")
+            raise DataError(f"{name} is {value!r}, expected {wanted}")
 
     require(config.seed >= 0, "seed", config.seed, "a number that is not negative")
     divides = batch_size > 0 and batch_size % process_count == 0
@@ -193,7 +194,7 @@ class _BatchMaker:
             example = self._source[index]
             image = transforms.decode(example.image)
         except Exception as error:
-            raise ValueError(
+            raise DataError(
                 f"image {self._image_ids[index]} of the data set {self._name} (position {index}) "
                 f"can't be read: {error}"
             ) from error

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from dn_detr_jax.data.errors import DataError
 from dn_detr_jax.data.transforms import Geometry, draw_geometry, eval_geometry, largest_sizes
 
 Canvas = tuple[int, int]
@@ -74,10 +75,10 @@ def steps_per_epoch(num_images: int, batch_size: int) -> int:
     """Full batches in an epoch, the same number in every epoch; pictures that are left out differ.
 
     Raises:
-      ValueError: if there is not one full batch.
+      DataError: if there is not one full batch.
     """
     if num_images < batch_size:
-        raise ValueError(
+        raise DataError(
             f"train.batch_size is {batch_size}, but the training split has {num_images} pictures: "
             f"at most {num_images} are possible"
         )
@@ -103,7 +104,7 @@ def assign_canvases(sizes: np.ndarray, canvases: Sequence[Canvas]) -> np.ndarray
 def check_canvases(
     largest: np.ndarray, canvases: Sequence[Canvas], sizes: np.ndarray, image_ids: np.ndarray
 ) -> None:
-    """Raises a ValueError naming a picture that may fit no canvas, and one that would do.
+    """Raises a DataError naming a picture that may fit no canvas, and one that would do.
 
     Args:
       largest: int [N, C, 2], sizes that bound the final size of each picture.
@@ -121,7 +122,7 @@ def check_canvases(
     (height, width), (final_height, final_width) = sizes[i].tolist(), largest[i, c].tolist()
     needed = largest[missing].max(0)
     needed = tuple((-(-needed // 32) * 32).tolist())
-    raise ValueError(
+    raise DataError(
         f"data.canvases {tuple(map(tuple, canvases))} are too small: image {image_ids[i]} of "
         f"{height} x {width} pixels (height x width) can become {final_height} x {final_width}; "
         f"a canvas of {needed} would hold it, or lower the sizes in data.augment and data.eval_*"
@@ -229,7 +230,7 @@ class TrainPlan:
         """See `plan_epoch` for the arguments.
 
         Raises:
-          ValueError: if a picture may fit no canvas, or if there is not one full batch.
+          DataError: if a picture may fit no canvas, or if there is not one full batch.
         """
         check_canvases(largest_sizes(sizes, augment), canvases, sizes, image_ids)
         self.steps_per_epoch = steps_per_epoch(len(sizes), batch_size)
@@ -291,7 +292,7 @@ def plan_eval(
       The plan, of epoch 0; the last batch of each canvas is filled up with -1.
 
     Raises:
-      ValueError: if a picture fits no canvas.
+      DataError: if a picture fits no canvas.
     """
     geometry = eval_geometry(sizes, short_side, max_long_side)
     check_canvases(geometry.size[:, None], canvases, sizes, image_ids)

@@ -16,6 +16,8 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
+from dn_detr_jax.data.errors import DataError
+
 _MIN_SIDE = 0.1  # pixels: what is left of a cut object, if smaller, is dropped
 
 
@@ -149,12 +151,12 @@ def decode(data: bytes) -> np.ndarray:
     OpenCV takes two thirds of Pillow's time and gives equal pixels.
 
     Raises:
-      ValueError: if it is no picture, or a damaged one.
+      DataError: if it is no picture, or a damaged one.
     """
     flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
     image = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
     if image is None:
-        raise ValueError(f"{len(data)} bytes that are no readable picture")
+        raise DataError(f"{len(data)} bytes that are no readable picture")
     return image
 
 

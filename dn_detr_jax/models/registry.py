@@ -9,6 +9,7 @@ from flax import linen as nn
 from flax import traverse_util
 from ml_collections import ConfigDict
 
+from dn_detr_jax.config import ConfigError
 from dn_detr_jax.models.backbone import ResNet
 from dn_detr_jax.models.dn_dab_detr import DNDabDetr
 
@@ -28,10 +29,10 @@ def build_model(config: ConfigDict) -> nn.Module:
     """Builds the detector of `config.model`.
 
     Raises:
-      ValueError: unknown name.
+      ConfigError: unknown name.
     """
     if config.name not in MODELS:
-        raise ValueError(f"model.name: {config.name!r} is unknown; known: {', '.join(MODELS)}")
+        raise ConfigError("model.name", config.name, f"unknown; known: {', '.join(MODELS)}")
     return MODELS[config.name](config)
 
 

@@ -37,6 +37,8 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
 
+from dn_detr_jax.training.errors import CheckpointError
+
 PyTree = Any
 
 _SCORE = "AP"  # the metric by which a checkpoint is the best
@@ -58,10 +60,6 @@ _HARMLESS = (
     "train.eval_every",
     "train.log_every",
 )
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that can't be written, read or used; one line with the path and the cause."""
 
 
 class Checkpoints:

@@ -27,6 +27,7 @@ from dn_detr_jax.matching import host_timer
 from dn_detr_jax.models.registry import abstract_params, parameter_table, trainable
 from dn_detr_jax.sharding import put_batch, replicated, with_sharding
 from dn_detr_jax.training.checkpoints import Checkpoints
+from dn_detr_jax.training.errors import TrainingError
 from dn_detr_jax.training.optimizer import describe, make_optimizer
 from dn_detr_jax.training.report import draw, report
 from dn_detr_jax.training.setup import Plan, Setup, check_classes, compile_programs, set_up
@@ -35,10 +36,6 @@ from dn_detr_jax.training.writers import MetricWriter, Progress
 
 PyTree = Any
 logger = logging.getLogger(__name__)
-
-
-class TrainingError(RuntimeError):
-    """Training that can't go on; one line with the step and the cause."""
 
 
 def train(config: ConfigDict, workdir: Path) -> Evaluation | None:

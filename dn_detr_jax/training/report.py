@@ -27,7 +27,8 @@ def evaluate(config: ConfigDict, workdir: Path, step: str | int = "best") -> Eva
     Args:
       config: whole configuration; must fit the parameters of the checkpoint.
       workdir: of the training run.
-      step: "latest", "best" or a number of steps.
+      step: "latest", "best" (the latest where none has an AP, as after an import) or a number of
+        steps.
 
     Raises:
       ConfigError, CheckpointError: something does not fit, before anything is compiled.
@@ -36,8 +37,10 @@ def evaluate(config: ConfigDict, workdir: Path, step: str | int = "best") -> Eva
     shapes = with_sharding(abstract_params(setup.model), replicated(setup.mesh))
     names = setup.class_names
     with Checkpoints(workdir, config, class_names=names, read_only=True) as checkpoints:
-        params = checkpoints.restore_params(shapes, step)
+        if step == "best" and checkpoints.best_step() is None:
+            step = "latest"
         number = checkpoints.find(step)
+        params = checkpoints.restore_params(shapes, number)
     _, detect = compile_programs(setup)
     evaluation = Evaluator(setup.validation, config, detect, setup.mesh)(params)
     folder = draw(setup, detect, params, workdir)

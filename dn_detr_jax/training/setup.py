@@ -24,6 +24,9 @@ from dn_detr_jax.training.step import TrainState, abstract_batch, jit_detect
 PyTree = Any
 logger = logging.getLogger(__name__)
 
+# By platform. On the CPU many operations are too small for all cores: run several at a time.
+COMPILER_OPTIONS = {"cpu": {"xla_cpu_enable_concurrency_optimized_scheduler": True}}
+
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
@@ -118,17 +121,19 @@ def compile_programs(
         batch = abstract_batch(config, purpose, mesh, canvas)
         start = time.monotonic()
         if purpose == "train":
-            program = step_function.lower(state, batch).compile()
+            program = step_function.lower(state, batch).compile(options)
         else:
-            program = setup.detect.lower(params, batch).compile()
+            program = setup.detect.lower(params, batch).compile(options)
         seconds = time.monotonic() - start
         logger.info("compiled %s for %d x %d in %.1f s", purpose, *canvas, seconds)
         return task, program
 
     purposes = ["eval"] if step_function is None else ["train", "eval"]
     tasks = [(purpose, canvas) for purpose in purposes for canvas in canvases]
+    platform = mesh.devices.flat[0].platform
+    options = COMPILER_OPTIONS.get(platform)
     # Accelerators time candidate kernels while compiling, which must not overlap.
-    workers = len(canvases) if mesh.devices.flat[0].platform == "cpu" else 1
+    workers = len(canvases) if platform == "cpu" else 1
     with ThreadPoolExecutor(workers) as pool:
         programs = dict(pool.map(compile_one, tasks))
 

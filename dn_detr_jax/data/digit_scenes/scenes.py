@@ -20,6 +20,7 @@ _DIGIT_HEIGHT = (18.0, 48.0)  # pixels, of the ink before it is turned
 _MAX_ANGLE = 20.0  # degrees
 _MAX_COVER = 0.2  # share of a digit's ink that others may cover
 _MAX_BOX_OVERLAP = 0.3  # intersection over the smaller of two boxes
+_BRIGHTEST_BACKGROUND = 100.0  # luminance of its main colour, of 255: digits are the brighter part
 _MIN_CONTRAST = 90.0  # luminance between a digit and what is under it, of 255
 _ENLARGE = 8  # of the 8 x 8 samples, before they are turned and brought to size
 _INK = 0.3  # opacity from which a pixel belongs to the box
@@ -219,11 +220,10 @@ def _draw_color(
 ) -> np.ndarray:
     """A colour that a person can tell from what is under the digit, and from its neighbours."""
     luminance = np.sort((under @ _LUMINANCE)[alpha >= _INK])
-    dark, bright = luminance[len(luminance) // 10], luminance[len(luminance) * 9 // 10]
-    colors = rng.uniform(0.0, 255.0, (24, 3)).astype(np.float32)
-    colors[-2:] = ((0.0,) * 3, (255.0,) * 3)  # one of them is far from anything
-    values = colors @ _LUMINANCE
-    score = np.maximum(dark - values, values - bright) / _MIN_CONTRAST
+    bright = luminance[len(luminance) * 9 // 10]
+    colors = rng.uniform(0.0, 255.0, (48, 3)).astype(np.float32)
+    colors[-1] = 255.0  # always brighter than what is below
+    score = (colors @ _LUMINANCE - bright) / _MIN_CONTRAST
     for other in below:
         score = np.minimum(score, np.abs(colors - other).max(1) / 60.0)
     good = score >= 1.0
@@ -238,7 +238,8 @@ def _near(rng: np.random.Generator, color: np.ndarray, reach: float) -> np.ndarr
 def _draw_background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     """A flat, graded, clouded or patterned picture, often with strokes: float32 [H, W, 3]."""
     first = rng.uniform(0.0, 255.0, 3).astype(np.float32)
-    second = _near(rng, first, 80.0)
+    first *= min(1.0, _BRIGHTEST_BACKGROUND / float(first @ _LUMINANCE))
+    second = _near(rng, first, 60.0)
     y = np.arange(height, dtype=np.float32)[:, None]
     x = np.arange(width, dtype=np.float32)[None]
     angle = float(rng.uniform(0.0, 2.0 * np.pi))
