@@ -4,12 +4,17 @@ Every `render_...` function returns RGB uint8 [height, width, 3], which TensorBo
 and `save_png` writes. Photographs are drawn with Pillow, diagrams with matplotlib's figure objects;
 no display, no pyplot, no global state. The colours are those of Okabe and Ito, which colour-blind
 people tell apart (https://jfly.uni-koeln.de/color/).
+
+Curves of several runs on the same axes:
+
+    python -m dn_detr_jax.visualize curves.png DN-DETR=runs/digits DAB-DETR=runs/plain
 """
 
 import dataclasses
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -531,3 +536,18 @@ def _grid(
             x += column_width + _GAP
         y += height + _GAP
     return np.asarray(grid)
+
+
+def _main(arguments: Sequence[str]) -> None:
+    named = [argument.partition("=") for argument in arguments[1:]]
+    if not named or not all(equals for _, equals, _ in named):
+        sys.exit("usage: python -m dn_detr_jax.visualize OUT.png NAME=WORKDIR [NAME=WORKDIR ...]")
+    runs = {name: Path(workdir) / "metrics.jsonl" for name, _, workdir in named}
+    for path in runs.values():
+        if not path.is_file():
+            sys.exit(f"error: {path}: there is no such file")
+    save_png(render_curves(runs), arguments[0])
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1:])

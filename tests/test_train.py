@@ -170,6 +170,21 @@ def test_eval_only_prints_the_table_of_the_training(finished, digits_dir):
     assert (workdir / "metrics.jsonl").read_text() == before
 
 
+def test_loss_that_is_not_finite_ends_the_run(tmp_path, digits_dir):
+    """Catches a run that goes on with NaN, or saves it."""
+    done = _run(tmp_path, digits_dir, "--config.optimizer.learning_rate=1e30")
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert re.match(r"error: step [3-5]: not finite: .*\d+ matching costs not finite", last), last
+    assert "optimizer.learning_rate" in last
+    saved = [int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
+    assert max(saved, default=0) < int(re.search(r"step (\d+)", last)[1])
+    for step in saved:
+        jax.tree.map(
+            lambda x: np.testing.assert_array_equal(np.isfinite(x), True), _arrays(tmp_path, step)
+        )
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -95,7 +95,8 @@ def train(config: ConfigDict, workdir: Path) -> Evaluation | None:
             jax.process_index(),
             jax.process_count(),
         )
-        programs, detect = compile_programs(setup, step_function, shapes)
+        to_compile = step_function if start < plan.total else None
+        programs, detect = compile_programs(setup, to_compile, shapes)
         evaluator = Evaluator(setup.validation, config, detect, setup.mesh)
         if host_state.get("instability") and evaluator.meter is not None:
             evaluator.meter.load_state_dict(host_state["instability"])
@@ -236,7 +237,7 @@ class _Run:
                 self._log(step)
             evaluates = step % plan.eval_every == 0 or last
             evaluation = self._evaluate(step, state) if evaluates else None
-            stopped = self._agreed(stop.received)
+            stopped = self._stops(stop.received, step)
             if evaluates or stopped or step % plan.checkpoint_every == 0:
                 self._save(step, state, evaluation)
             if stopped and not last:
@@ -245,10 +246,12 @@ class _Run:
                 return False
         return True
 
-    def _agreed(self, received: bool) -> bool:
-        """Whether to stop now, the same on all processes."""
+    def _stops(self, received: bool, step: int) -> bool:
+        """Whether to stop after this step, the same on all processes."""
         if jax.process_count() == 1:
             return received
+        if step % self.plan.log_every:  # asking the others waits for the device: not every step
+            return False
         return bool(multihost_utils.process_allgather(np.array(received)).any())
 
     def _log(self, step: int) -> None:
