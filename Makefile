@@ -5,7 +5,9 @@ VENV ?= .venv
 CONFIG ?= configs/digits.py
 WORKDIR ?= runs/digits
 ARGS ?=
-INSTALL = $(VENV)/bin/python -m pip install --quiet --prefer-binary --disable-pip-version-check
+# Modules are compiled to bytecode when they are imported, most of them never.
+INSTALL = $(VENV)/bin/python -m pip install --quiet --no-compile --prefer-binary \
+  --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .PHONY: help train eval test lint format clean distclean
@@ -17,7 +19,7 @@ help:  ## this list
 train: $(VENV)/.installed  ## train CONFIG into WORKDIR (the digits into runs/digits), or resume
 	$(VENV)/bin/python train.py --config $(CONFIG) --workdir $(WORKDIR) $(ARGS)
 
-eval: $(VENV)/.installed  ## evaluate the latest checkpoint of WORKDIR
+eval: $(VENV)/.installed  ## evaluate the best checkpoint of WORKDIR
 	$(VENV)/bin/python train.py --config $(CONFIG) --workdir $(WORKDIR) --eval_only $(ARGS)
 
 test: $(VENV)/.installed-dev  ## all tests

@@ -284,7 +284,7 @@ def test_files_of_real_pytorch():
     """Both formats of torch.save, with views, all kinds of numbers, an optimizer and arguments."""
     matrix = np.arange(24.0).reshape(4, 6)
     for name in ("zip.pth", "legacy.pth"):
-        file = torch_files.read(DATA / "torch" / name)
+        file = torch_files.read(DATA / "pth_files" / name)
         assert file.entry == "model"
         assert file.args == {"dilation": True, "nheads": 8, "output_dir": "runs"}
         state = file.state

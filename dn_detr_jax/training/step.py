@@ -61,7 +61,13 @@ def init_state(
       seed: of the parameters.
       mesh: with an axis `data`.
     """
-    init = jax.jit(_init_function(model, optimizer), out_shardings=replicated(mesh))
+    # It runs once: all that counts is the time to compile it.
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    init = jax.jit(
+        _init_function(model, optimizer),
+        out_shardings=replicated(mesh),
+        compiler_options={"xla_backend_optimization_level": 0} if on_cpu else None,
+    )
     return init(jax.random.key(seed))
 
 
