@@ -118,7 +118,7 @@ def test_parameter_table_lists_everything(tiny):
 def test_unknown_model_is_refused():
     config = tiny_config().model
     config.name = "dino"
-    with pytest.raises(ValueError, match="'dino' is unknown; known: dn_dab_detr"):
+    with pytest.raises(ValueError, match="'dino': unknown; known: dn_dab_detr"):
         build_model(config)
 
 

@@ -56,6 +56,11 @@ open(sys.argv[3], "w").write(compiled.as_text())
 """
 
 _DEVICES = (1, 8)
+# Eight devices; and compile quickly.
+_FLAGS = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    "--xla_cpu_use_fusion_emitters=false"
+)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +69,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("devices")
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": _FLAGS,
     }
     found = {}
     for devices in _DEVICES:
@@ -132,7 +137,7 @@ for given in (None, mesh):
 """
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": _FLAGS,
     }
     done = subprocess.run(
         [sys.executable, "-c", script], env=env, check=True, capture_output=True, text=True

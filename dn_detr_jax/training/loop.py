@@ -292,10 +292,11 @@ class _Run:
             worst = int(np.argmax(bad))
             terms = [self.metric_names[i] for i in np.flatnonzero(~np.isfinite(rows[worst]))]
             costs = int(rows[worst, column["nonfinite_costs"]])
+            saved = self.checkpoints.latest_step()
             raise TrainingError(
                 f"step {step - len(rows) + worst + 1}: not finite: "
-                f"{', '.join(terms[:6]) or 'nothing else'}; {costs} matching costs not finite. "
-                f"The last checkpoint is step {self.checkpoints.latest_step()}; a lower "
+                f"{', '.join(terms[:6]) or 'no term'}; {costs} matching costs not finite. "
+                f"{'Nothing is saved' if saved is None else f'Step {saved} is saved'}; a lower "
                 "optimizer.learning_rate or a longer optimizer.warmup usually helps"
             )
         return dict(zip(self.metric_names, map(float, rows.mean(axis=0)), strict=True))
