@@ -54,7 +54,7 @@ def get_config():
         learning_rate=1e-3, lr_multipliers=(), schedule="cosine", warmup="100 steps"
     )
     config.train.update(
-        duration="3.25 epochs",
+        duration="4 epochs",
         batch_size=8,
         log_every="50 steps",
         eval_every="1 epochs",
