@@ -60,7 +60,7 @@ class Evaluator:
     def __call__(self, params: dict) -> Evaluation:
         """Evaluates; every process takes part and gets the result."""
         coco = CocoEvaluator(self._ground_truth)
-        # Whether dispatched or not, a batch is fetched only when the next one is on its way.
+        # The devices work on a batch while the host takes in the one before.
         pending = None
         batches = eval_batches(
             self._dataset, self._config, jax.process_index(), jax.process_count()
