@@ -2,6 +2,8 @@
 
     python train.py --config configs/digits.py --workdir runs/digits
 
+Two CPU cores: 14 minutes with installation and data. AP 0.62, AP50 0.85 on unseen digits.
+
 What differs from the published settings, and why, for a training of a few minutes:
 
 - a small detector, group norm instead of a pretrained backbone, pictures of about 80 x 112;
