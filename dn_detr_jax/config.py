@@ -28,8 +28,12 @@ def base_config() -> ConfigDict:
         {
             "name": "coco",  # a key of dn_detr_jax.data.datasets
             "dir": "",  # where the data lies, or is prepared
+            "packed_dir": "",  # where COCO-format data is packed once; empty: packed/ in data.dir
+            "labels": "category_ids",  # are the classes; or contiguous: 0, 1, ... in their order
+            "skip_bad": False,  # True: an image that can't be read is replaced and counted
             "canvases": ((800, 1344), (1344, 800)),  # (height, width), each compiled once
-            "max_objects": 100,  # slots for objects; a larger image keeps a random subset
+            "snap": 0.0,  # share by which an image's scale may move so that it fills its canvas
+            "max_objects": 100,  # slots for objects; a larger image keeps a random subset; 0: all
             "workers": 0,  # processes that read and augment; 0: threads of this process
             "threads": 4,  # reading threads of each of those processes
             "prefetch": 4,  # batches made ahead, per worker
@@ -48,11 +52,15 @@ def base_config() -> ConfigDict:
     )
     config.data.eval_short_side = 800
     config.data.eval_max_long_side = 1333
+    # COCO-format data: an annotation file and the folder of its images, relative to data.dir.
+    # Empty: found in the usual layouts, such as annotations/instances_train2017.json, train2017/.
+    config.data.train = ConfigDict({"annotations": "", "images": ""})
+    config.data.validation = ConfigDict({"annotations": "", "images": ""})
 
     config.model = ConfigDict(
         {
             "name": "dn_dab_detr",  # a key of dn_detr_jax.models.registry
-            "num_classes": 91,
+            "num_classes": 91,  # 0: as many as the data has
             "hidden_dim": 256,
             "num_heads": 8,
             "ffn_dim": 2048,
@@ -128,6 +136,8 @@ def base_config() -> ConfigDict:
             "checkpoint_every": "1 epochs",
         }
     )
+    # Compiled programs are kept there for the next run; empty: they are not.
+    config.compile = ConfigDict({"cache_dir": "~/.cache/dn_detr_jax"})
     config.mesh = ConfigDict({"data": -1})  # devices along the data axis; -1: all of them
 
     config.eval = ConfigDict(
@@ -312,7 +322,11 @@ def _check_data(checker: _Checker) -> None:
     expected = "(height, width) pairs of positive integers, for example ((800, 1344), (1344, 800))"
     checker.check("data.canvases", right, expected)
     checker.whole(0, "data.workers")
-    checker.whole(1, "data.max_objects", "data.threads", "data.prefetch", "data.shuffle_window")
+    checker.whole(0, "data.max_objects")
+    checker.whole(1, "data.threads", "data.prefetch", "data.shuffle_window")
+    checker.one_of("data.labels", "category_ids", "contiguous")
+    checker.one_of("data.skip_bad", True, False)
+    checker.number(lambda value: 0 <= value <= 0.5, "from 0 to 0.5", "data.snap")
     checker.whole(1, "data.eval_short_side", "data.eval_max_long_side")
     checker.whole(1, "data.augment.max_long_side")
     _check_probabilities(checker, "data.augment.flip", "data.augment.crop")
@@ -327,8 +341,8 @@ def _check_probabilities(checker: _Checker, *keys: str) -> None:
 
 
 def _check_model(checker: _Checker) -> None:
-    checker.whole(1, "model.num_classes", "model.hidden_dim", "model.num_heads", "model.ffn_dim")
-    checker.whole(0, "model.encoder_layers", "model.num_patterns")
+    checker.whole(1, "model.hidden_dim", "model.num_heads", "model.ffn_dim")
+    checker.whole(0, "model.num_classes", "model.encoder_layers", "model.num_patterns")
     checker.whole(1, "model.decoder_layers", "model.num_queries")
     hidden, heads = checker["model.hidden_dim"], checker["model.num_heads"]
     checker.check(
@@ -429,7 +443,7 @@ def _check_run(checker: _Checker) -> None:
     most = queries * checker["model.num_classes"]
     checker.check(
         "eval.num_select",
-        checker["eval.num_select"] <= most,
+        checker["eval.num_select"] <= most or not most,
         f"at most queries x model.num_classes = {most}",
     )
     checker.whole(0, "eval.instability_images", "eval.pictures", "checkpoint.keep_best")

@@ -80,6 +80,12 @@ class Annotations:
     areas: np.ndarray
     crowd: np.ndarray
 
+    @property
+    def counts(self) -> np.ndarray:
+        """int64 [N]: objects of every picture, crowd regions left out."""
+        before = np.concatenate([[0], np.cumsum(~self.crowd)])
+        return np.diff(before[self.offsets])
+
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:

@@ -1,7 +1,6 @@
 """One evaluation of a detector: all pictures of a split, COCO metrics, instability of matching."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 import jax
@@ -14,6 +13,7 @@ from dn_detr_jax.data.datasets import Dataset
 from dn_detr_jax.data.loader import eval_batches
 from dn_detr_jax.evaluation.coco_ap import CocoEvaluator, format_table
 from dn_detr_jax.evaluation.instability import InstabilityMeter, match_vectors
+from dn_detr_jax.models.registry import num_matching_queries
 from dn_detr_jax.sharding import put_batch
 
 Detect = Callable[[dict, dict], dict[str, jax.Array]]
@@ -51,7 +51,7 @@ class Evaluator:
         """
         self._dataset, self._config, self._detect, self._mesh = dataset, config, detect, mesh
         self._ground_truth = dataset.coco_ground_truth()
-        self._num_queries = config.model.num_queries * max(config.model.num_patterns, 1)
+        self._num_queries = num_matching_queries(config.model)
         self.meter = None
         if config.eval.instability_images:
             subset = dataset.image_ids[: config.eval.instability_images]
@@ -97,6 +97,6 @@ class Evaluator:
         metrics = dict(zip(names, map(float, values), strict=False))
         per_class = dict(zip(classes, map(float, values[len(names) :]), strict=True))
         instability = self.meter.finish() if self.meter is not None else None
-        if instability is not None and math.isfinite(instability):
+        if instability is not None:
             metrics["instability"] = instability
         return Evaluation(metrics, per_class)

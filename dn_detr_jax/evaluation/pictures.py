@@ -12,6 +12,7 @@ from dn_detr_jax.boxes import cxcywh_to_xyxy
 from dn_detr_jax.data.datasets import Dataset
 from dn_detr_jax.data.loader import eval_batches
 from dn_detr_jax.evaluation.evaluate import Detect
+from dn_detr_jax.models.registry import num_matching_queries
 from dn_detr_jax.sharding import put_batch
 
 
@@ -52,50 +53,45 @@ def detections(
     return visualize.render_detections(pictures, [c.name for c in dataset.categories])
 
 
-def denoising_groups(
-    batch: dict[str, np.ndarray], config: ConfigDict, class_names: list[str]
-) -> dict[str, np.ndarray]:
-    """The noised boxes of each group over their picture, and the attention mask, RGB.
-
-    Args:
-      batch: a training batch; the picture with the median number of objects (of those with any) is
-        drawn.
-      config: whole configuration, with `dn.groups` of at least 1.
-      class_names: by label.
-    """
+def typical_picture(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The picture with the median number of objects, of those with any, as a batch of one."""
     counts = batch["valid"].sum(axis=1)
     order = np.argsort(counts, kind="stable")
     with_objects = order[counts[order] > 0]
     row = int(with_objects[len(with_objects) // 2]) if len(with_objects) else 0
-    labels, boxes, valid = (batch[name][row : row + 1] for name in ("labels", "boxes", "valid"))
+    return {name: values[row : row + 1] for name, values in batch.items()}
 
-    groups, slots = config.dn.groups, config.dn.groups * labels.shape[1]
-    key = jax.random.key(config.seed)
-    noise = denoising.draw_noise(key, (1, slots), config.model.num_classes)
-    dn = denoising.prepare(
-        labels,
-        boxes,
-        valid,
-        noise,
-        groups=groups,
-        label_noise=config.dn.label_noise,
-        box_noise=config.dn.box_noise,
-    )
-    num_queries = config.model.num_queries * max(config.model.num_patterns, 1)
+
+def denoising_groups(
+    batch: dict[str, np.ndarray],
+    dn: denoising.Denoising,
+    config: ConfigDict,
+    class_names: list[str],
+) -> dict[str, np.ndarray]:
+    """The noised boxes of each group over their picture, and the attention mask, RGB.
+
+    Args:
+      batch: of one picture.
+      dn: its denoising queries.
+      config: whole configuration.
+      class_names: by label.
+    """
+    labels, boxes, valid = (batch[name] for name in ("labels", "boxes", "valid"))
+    num_queries = num_matching_queries(config.model)
     mask = denoising.attention_mask(dn, num_queries, attend_padding=config.dn.attend_padding)
     drawn = {
         "attention_mask": visualize.render_attention_mask(
             np.asarray(mask[0]), np.asarray(dn.group[0]), np.asarray(dn.valid[0])
         )
     }
-    real, size = valid[0], batch["size"][row]
+    real, size = valid[0], batch["size"][0]
     if real.any():
 
         def by_group(x):  # [1, S, ...] -> [G, n, ...]
-            return np.asarray(x[0]).reshape(groups, -1, *x.shape[2:])[:, real]
+            return np.asarray(x[0]).reshape(config.dn.groups, -1, *x.shape[2:])[:, real]
 
         drawn["noised_boxes"] = visualize.render_noised_boxes(
-            _valid_part(batch, row),
+            _valid_part(batch, 0),
             _in_pixels(boxes[0, real], size),
             _in_pixels(by_group(dn.boxes), size),
             labels[0, real],

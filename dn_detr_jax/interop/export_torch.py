@@ -17,9 +17,10 @@ from ml_collections import ConfigDict
 from dn_detr_jax.command_line import run_main
 from dn_detr_jax.config import ConfigError
 from dn_detr_jax.interop import torch_files
-from dn_detr_jax.interop.convert import params_to_torch
+from dn_detr_jax.interop.convert import ConversionError, params_to_torch
 from dn_detr_jax.models.registry import abstract_params, build_model
 from dn_detr_jax.training.checkpoints import Checkpoints, read_config
+from dn_detr_jax.training.errors import TrainingError
 
 FLAGS = flags.FLAGS
 
@@ -60,4 +61,5 @@ def _define_flags() -> None:
 
 if __name__ == "__main__":
     _define_flags()
-    run_main(main, (ConfigError, ValueError, OSError, RuntimeError), arguments=("WORKDIR",))
+    expected = (ConfigError, ConversionError, torch_files.FileError, TrainingError, OSError)
+    run_main(main, expected, arguments=("WORKDIR",))

@@ -39,6 +39,7 @@ from dn_detr_jax.interop.convert import (
 )
 from dn_detr_jax.models.registry import abstract_params, build_model
 from dn_detr_jax.training.checkpoints import Checkpoints
+from dn_detr_jax.training.errors import TrainingError
 
 FLAGS = flags.FLAGS
 
@@ -114,4 +115,5 @@ def _define_flags() -> None:
 
 if __name__ == "__main__":
     _define_flags()
-    run_main(main, (ConfigError, ValueError, OSError, RuntimeError), arguments=("SOURCE",))
+    expected = (ConfigError, ConversionError, torch_files.FileError, TrainingError, OSError)
+    run_main(main, expected, arguments=("SOURCE",))

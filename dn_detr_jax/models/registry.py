@@ -36,6 +36,11 @@ def build_model(config: ConfigDict) -> nn.Module:
     return MODELS[config.name](config)
 
 
+def num_matching_queries(config: ConfigDict) -> int:
+    """Matching queries N of `config.model`: every anchor with every pattern."""
+    return config.num_queries * max(config.num_patterns, 1)
+
+
 def abstract_params(model: nn.Module, canvas: tuple[int, int] = (64, 64)) -> dict:
     """Shapes and dtypes of the parameters, without computing anything."""
     image = jax.ShapeDtypeStruct((1, *canvas, 3), jnp.float32)

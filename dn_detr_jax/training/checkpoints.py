@@ -49,7 +49,9 @@ _SET_ASIDE = "set_aside"  # checkpoints later than the one that a run was restar
 # Keys that change neither the parameters' shapes nor what is trained or measured.
 _HARMLESS = (
     "checkpoint.",
+    "compile.",
     "data.dir",
+    "data.packed_dir",
     "data.prefetch",
     "data.threads",
     "data.workers",

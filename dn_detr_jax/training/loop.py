@@ -19,6 +19,7 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from dn_detr_jax.config import validate
 from dn_detr_jax.data.datasets import Dataset, open_dataset
 from dn_detr_jax.data.loader import train_batches
 from dn_detr_jax.evaluation.evaluate import Evaluation, Evaluator
@@ -30,7 +31,7 @@ from dn_detr_jax.training.checkpoints import Checkpoints
 from dn_detr_jax.training.errors import TrainingError
 from dn_detr_jax.training.optimizer import describe, make_optimizer
 from dn_detr_jax.training.report import draw, report
-from dn_detr_jax.training.setup import Plan, Setup, check_classes, compile_programs, set_up
+from dn_detr_jax.training.setup import Plan, Setup, compile_programs, set_up
 from dn_detr_jax.training.step import TrainState, abstract_state, init_state, jit_train_step
 from dn_detr_jax.training.writers import MetricWriter, Progress
 
@@ -52,9 +53,10 @@ def train(config: ConfigDict, workdir: Path) -> Evaluation | None:
       ConfigError, CheckpointError: something does not fit, before anything is compiled.
       TrainingError: loss or matching costs are not finite. The checkpoints are from before.
     """
-    setup = set_up(config)
+    validate(config)
     training = open_dataset(config.data, "train")
-    check_classes(config, training)
+    setup = set_up(config, training)
+    config = setup.config
     plan = Plan.of(config, len(training))
     params_shapes = abstract_params(setup.model)
     is_trained = trainable(params_shapes, config.model)
@@ -137,7 +139,7 @@ def _announce(
     if jax.process_index() == 0:
         (workdir / "parameters.txt").write_text(f"{table}\n\n{rates}\n", encoding="utf-8")
     logger.info("%s, see %s\n%s", table.splitlines()[-1], workdir / "parameters.txt", rates)
-    per_image = np.diff(training.annotations.offsets)
+    per_image = training.annotations.counts
     over = int((per_image > setup.config.data.max_objects).sum())
     logger.info(
         "%s: %d training pictures, %d validation pictures, %d classes; up to %d objects in a "
@@ -325,8 +327,6 @@ class _Run:
         host_state = {}
         if self.evaluator.meter is not None:
             host_state["instability"] = self.evaluator.meter.state_dict()
-        if self.checkpoints.latest_step() == step:
-            return
         self.checkpoints.save(
             step, state, host_state, evaluation.metrics if evaluation is not None else None
         )

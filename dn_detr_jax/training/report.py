@@ -15,6 +15,7 @@ from dn_detr_jax.models.registry import abstract_params
 from dn_detr_jax.sharding import replicated, with_sharding
 from dn_detr_jax.training.checkpoints import Checkpoints
 from dn_detr_jax.training.setup import Setup, compile_programs, set_up
+from dn_detr_jax.training.step import denoising_queries
 from dn_detr_jax.training.writers import MetricWriter, read_metrics
 from dn_detr_jax.visualize import render_curves
 
@@ -34,6 +35,7 @@ def evaluate(config: ConfigDict, workdir: Path, step: str | int = "best") -> Eva
       ConfigError, CheckpointError: something does not fit, before anything is compiled.
     """
     setup = set_up(config)
+    config = setup.config
     shapes = with_sharding(abstract_params(setup.model), replicated(setup.mesh))
     names = setup.class_names
     with Checkpoints(workdir, config, class_names=names, read_only=True) as checkpoints:
@@ -67,11 +69,14 @@ def draw(setup: Setup, detect: Callable, params: PyTree, workdir: Path) -> Path 
     if config.dn.groups:
         dataset = open_dataset(config.data, "train")
         batch = next(train_batches(dataset, config, 0, 1))
-        drawn |= pictures.denoising_groups(batch, config, setup.class_names)
+        batch.pop("dropped_objects")
+        picture = pictures.typical_picture(batch)
+        dn = denoising_queries(picture, jax.random.key(config.seed), config)
+        drawn |= pictures.denoising_groups(picture, dn, config, setup.class_names)
     metrics = Path(workdir) / "metrics.jsonl"
     if metrics.exists():
         drawn["curves"] = render_curves({Path(workdir).name: metrics})
-    steps = [line["step"] for line in read_metrics(workdir)]
-    with MetricWriter(workdir, start_step=max(steps, default=0)) as writer:
-        writer.images(max(steps, default=0), drawn)
+    last_step = max((line["step"] for line in read_metrics(workdir)), default=0)
+    with MetricWriter(workdir, start_step=last_step) as writer:
+        writer.images(last_step, drawn)
     return pictures.save(drawn, workdir)

@@ -1,5 +1,6 @@
 """What training and evaluation share: the checked config, devices, data, and compiled programs."""
 
+import copy
 import dataclasses
 import logging
 import time
@@ -52,8 +53,13 @@ class Setup:
         return [category.name for category in self.validation.categories]
 
 
-def set_up(config: ConfigDict) -> Setup:
-    """Checks the config against itself, the devices and the data; compiles nothing."""
+def set_up(config: ConfigDict, training: Dataset | None = None) -> Setup:
+    """Checks the config against itself, the devices and the data; compiles nothing.
+
+    Args:
+      config: whole configuration; is not changed.
+      training: the training split, where there is a training to come.
+    """
     validate(config)
     mesh = make_mesh(config.mesh.data)
     for key in ("train", "eval"):
@@ -62,12 +68,26 @@ def set_up(config: ConfigDict) -> Setup:
                 f"{key}.batch_size", config[key].batch_size, f"a multiple of {mesh.size} devices"
             )
     validation = open_dataset(config.data, "validation")
-    check_classes(config, validation)
+    config = resolve(config, validation if training is None else training)
+    for dataset in (validation, training):
+        if dataset is not None:
+            check_classes(config, dataset)
     processes = jax.process_index(), jax.process_count()
     eval_batches(validation, config, *processes).close()  # checks that the pictures fit
     model = build_model(config.model)
     detect = jit_detect(model=model, config=config, mesh=mesh)
     return Setup(config, mesh, model, validation, detect)
+
+
+def resolve(config: ConfigDict, dataset: Dataset) -> ConfigDict:
+    """A copy of the config with what it leaves to the data, its zeros, filled in."""
+    config = copy.deepcopy(config)
+    if not config.model.num_classes:
+        config.model.num_classes = len(dataset.categories)
+    if not config.data.max_objects:
+        config.data.max_objects = max(int(dataset.annotations.counts.max(initial=0)), 1)
+    validate(config)
+    return config
 
 
 def check_classes(config: ConfigDict, dataset: Dataset) -> None:

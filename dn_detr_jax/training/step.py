@@ -110,6 +110,34 @@ def _by_layer(terms: dict[str, jax.Array], prefix: str) -> dict[str, jax.Array]:
     return named
 
 
+def denoising_queries(
+    batch: Batch, key: jax.Array, config: ConfigDict, noise: denoising.Noise | None = None
+) -> denoising.Denoising | None:
+    """The denoising queries of a batch, or None with `dn.groups` of 0.
+
+    Args:
+      batch: `labels` [B, M], `boxes` [B, M, 4] and `valid` [B, M].
+      key: for the noise.
+      config: whole configuration.
+      noise: draws to use in place of those from `key`.
+    """
+    if not config.dn.groups:
+        return None
+    labels = batch["labels"]
+    if noise is None:
+        slots = (labels.shape[0], config.dn.groups * labels.shape[1])
+        noise = denoising.draw_noise(key, slots, config.model.num_classes)
+    return denoising.prepare(
+        labels,
+        batch["boxes"],
+        batch["valid"],
+        noise,
+        groups=config.dn.groups,
+        label_noise=config.dn.label_noise,
+        box_noise=config.dn.box_noise,
+    )
+
+
 def compute_losses(
     params: PyTree,
     batch: Batch,
@@ -138,21 +166,7 @@ def compute_losses(
       `num_objects` and `nonfinite_costs`.
     """
     noise_key, dropout_key = jax.random.split(key)
-    dn = None
-    if config.dn.groups:
-        labels = batch["labels"]
-        if noise is None:
-            slots = (labels.shape[0], config.dn.groups * labels.shape[1])
-            noise = denoising.draw_noise(noise_key, slots, config.model.num_classes)
-        dn = denoising.prepare(
-            labels,
-            batch["boxes"],
-            batch["valid"],
-            noise,
-            groups=config.dn.groups,
-            label_noise=config.dn.label_noise,
-            box_noise=config.dn.box_noise,
-        )
+    dn = denoising_queries(batch, noise_key, config, noise)
     outputs = model.apply(
         {"params": params},
         normalize_images(batch["image"], batch["size"]),
