@@ -25,18 +25,11 @@ import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 from PIL import Image
 
+from dn_detr_jax.data.coco_classes import Category
 from dn_detr_jax.data.digit_scenes import DigitScenes
 from dn_detr_jax.data.errors import DataError
 
 SPLITS = ("train", "validation")
-
-
-@dataclasses.dataclass(frozen=True)
-class Category:
-    """A class of objects: its id in COCO results, and its name."""
-
-    id: int
-    name: str
 
 
 @dataclasses.dataclass(frozen=True)
