@@ -32,7 +32,7 @@ _NAMES = """
 # The 80 categories in the order of their ids, which is also that of the labels of TFDS.
 COCO_CATEGORIES = tuple(
     Category(int(number), name)
-    for number, name in (entry.split(maxsplit=1) for entry in _NAMES.split(","))
+    for number, name in (entry.split(maxsplit=1) for entry in _NAMES.strip().split(","))
 )
 
 
