@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from dn_detr_jax.config import base_config
+from dn_detr_jax.data.coco_classes import Category
 from dn_detr_jax.training.checkpoints import CheckpointError, Checkpoints, read_config
 
 
@@ -46,6 +47,7 @@ def make_state(seed=0, width=5):
     return State(jnp.int32(seed), params, (Nothing(), opt_state))
 
 
+CATEGORIES = (Category(3, "three"), Category(7, "seven"))
 HOST_STATE = {
     "epoch": 3,
     "best": 0.1 + 0.2,
@@ -75,7 +77,7 @@ def one_line(error):
 def saved(tmp_path_factory):
     """A work directory with the steps 1 (AP 0.2) and 2; tests change copies only."""
     workdir = tmp_path_factory.mktemp("run")
-    with Checkpoints(workdir, base_config(), class_names=("zero", "one")) as checkpoints:
+    with Checkpoints(workdir, base_config(), categories=CATEGORIES) as checkpoints:
         checkpoints.save(1, make_state(1), HOST_STATE, {"AP": 0.2})
         checkpoints.save(2, make_state(2), HOST_STATE)
     return workdir
@@ -104,11 +106,12 @@ def test_round_trip_is_bit_exact(saved):
 
 
 def test_checkpoint_is_self_contained(saved):
-    config, class_names = read_config(saved)
+    config, categories = read_config(saved)
     assert config == json.loads(json.dumps(base_config().to_dict()))
-    assert class_names == ["zero", "one"]
+    assert categories == CATEGORIES
     inside = json.loads((saved / "checkpoints" / "2" / "config" / "metadata").read_text())
-    assert inside == {"config": config, "class_names": class_names}
+    listed = [{"id": 3, "name": "three"}, {"id": 7, "name": "seven"}]
+    assert inside == {"config": config, "categories": listed}
 
 
 def test_restored_arrays_have_the_shardings_asked_for(saved):
@@ -203,7 +206,7 @@ def test_another_model_names_exactly_the_differing_keys(copied, read_only):
     config.data.canvases = ((96, 128),)
     config.train.log_every = "7 steps"
     with pytest.raises(CheckpointError, match="another config") as error:
-        Checkpoints(copied, config, class_names=("zero", "one"), read_only=read_only)
+        Checkpoints(copied, config, categories=CATEGORIES, read_only=read_only)
     message = one_line(error)
     assert str(copied) in message
     assert "model.num_queries was 300, now 100" in message
@@ -213,9 +216,35 @@ def test_another_model_names_exactly_the_differing_keys(copied, read_only):
     assert message.count(" was ") == (1 if read_only else 3)
 
 
-def test_other_class_names_are_another_run(copied):
-    with pytest.raises(CheckpointError, match=r"class_names was \['zero', 'one'\], now \['one'"):
-        Checkpoints(copied, base_config(), class_names=("one", "zero"))
+@pytest.mark.parametrize(
+    ("categories", "difference"),
+    [
+        (CATEGORIES[::-1], r"class 0 was 'three' \(id 3\), now 'seven' \(id 7\)"),
+        ((CATEGORIES[0], Category(8, "seven")), r"class 1 was 'seven' \(id 7\), now .*\(id 8\)"),
+        (CATEGORIES[:1], "the data had 2 classes, now 1"),
+    ],
+)
+def test_other_classes_are_another_run(copied, categories, difference):
+    """Catches a run that goes on with labels that mean something else."""
+    with pytest.raises(CheckpointError, match=difference) as error:
+        Checkpoints(copied, base_config(), categories=categories)
+    one_line(error)
+    Checkpoints(copied, base_config(), categories=categories, read_only=True).close()
+
+
+def test_a_document_of_names_alone_is_read_and_continued(copied):
+    """Catches a change of format that shuts out earlier runs: there, ids were the positions."""
+    path = copied / "config.json"
+    document = json.loads(path.read_text())
+    del document["categories"]
+    path.write_text(json.dumps(document | {"class_names": ["zero", "one"]}))
+    named = (Category(0, "zero"), Category(1, "one"))
+    assert read_config(copied)[1] == named
+    with pytest.raises(CheckpointError, match="class 0 was 'zero'"):
+        Checkpoints(copied, base_config(), categories=CATEGORIES)
+    with Checkpoints(copied, base_config(), categories=named) as checkpoints:
+        assert checkpoints.latest_step() == 2
+    assert "class_names" not in json.loads(path.read_text())
 
 
 def test_harmless_keys_may_change_and_are_stored(copied):
@@ -225,7 +254,7 @@ def test_harmless_keys_may_change_and_are_stored(copied):
     config.data.workers = 3
     config.mesh.data = 1
     config.checkpoint.keep_latest = 9
-    with Checkpoints(copied, config, class_names=("zero", "one")) as checkpoints:
+    with Checkpoints(copied, config, categories=CATEGORIES) as checkpoints:
         assert checkpoints.latest_step() == 2
     assert read_config(copied)[0]["data"]["workers"] == 3
 
@@ -235,7 +264,7 @@ def test_the_config_inside_a_checkpoint_is_compared_too(copied):
     config = base_config()
     config.dn.groups = 0
     with pytest.raises(CheckpointError, match=r"dn\.groups was 5, now 0"):
-        Checkpoints(copied, config, class_names=("zero", "one"))
+        Checkpoints(copied, config, categories=CATEGORIES)
 
 
 def test_a_directory_without_checkpoints_may_change_its_config(tmp_path):
@@ -246,7 +275,7 @@ def test_a_directory_without_checkpoints_may_change_its_config(tmp_path):
     assert read_config(tmp_path)[0]["seed"] == 7
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"config": 3}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"config": 3}', '{"config": {}}'])
 def test_a_damaged_config_is_named(copied, content):
     (copied / "config.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"config\.json: can't be read") as error:
@@ -341,7 +370,7 @@ async def _full_disk(*args, **kwargs):
 
 
 def test_a_full_disk_is_reported_and_leaves_the_others_intact(copied, monkeypatch):
-    checkpoints = Checkpoints(copied, base_config(), class_names=("zero", "one"), keep_latest=1)
+    checkpoints = Checkpoints(copied, base_config(), categories=CATEGORIES, keep_latest=1)
     with monkeypatch.context() as patch:
         patch.setattr(ocp.JsonCheckpointHandler, "_save_fn", _full_disk)
         checkpoints.save(3, make_state(3), {}, {"AP": 0.9})

@@ -33,7 +33,7 @@ from dn_detr_jax.interop.import_torch import convert
 from dn_detr_jax.interop.initial import load_initial
 from dn_detr_jax.interop.torch_names import BACKBONE_PREFIX, tied_names, torch_tensors
 from dn_detr_jax.models.registry import abstract_params, build_model
-from dn_detr_jax.training.checkpoints import Checkpoints
+from dn_detr_jax.training.checkpoints import Checkpoints, read_config
 
 DATA = Path(__file__).parent / "data"
 REPOSITORY = Path(__file__).parent.parent
@@ -575,6 +575,8 @@ def test_import_and_export_commands(tmp_path, params, state):
     done = run()
     assert done.returncode == 0, done.stderr
     assert "6 tied tensors equal" in done.stdout
+    classes = read_config(tmp_path / "run")[1]
+    assert len(classes) == len(state["class_embed.weight"]) and classes[1].name == "class 1"
     exported = export(tmp_path / "run")
     assert set(exported) == set(state)
     for name, value in state.items():

@@ -3,8 +3,9 @@
     python -m dn_detr_jax.interop.import_torch checkpoint.pth --config configs/coco_r50.py \\
         --out runs/official [--config.model.num_patterns=3 ...]
 
-The work directory holds one checkpoint, of step 0. `train.py --eval_only --workdir runs/official`
-evaluates it, `train.py --config.init.checkpoint=runs/official` starts a training from it. With
+The work directory holds one checkpoint, of step 0, and the names of COCO's classes if there are 91.
+`train.py --eval_only --workdir runs/official` evaluates it,
+`train.py --config.init.checkpoint=runs/official` starts a training from it. With
 `--config.init.reset_heads=True` the config may have another number of classes: the class head and
 the label embedding start fresh.
 
@@ -26,6 +27,7 @@ from ml_collections import ConfigDict, config_flags
 
 from dn_detr_jax.command_line import run_main
 from dn_detr_jax.config import ConfigError, validate
+from dn_detr_jax.data.coco_classes import assumed_categories
 from dn_detr_jax.interop import torch_files
 from dn_detr_jax.interop.convert import (
     HEAD_PATHS,
@@ -95,7 +97,8 @@ def main(argv: Sequence[str]) -> None:
     params, account = convert(source.state, config, source.args)
     if (Path(FLAGS.out) / "checkpoints").exists():
         raise ConfigError("--out", FLAGS.out, "a directory without checkpoints: none is replaced")
-    with Checkpoints(FLAGS.out, config) as checkpoints:
+    categories = assumed_categories(config.model.num_classes)
+    with Checkpoints(FLAGS.out, config, categories=categories) as checkpoints:
         checkpoints.save(0, {"params": params})
     print(f"{argv[1]}{source.entry and f' [{source.entry}]'}: {account.summary()}")
     if not source.args and not config.model.backbone.dilation:

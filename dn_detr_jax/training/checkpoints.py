@@ -1,7 +1,7 @@
 """Checkpoints of a run: asynchronous, atomic, self-contained, with errors that name the cause.
 
-A work directory holds `config.json` (the config and the class names) and `checkpoints/STEP/` with
-the items
+A work directory holds `config.json` (the config, and id and name of every label) and
+`checkpoints/STEP/` with the items
 
 - `params`: the parameters, a nested dictionary of arrays;
 - `state`: everything else of the train state, as nested dictionaries of arrays;
@@ -37,6 +37,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
 
+from dn_detr_jax.data.coco_classes import Category
 from dn_detr_jax.training.errors import CheckpointError
 
 PyTree = Any
@@ -78,7 +79,7 @@ class Checkpoints:
         *,
         keep_latest: int = 2,
         keep_best: int = 1,
-        class_names: Sequence[str] = (),
+        categories: Sequence[Category] = (),
         read_only: bool = False,
     ):
         """Opens a work directory; unless `read_only`, makes it and removes unfinished saves.
@@ -88,7 +89,7 @@ class Checkpoints:
           config: the run's config, compared with that of the directory; None compares nothing.
           keep_latest: checkpoints kept for being the latest, at least 1.
           keep_best: checkpoints kept for having the best `AP`.
-          class_names: of the labels, in their order; stored beside the config and compared.
+          categories: one per label, in their order; stored beside the config and compared.
           read_only: for evaluation; only the keys of the model that shape parameters must agree.
 
         Raises:
@@ -102,7 +103,7 @@ class Checkpoints:
         self._scores: dict[int, float] = {}
         logging.get_absl_logger().addFilter(_is_not_from_orbax)
         with self._reported("opening the directory"):
-            self._document = _document(config, class_names) if config is not None else None
+            self._document = _document(config, categories) if config is not None else None
             if self._document is not None:
                 self._compare_config(self._document)
             if not read_only and jax.process_index() == 0:
@@ -372,11 +373,12 @@ class Checkpoints:
             path = self.directory / str(steps[-1]) / "config" / "metadata"
             if not path.exists():
                 return
-        was = traverse_util.flatten_dict(_load_document(path), sep=".")
-        now = traverse_util.flatten_dict(present, sep=".")
-        differences = [
-            f"{key.removeprefix('config.')} was {was.get(key, 'not there')!r}, "
-            f"now {now.get(key, 'not there')!r}"
+        stored = _load_document(path)
+        was = traverse_util.flatten_dict(stored["config"], sep=".")
+        now = traverse_util.flatten_dict(present["config"], sep=".")
+        differences = [] if self._read_only else _category_differences(stored, present)
+        differences += [
+            f"{key} was {was.get(key, 'not there')!r}, now {now.get(key, 'not there')!r}"
             for key in sorted(was.keys() | now.keys())
             if not _may_change(key, self._read_only) and was.get(key, was) != now.get(key, now)
         ]
@@ -398,17 +400,18 @@ class Checkpoints:
             raise CheckpointError(f"{self.directory}: {doing} failed: {reason}") from error
 
 
-def read_config(workdir: str | os.PathLike) -> tuple[dict[str, Any], list[str]]:
-    """The config and the class names of a work directory.
+def read_config(workdir: str | os.PathLike) -> tuple[dict[str, Any], tuple[Category, ...]]:
+    """The config and the classes of a work directory.
 
     Returns:
-      The config as nested dictionaries (tuples have become lists), and the class names.
+      The config as nested dictionaries (tuples have become lists), and one category per label.
 
     Raises:
       CheckpointError: there is no readable `config.json`.
     """
     document = _load_document(Path(workdir) / "config.json")
-    return document["config"], document["class_names"]
+    categories = tuple(Category(entry["id"], entry["name"]) for entry in document["categories"])
+    return document["config"], categories
 
 
 @dataclasses.dataclass
@@ -515,16 +518,23 @@ def _from_json(value: Any) -> Any:
     return value
 
 
-def _document(config: ConfigDict, class_names: Sequence[str]) -> dict[str, Any]:
+def _document(config: ConfigDict, categories: Sequence[Category]) -> dict[str, Any]:
     # Through JSON and back, so that it equals what is read from a file: tuples are lists there.
-    document = {"config": config.to_dict(), "class_names": list(class_names)}
+    listed = [{"id": int(category.id), "name": category.name} for category in categories]
+    document = {"config": config.to_dict(), "categories": listed}
     return json.loads(json.dumps(document))
 
 
 def _load_document(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text())
-        return {"config": dict(document["config"]), "class_names": list(document["class_names"])}
+        config = dict(document["config"])
+        if "categories" in document:
+            listed = [(entry["id"], entry["name"]) for entry in document["categories"]]
+        else:  # the names alone, as in the first format
+            listed = list(enumerate(document["class_names"]))
+        categories = [{"id": int(number), "name": str(name)} for number, name in listed]
+        return {"config": config, "categories": categories}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: can't be read ({_first_line(error)})") from error
 
@@ -538,8 +548,20 @@ def _write_json(path: Path, value: Any) -> None:
 
 def _may_change(key: str, read_only: bool) -> bool:
     if read_only:
-        return not key.startswith("config.model.") or key == "config.model.dtype"
-    return key.removeprefix("config.").startswith(_HARMLESS)
+        return not key.startswith("model.") or key == "model.dtype"
+    return key.startswith(_HARMLESS)
+
+
+def _category_differences(stored: dict[str, Any], present: dict[str, Any]) -> list[str]:
+    """The first difference between the classes of two documents, in words; or nothing."""
+    was, now = stored["categories"], present["categories"]
+    if len(was) != len(now):
+        return [f"the data had {len(was)} classes, now {len(now)}"]
+    for label, (before, after) in enumerate(zip(was, now, strict=True)):
+        if before != after:
+            one, other = (f"{entry['name']!r} (id {entry['id']})" for entry in (before, after))
+            return [f"class {label} was {one}, now {other}"]
+    return []
 
 
 # Whether files are what they were

@@ -69,7 +69,7 @@ def train(config: ConfigDict, workdir: Path) -> Evaluation | None:
         config,
         keep_latest=config.checkpoint.keep_latest,
         keep_best=config.checkpoint.keep_best,
-        class_names=setup.class_names,
+        categories=setup.validation.categories,
     )
     with checkpoints:
         _announce(setup, training, plan, params_shapes, is_trained, Path(workdir))

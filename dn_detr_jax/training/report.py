@@ -37,8 +37,7 @@ def evaluate(config: ConfigDict, workdir: Path, step: str | int = "best") -> Eva
     setup = set_up(config)
     config = setup.config
     shapes = with_sharding(abstract_params(setup.model), replicated(setup.mesh))
-    names = setup.class_names
-    with Checkpoints(workdir, config, class_names=names, read_only=True) as checkpoints:
+    with Checkpoints(workdir, config, read_only=True) as checkpoints:
         if step == "best" and checkpoints.best_step() is None:
             step = "latest"
         number = checkpoints.find(step)
