@@ -67,15 +67,7 @@ def train_batches(
     """
     batch_size = config.train.batch_size
     _check(dataset, config, "train.batch_size", batch_size, process_count)
-    plan = TrainPlan(
-        seed=config.seed,
-        sizes=dataset.sizes,
-        image_ids=dataset.image_ids,
-        augment=config.data.augment,
-        canvases=config.data.canvases,
-        batch_size=batch_size,
-        shuffle_window=config.data.shuffle_window,
-    )
+    plan = train_plan(dataset, config)
     rows = process_rows(batch_size, process_index, process_count)
     maker = _BatchMaker(dataset, plan, rows, config.data.max_objects, config.seed)
     return _prefetched(maker, range(start_step, start_step + num_steps), config.data)
@@ -108,6 +100,20 @@ def eval_batches(
     rows = process_rows(config.eval.batch_size, process_index, process_count)
     maker = _BatchMaker(dataset, plan, rows, config.data.max_objects, config.seed)
     return _prefetched(maker, range(len(plan)), config.data)
+
+
+def train_plan(dataset: Dataset, config: ConfigDict) -> TrainPlan:
+    """The plan that `train_batches` follows."""
+    return TrainPlan(
+        seed=config.seed,
+        sizes=dataset.sizes,
+        image_ids=dataset.image_ids,
+        augment=config.data.augment,
+        canvases=config.data.canvases,
+        batch_size=config.train.batch_size,
+        shuffle_window=config.data.shuffle_window,
+        snap=config.data.snap,
+    )
 
 
 def eval_plan(dataset: Dataset, config: ConfigDict, subset: np.ndarray | None = None) -> EpochPlan:

@@ -21,7 +21,10 @@ from dn_detr_jax.data.transforms import Geometry, draw_geometry, eval_geometry, 
 Canvas = tuple[int, int]
 
 # Streams of random numbers that must not depend on each other.
-_PLAN_STREAM, _OBJECT_STREAM = 0, 1
+_PLAN_STREAM, _OBJECT_STREAM, _JOIN_STREAM = 0, 1, 2
+
+_TRIES = 64  # augmentations drawn for a picture that has to fit a canvas which is not its own
+_TIE = 1e-6  # shares of padding that differ by less are equal, whatever the rounding
 
 
 class BatchSpec(NamedTuple):
@@ -50,6 +53,8 @@ class EpochPlan:
       canvas: int32 [S], the position in `canvases` of each batch.
       indices: int64 [S, B], positions in the data set, -1 for rows that stay empty.
       geometry: `Geometry` with leading dimensions S, B; without meaning in rows that stay empty.
+      redrawn: pictures whose augmentation was drawn again, so that they fit a joint batch.
+      shrunken: pictures that no draw made fit, and that are smaller than the augmentation allows.
     """
 
     epoch: int
@@ -57,9 +62,18 @@ class EpochPlan:
     canvas: np.ndarray
     indices: np.ndarray
     geometry: Geometry
+    redrawn: int = 0
+    shrunken: int = 0
 
     def __len__(self) -> int:
         return len(self.canvas)
+
+    @property
+    def padding(self) -> float:
+        """Padded pixels as a share of all the pixels of the epoch's batches."""
+        real = self.geometry.size.prod(-1, dtype=np.int64)[self.indices >= 0].sum()
+        area = np.prod(np.asarray(self.canvases, np.int64)[self.canvas], axis=-1).sum()
+        return float(1 - real / (area * self.indices.shape[1]))
 
     def batch(self, position: int) -> BatchSpec:
         """The batch at a position of the epoch."""
@@ -125,12 +139,72 @@ def check_canvases(
     raise DataError(
         f"data.canvases {tuple(map(tuple, canvases))} are too small: image {image_ids[i]} of "
         f"{height} x {width} pixels (height x width) can become {final_height} x {final_width}; "
-        f"a canvas of {needed} would hold it, or lower the sizes in data.augment and data.eval_*"
+        f"a canvas of {needed} would hold it, or lower the sizes in data.augment and data.eval_*; "
+        "python -m dn_detr_jax.data.canvases --config FILE proposes canvases for a data set"
     )
 
 
 def _key(sizes: np.ndarray) -> np.ndarray:
     return sizes[..., 0].astype(np.int64) << 32 | sizes[..., 1].astype(np.int64)
+
+
+def canvas_factors(
+    sizes: np.ndarray, canvases: Sequence[Canvas], snap: float, max_long_side: int
+) -> np.ndarray:
+    """By what to multiply each size so that it lies on each canvas.
+
+    With `snap`, a picture touches the canvas, with its height or its width, wherever a factor from
+    `1 - snap` to `1 + snap` does that. A picture that would have to grow by more stays as it is,
+    and none grows beyond `max_long_side`.
+
+    Args:
+      sizes: int [..., 2], heights and widths that the augmentation gave.
+      canvases: K heights and widths.
+      snap: share by which a picture's scale may move, `config.data.snap`; 0: not at all.
+      max_long_side: in pixels.
+
+    Returns:
+      float64 [..., K], 0 where the picture does not fit.
+    """
+    sizes, canvases = np.asarray(sizes), np.asarray(canvases)
+    heights, widths = canvases.T
+    touching = np.minimum(heights / sizes[..., :1], widths / sizes[..., 1:])
+    factors = np.where(touching >= 1, 1.0, 0.0)
+    if snap:
+        longest = np.maximum(max_long_side / sizes.max(-1, keepdims=True), 1.0)
+        reached = (touching >= 1 - snap) & (touching <= 1 + snap)
+        factors = np.where(reached, np.minimum(touching, longest), factors)
+    return factors
+
+
+def place(
+    sizes: np.ndarray, canvases: Sequence[Canvas], snap: float, max_long_side: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Gives each picture the canvas on which the least share of the pixels is padding.
+
+    Where several are equal, which happens when a picture may touch canvases of the same aspect, it
+    is the one for which the picture's scale moves least.
+
+    Args:
+      sizes: int [N, 2]; each fits one of the canvases.
+      canvases: heights and widths.
+      snap: see `canvas_factors`.
+      max_long_side: see `canvas_factors`.
+
+    Returns:
+      int32 [N], positions in `canvases`, and the sizes there, int32 [N, 2].
+    """
+    sizes = np.asarray(sizes)
+    factors = canvas_factors(sizes, canvases, snap, max_long_side)
+    filled = factors**2 * (sizes.prod(-1, keepdims=True) / np.prod(canvases, axis=-1))
+    chosen = (filled - _TIE * np.abs(factors - 1)).argmax(-1)
+    factor = np.take_along_axis(factors, chosen[:, None], axis=1)
+    return chosen.astype(np.int32), _scaled(sizes, factor)
+
+
+def _scaled(sizes: np.ndarray, factor: np.ndarray) -> np.ndarray:
+    """Sizes times factors; rounding keeps the side that touches its canvas exact."""
+    return np.maximum(np.rint(sizes * factor), 1).astype(np.int32)
 
 
 def plan_epoch(
@@ -142,14 +216,14 @@ def plan_epoch(
     canvases: Sequence[Canvas],
     batch_size: int,
     shuffle_window: int,
+    snap: float = 0.0,
 ) -> EpochPlan:
     """Plans a training epoch of floor(N / batch_size) batches.
 
     The pictures are shuffled, and those that don't fill a last batch are left out. Among each
-    `shuffle_window` of them, batches are formed of pictures that fit the same canvas; what is left
-    goes on to the next window. What is left at the end, less than a batch for each canvas, is
-    joined across canvases, and a picture that doesn't fit is made smaller. Then the batches are
-    shuffled.
+    `shuffle_window` of them, batches are formed of pictures of the same canvas; what is left goes
+    on to the next window. What is left at the end, less than a batch for each canvas, is joined
+    (`_join`). Then the batches are shuffled.
 
     Args:
       seed: not negative.
@@ -159,13 +233,15 @@ def plan_epoch(
       canvases: heights and widths; every picture must fit one (`check_canvases`).
       batch_size: of all the processes together.
       shuffle_window: number of pictures.
+      snap: share by which a picture's scale may move so that it touches its canvas; 0 leaves the
+        published augmentation as it is (`canvas_factors`).
 
     Returns:
       The plan, in which every picture is at most once.
     """
     rng = np.random.default_rng([seed, _PLAN_STREAM, epoch])
     geometry = draw_geometry(rng, sizes, augment)
-    canvas_of = assign_canvases(geometry.size, canvases)
+    canvas_of, placed = place(geometry.size, canvases, snap, augment.max_long_side)
     num_steps = steps_per_epoch(len(sizes), batch_size)
     order = rng.permutation(len(sizes))[: num_steps * batch_size]
 
@@ -180,34 +256,117 @@ def plan_epoch(
             batch_canvas += [c] * full
             waiting[c] = queue[full * batch_size :]
 
-    # Canvases of like aspect are neighbours, so that little has to be made smaller.
-    by_aspect = sorted(range(len(canvases)), key=lambda c: canvases[c][1] / canvases[c][0])
-    mixed = np.concatenate([waiting[c] for c in by_aspect]).reshape(-1, batch_size)
-    size = geometry.size.copy()
-    for row in mixed:
-        c, size[row] = _join(size[row], canvases)
-        batch_canvas.append(c)
+    left = np.concatenate(waiting)
+    joined = _join(
+        np.random.default_rng([seed, _JOIN_STREAM, epoch]),
+        np.asarray(sizes)[left],
+        geometry.at(left),
+        augment,
+        canvases,
+        batch_size,
+        snap,
+    )
+    geometry = geometry._replace(size=placed)
+    for field, values in zip(geometry, joined.geometry, strict=True):
+        field[left] = values
 
-    indices = np.concatenate([*batches, mixed])
+    indices = np.concatenate([*batches, left[joined.rows]])
+    canvas = np.concatenate([batch_canvas, joined.canvas]).astype(np.int32)
     shuffle = rng.permutation(num_steps)
     indices = indices[shuffle].astype(np.int64)
     return EpochPlan(
         epoch=epoch,
         canvases=tuple(tuple(int(v) for v in canvas) for canvas in canvases),
-        canvas=np.array(batch_canvas, np.int32)[shuffle],
+        canvas=canvas[shuffle],
         indices=indices,
-        geometry=geometry._replace(size=size).at(indices),
+        geometry=geometry.at(indices),
+        redrawn=joined.redrawn,
+        shrunken=joined.shrunken,
     )
 
 
-def _join(sizes: np.ndarray, canvases: Sequence[Canvas]) -> tuple[int, np.ndarray]:
-    """The canvas for which sizes [B, 2] shrink least, then the smallest; and the new sizes."""
-    factors = np.asarray(canvases)[:, None] / sizes  # [canvases, B, 2]
-    factors = np.minimum(factors.min(-1), 1.0)
-    loss = -np.log(factors).sum(-1)
-    best = min(range(len(canvases)), key=lambda c: (loss[c], canvases[c][0] * canvases[c][1]))
-    shrunken = np.minimum(np.floor(sizes * factors[best][:, None] + 1e-6), canvases[best])
-    return best, np.maximum(shrunken, 1).astype(sizes.dtype)
+class _Joined(NamedTuple):
+    """Batches of pictures that were left over, of several canvases.
+
+    Attributes:
+      rows: int [S, B], positions among the pictures left over, each once.
+      canvas: int [S].
+      geometry: of the pictures left over, in their order.
+      redrawn, shrunken: see `EpochPlan`.
+    """
+
+    rows: np.ndarray
+    canvas: np.ndarray
+    geometry: Geometry
+    redrawn: int
+    shrunken: int
+
+
+def _join(
+    rng: np.random.Generator,
+    sizes: np.ndarray,
+    geometry: Geometry,
+    augment: ConfigDict,
+    canvases: Sequence[Canvas],
+    batch_size: int,
+    snap: float,
+) -> _Joined:
+    """Forms batches of pictures that have different canvases.
+
+    As long as some canvas holds a batch of them, the smallest such canvas gets one. For the last
+    batches there is none, usually because upright and wide pictures are left: then the augmentation
+    of those that don't fit is drawn again until it gives a size that does. So their sizes are still
+    the published ones, if not in the published proportions. Where all the tries fail, and only
+    there, a picture is made smaller.
+
+    Args:
+      rng: of these draws.
+      sizes: int [R, 2], original sizes, R a multiple of the batch size.
+      geometry: drawn for them, with a leading dimension R.
+      augment: `config.data.augment`.
+      canvases: heights and widths.
+      batch_size: of all the processes together.
+      snap: see `canvas_factors`.
+    """
+    count, area = len(sizes), np.prod(np.asarray(canvases, np.int64), axis=-1)
+    tries = [geometry] + [draw_geometry(rng, sizes, augment) for _ in range(_TRIES if count else 0)]
+    tries = Geometry(*(np.stack(fields) for fields in zip(*tries, strict=True)))  # [T, R, ...]
+    factors = canvas_factors(tries.size, canvases, snap, augment.max_long_side)  # [T, R, K]
+    fits = factors > 0
+    first = np.where(fits.any(0), fits.argmax(0), len(fits))  # [R, K], the try that fits
+
+    chosen = np.empty(count, np.int64)
+    rows, batch_canvas, rest = [], [], np.arange(count)
+    while len(rest):
+        unchanged = (first[rest] == 0).sum(0)
+        possible = (first[rest] < len(fits)).sum(0)
+        # The last key counts first.
+        c = np.lexsort(
+            [area, -np.minimum(unchanged, batch_size), -np.minimum(possible, batch_size)]
+        )
+        full = c[unchanged[c] >= batch_size]
+        c = full[area[full].argmin()] if len(full) else c[0]
+        taken = rest[np.argsort(first[rest, c], kind="stable")[:batch_size]]
+        chosen[taken] = c
+        rows.append(taken)
+        batch_canvas.append(c)
+        rest = np.setdiff1d(rest, taken)
+
+    everyone = np.arange(count)
+    attempt = first[everyone, chosen]
+    failed = attempt == len(fits)
+    attempt[failed] = 0
+    result = tries.at((attempt, everyone))
+    factor = factors[attempt, everyone, chosen]
+    canvas_size = np.asarray(canvases)[chosen]
+    factor[failed] = (canvas_size / result.size).min(-1)[failed]
+    return _Joined(
+        rows=np.array(rows, np.int64).reshape(-1, batch_size),
+        canvas=np.array(batch_canvas, np.int64),
+        geometry=result._replace(size=_scaled(result.size, factor[:, None])),
+        redrawn=int((attempt > 0).sum()),
+        shrunken=int(failed.sum()),
+    )
 
 
 class TrainPlan:
@@ -226,6 +385,7 @@ class TrainPlan:
         canvases: Sequence[Canvas],
         batch_size: int,
         shuffle_window: int,
+        snap: float = 0.0,
     ):
         """See `plan_epoch` for the arguments.
 
@@ -241,6 +401,7 @@ class TrainPlan:
             "canvases": canvases,
             "batch_size": batch_size,
             "shuffle_window": shuffle_window,
+            "snap": snap,
         }
         self._forget()
 
@@ -258,13 +419,16 @@ class TrainPlan:
     def batch(self, step: int) -> BatchSpec:
         """The batch of a step, counted from 0 over all the epochs."""
         epoch, position = divmod(step, self.steps_per_epoch)
+        return self.epoch(epoch).batch(position)
+
+    def epoch(self, number: int) -> EpochPlan:
+        """The plan of an epoch, counted from 0."""
         with self._lock:
-            if epoch not in self._epochs:
-                self._epochs[epoch] = plan_epoch(epoch=epoch, **self._arguments)
+            if number not in self._epochs:
+                self._epochs[number] = plan_epoch(epoch=number, **self._arguments)
                 if len(self._epochs) > 2:  # prefetching reaches into the next epoch
                     self._epochs.popitem(last=False)
-            plan = self._epochs[epoch]
-        return plan.batch(position)
+            return self._epochs[number]
 
 
 def plan_eval(

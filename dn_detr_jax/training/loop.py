@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from dn_detr_jax.config import validate
 from dn_detr_jax.data.datasets import Dataset, open_dataset
-from dn_detr_jax.data.loader import train_batches
+from dn_detr_jax.data.loader import train_batches, train_plan
 from dn_detr_jax.evaluation.evaluate import Evaluation, Evaluator
 from dn_detr_jax.interop.initial import load_initial
 from dn_detr_jax.matching import host_timer
@@ -159,6 +159,14 @@ def _announce(
         plan.total / plan.per_epoch,
         setup.mesh.size,
         jax.devices()[0].platform,
+    )
+    epoch = train_plan(training, setup.config).epoch(0)
+    logger.info(
+        "first epoch: %.1f%% of the pixels are padding; to complete batches %d pictures are "
+        "augmented anew, %d are made smaller",
+        100 * epoch.padding,
+        epoch.redrawn,
+        epoch.shrunken,
     )
 
 
