@@ -204,11 +204,12 @@ class _BatchMaker:
                 f"image {self._image_ids[index]} of the data set {self._name} (position {index}) "
                 f"can't be read: {error}"
             ) from error
-        image, boxes, labels = transforms.apply(image, example.boxes, example.labels, geometry)
+        image, boxes, labels = transforms.apply(
+            image, example.boxes, example.labels, geometry, canvas=batch["image"][row]
+        )
         kept = choose_objects(self._seed, spec.epoch, index, len(boxes), self._max_objects)
         batch["dropped_objects"] += len(boxes) - len(kept)
         height, width = image.shape[:2]
-        batch["image"][row, :height, :width] = image
         batch["size"][row] = height, width
         batch["labels"][row, : len(kept)] = labels[kept]
         batch["boxes"][row, : len(kept)] = _normalised_cxcywh(boxes[kept], height, width)
