@@ -60,7 +60,8 @@ def area(boxes: jax.Array) -> jax.Array:
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 
-def _iou_and_union(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+def iou_and_union(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Intersection over union and the union's area of `xyxy` boxes, see `iou`."""
     low = jnp.maximum(a[..., :2], b[..., :2])
     high = jnp.minimum(a[..., 2:], b[..., 2:])
     sides = clamp(high - low, 0.0)
@@ -74,12 +75,12 @@ def iou(a: jax.Array, b: jax.Array) -> jax.Array:
 
     For all pairs of `[N, 4]` and `[M, 4]` call `iou(a[:, None], b[None])`, which is `[N, M]`.
     """
-    return _iou_and_union(a, b)[0]
+    return iou_and_union(a, b)[0]
 
 
 def generalized_iou(a: jax.Array, b: jax.Array) -> jax.Array:
     """Generalized IoU of `xyxy` boxes in [-1, 1], elementwise with broadcasting."""
-    overlap, union = _iou_and_union(a, b)
+    overlap, union = iou_and_union(a, b)
     low = jnp.minimum(a[..., :2], b[..., :2])
     high = jnp.maximum(a[..., 2:], b[..., 2:])
     sides = clamp(high - low, 0.0)

@@ -96,6 +96,7 @@ def base_config() -> ConfigDict:
             "groups": 5,  # denoising groups; 0 trains plain DAB-DETR
             "label_noise": 0.2,  # probability that a label is replaced
             "box_noise": 0.4,  # centre shift and scaling, as a share of the box size
+            "contrastive": False,  # True: each object also has a negative, with more noise (DINO)
             "attend_padding": False,  # True: real queries see empty slots, as the PyTorch code
         }
     )
@@ -394,6 +395,7 @@ def _check_losses(checker: _Checker) -> None:
     checker.whole(0, "dn.groups")
     _check_probabilities(checker, "dn.label_noise", "loss.focal_alpha")
     checker.number(lambda value: 0 <= value < 1, "from 0 to below 1", "dn.box_noise")
+    checker.one_of("dn.contrastive", True, False)
     checker.one_of("dn.attend_padding", True, False)
     costs = ["matcher.cost_class", "matcher.cost_bbox", "matcher.cost_giou"]
     weights = ["loss.weight_class", "loss.weight_bbox", "loss.weight_giou"]

@@ -6,9 +6,13 @@ queries in front of the matching queries, and their outputs have to reconstruct 
 matching is needed for them. The copies come in groups; an attention mask keeps matching queries
 from seeing any of them and the groups from seeing each other.
 
-All shapes are static. B pictures, M slots for objects, G groups, S = G * M denoising slots, N
-matching queries, C classes, L decoder layers, D channels. A slot of an absent object is *empty*:
-it is never attended to and never enters a loss.
+The contrastive variant (Zhang et al., "DINO: DETR with Improved DeNoising Anchor Boxes for
+End-to-End Object Detection", ICLR 2023, section 3.3) gives every object a second copy in each
+group, with more noise, which has to be recognised as no object.
+
+All shapes are static. B pictures, M slots for objects, G groups, S = G * M denoising slots (2 * G *
+M if contrastive), N matching queries, C classes, L decoder layers, D channels. A slot of an absent
+object is *empty*: it is never attended to and never enters a loss.
 
 Everything around a decoder of your own, in the order of the calls:
 
@@ -40,7 +44,10 @@ import jax
 import jax.numpy as jnp
 
 from dn_detr_jax import losses
-from dn_detr_jax.boxes import clamp
+from dn_detr_jax.boxes import clamp, cxcywh_to_xyxy, xyxy_to_cxcywh
+
+# Label of negatives: the last row of the label table, and a target that is none of the classes.
+NO_OBJECT = -1
 
 
 @flax.struct.dataclass
@@ -51,11 +58,13 @@ class Noise:
       label_u: float32 [B, S] uniform in [0, 1); the label flips where it is below the noise scale.
       label_new: int32 [B, S] replacement labels, used where the label flips.
       box_u: float32 [B, S, 4] uniform in [0, 1).
+      box_sign: float32 [B, S, 4], 1 or -1, for contrastive denoising alone.
     """
 
     label_u: jax.Array
     label_new: jax.Array
     box_u: jax.Array
+    box_sign: jax.Array | None = None
 
 
 @flax.struct.dataclass
@@ -63,13 +72,14 @@ class Denoising:
     """What goes from `prepare` to the attention mask, the queries, the split and the loss.
 
     Attributes:
-      labels: int32 [B, S] noised labels.
+      labels: int32 [B, S] noised labels, `NO_OBJECT` for negatives.
       boxes: float32 [B, S, 4] noised boxes, cxcywh in [0, 1].
       group: int32 [B, S] denoising group of every slot, empty ones included; -1 for a slot of no
         group.
       valid: bool [B, S], False for empty slots.
-      target_labels: int32 [B, S] true labels.
+      target_labels: int32 [B, S] true labels, `NO_OBJECT` for negatives.
       target_boxes: float32 [B, S, 4] true boxes, cxcywh in [0, 1].
+      negative: bool [B, S], True for the copies that have no box to reconstruct.
     """
 
     labels: jax.Array
@@ -78,6 +88,7 @@ class Denoising:
     valid: jax.Array
     target_labels: jax.Array
     target_boxes: jax.Array
+    negative: jax.Array
 
     @property
     def num_slots(self) -> int:
@@ -85,19 +96,24 @@ class Denoising:
         return self.valid.shape[-1]
 
 
-def draw_noise(key: jax.Array, shape: tuple[int, int], num_classes: int) -> Noise:
+def draw_noise(
+    key: jax.Array, shape: tuple[int, int], num_classes: int, *, contrastive: bool = False
+) -> Noise:
     """Draws the noise of a global batch.
 
     Args:
       key: from `jax.random.fold_in(key, step)`, so that noise does not depend on the devices.
       shape: (B, S).
       num_classes: C; replacements are uniform over the C real classes and may hit the true label.
+      contrastive: with the signs of contrastive denoising; the other draws stay the same.
     """
     flip_key, label_key, box_key = jax.random.split(key, 3)
+    sign_key = jax.random.fold_in(key, 3)
     return Noise(
         label_u=jax.random.uniform(flip_key, shape),
         label_new=jax.random.randint(label_key, shape, 0, num_classes, dtype=jnp.int32),
         box_u=jax.random.uniform(box_key, (*shape, 4)),
+        box_sign=jax.random.rademacher(sign_key, (*shape, 4), jnp.float32) if contrastive else None,
     )
 
 
@@ -122,6 +138,27 @@ def add_box_noise(boxes: jax.Array, noise: Noise, scale: float) -> jax.Array:
     return clamp(boxes + (2.0 * noise.box_u - 1.0) * half_range * scale, 0.0, 1.0)
 
 
+def add_contrastive_box_noise(
+    boxes: jax.Array, noise: Noise, scale: float, negative: jax.Array
+) -> jax.Array:
+    """Moves every side of a box by itself: a little, or more for negatives (DINO, section 3.3).
+
+    Args:
+      boxes: float [B, S, 4] cxcywh in [0, 1].
+      noise: raw draws with signs.
+      scale: below 1. Sides move in- or outwards by a share of half the box's extent: 0 to `scale`,
+        for negatives `scale` to 2 * `scale`.
+      negative: bool [B, S].
+
+    Returns:
+      float [B, S, 4] cxcywh, corners clipped to [0, 1]; a box whose sides cross has the extent 0.
+    """
+    half = jnp.concatenate([boxes[..., 2:], boxes[..., 2:]], axis=-1) / 2
+    distance = noise.box_u + negative[..., None]
+    corners = cxcywh_to_xyxy(boxes) + noise.box_sign * distance * half * scale
+    return clamp(xyxy_to_cxcywh(clamp(corners, 0.0, 1.0)), 0.0)
+
+
 def prepare(
     labels: jax.Array,
     boxes: jax.Array,
@@ -131,46 +168,70 @@ def prepare(
     groups: int,
     label_noise: float,
     box_noise: float,
+    contrastive: bool = False,
 ) -> Denoising:
     """Lays out the groups and applies the noise: slot `g * M + m` is object m in group g.
+
+    If contrastive, a group is twice as long: the negative of slot `g * 2M + m` is `g * 2M + M + m`.
 
     Args:
       labels: int [B, M] contiguous labels, anything at padding.
       boxes: float [B, M, 4] cxcywh in [0, 1], anything at padding.
       valid: bool [B, M], True for real objects.
-      noise: draws of shape (B, groups * M).
+      noise: draws for `slots_needed(M, groups, contrastive)` slots.
       groups: G, at least 1.
       label_noise: probability that a label flips.
       box_noise: scale of the box noise, in [0, 1).
+      contrastive: add the negatives. Boxes then get the noise of `add_contrastive_box_noise`.
 
     Raises:
-      ValueError: the noise has another number of slots than groups * M.
+      ValueError: the noise is for another number of slots, or has no signs for contrastive use.
     """
-    num_objects = labels.shape[1]
-    slots = groups * num_objects
+    batch, num_objects = labels.shape
+    slots = slots_needed(num_objects, groups, contrastive)
     if noise.label_u.shape[1] != slots:
+        copies = ", positive and negative," if contrastive else ""
         raise ValueError(
             f"noise for {noise.label_u.shape[1]} slots, but {groups} groups of {num_objects} "
-            f"objects need {slots}"
+            f"objects{copies} need {slots}"
         )
-    target_labels = jnp.tile(labels, (1, groups))
-    target_boxes = jnp.tile(boxes, (1, groups, 1))
-    group = jnp.repeat(jnp.arange(groups, dtype=jnp.int32), num_objects)
+    if contrastive and noise.box_sign is None:
+        raise ValueError("contrastive denoising needs draw_noise(..., contrastive=True)")
+    repeats = slots // max(num_objects, 1)
+    target_labels = jnp.tile(labels, (1, repeats))
+    target_boxes = jnp.tile(boxes, (1, repeats, 1))
+    slot = jnp.arange(slots, dtype=jnp.int32)
+    group = slot // max(slots // groups, 1)
+    negative = jnp.zeros((batch, slots), bool)
+    if contrastive:
+        negative = jnp.broadcast_to(slot // max(num_objects, 1) % 2 == 1, (batch, slots))
+        target_labels = jnp.where(negative, NO_OBJECT, target_labels)
+        noised_boxes = add_contrastive_box_noise(target_boxes, noise, box_noise, negative)
+    else:
+        noised_boxes = add_box_noise(target_boxes, noise, box_noise)
+    noised_labels = add_label_noise(target_labels, noise, label_noise)
     return Denoising(
-        labels=add_label_noise(target_labels, noise, label_noise),
-        boxes=add_box_noise(target_boxes, noise, box_noise),
-        group=jnp.broadcast_to(group, target_labels.shape),
-        valid=jnp.tile(valid, (1, groups)),
+        labels=jnp.where(negative, NO_OBJECT, noised_labels),
+        boxes=noised_boxes,
+        group=jnp.broadcast_to(group, (batch, slots)),
+        valid=jnp.tile(valid, (1, repeats)),
         target_labels=target_labels,
         target_boxes=target_boxes,
+        negative=negative,
     )
+
+
+def slots_needed(num_objects: int, groups: int, contrastive: bool = False) -> int:
+    """Denoising slots per picture, S, for M slots for objects and G groups."""
+    return num_objects * groups * (2 if contrastive else 1)
 
 
 def query_content(label_table: jax.Array, dn: Denoising) -> jax.Array:
     """Content of the denoising queries: embedding of the noised label, then the indicator 1.
 
     Args:
-      label_table: float [C + 1, D - 1]; the last row belongs to the matching queries.
+      label_table: float [C + 1, D - 1]; the last row, no object, belongs to the matching queries,
+        and to the negatives of contrastive denoising.
       dn: from `prepare`.
 
     Returns:
@@ -240,20 +301,22 @@ def reconstruction_loss(
     Returns:
       `loss_ce`, `loss_bbox`, `loss_giou` and the metric `class_error` (percent), each float32 [L].
       Sums over the batch, divided by the number of real slots, at least 1: under `jit` over a
-      sharded batch that is the global number. All are 0 for a batch without objects.
+      sharded batch that is the global number. All are 0 for a batch without objects. Negatives
+      enter `loss_ce` alone, and do not count.
     """
-    count = jnp.maximum(jnp.sum(dn.valid), 1).astype(jnp.float32)
+    positive = dn.valid & ~dn.negative
+    count = jnp.maximum(jnp.sum(positive), 1).astype(jnp.float32)
     pred_logits = pred_logits.astype(jnp.float32)
     focal = losses.sigmoid_focal_loss(pred_logits, dn.target_labels, alpha=alpha, gamma=gamma)
     l1, giou = losses.box_losses(pred_boxes.astype(jnp.float32), dn.target_boxes)
     wrong = jnp.argmax(pred_logits, axis=-1) != dn.target_labels
 
-    def mean(per_slot):  # [L, B, S] -> [L]
-        return jnp.sum(jnp.where(dn.valid, per_slot, 0.0), axis=(1, 2)) / count
+    def mean(per_slot, where):  # [L, B, S] -> [L]
+        return jnp.sum(jnp.where(where, per_slot, 0.0), axis=(1, 2)) / count
 
     return {
-        "loss_ce": mean(jnp.sum(focal, axis=-1)),
-        "loss_bbox": mean(jnp.sum(l1, axis=-1)),
-        "loss_giou": mean(giou),
-        "class_error": mean(100.0 * wrong),
+        "loss_ce": mean(jnp.sum(focal, axis=-1), dn.valid),
+        "loss_bbox": mean(jnp.sum(l1, axis=-1), positive),
+        "loss_giou": mean(giou, positive),
+        "class_error": mean(100.0 * wrong, positive),
     }

@@ -20,8 +20,10 @@ from dn_detr_jax import denoising
 # --- layout and noise -----------------------------------------------------------------------------
 
 BATCH, OBJECTS, CLASSES = 2, 3, 4
-prepare = fast_jit(denoising.prepare, static_argnames=("groups", "label_noise", "box_noise"))
-draw = fast_jit(denoising.draw_noise, static_argnums=(1, 2))
+prepare = fast_jit(
+    denoising.prepare, static_argnames=("groups", "label_noise", "box_noise", "contrastive")
+)
+draw = fast_jit(denoising.draw_noise, static_argnums=(1, 2), static_argnames="contrastive")
 
 
 def targets(seed=0):
@@ -30,36 +32,106 @@ def targets(seed=0):
     return labels, oracle.random_boxes(rng, BATCH, OBJECTS), np.arange(OBJECTS) < [[3], [1]]
 
 
-def prepared(groups=GROUPS, label_noise=0.2, box_noise=0.4):
-    noise = draw(jax.random.key(3), (BATCH, groups * OBJECTS), CLASSES)
+def prepared(groups=GROUPS, label_noise=0.2, box_noise=0.4, contrastive=False):
+    slots = denoising.slots_needed(OBJECTS, groups, contrastive)
+    noise = draw(jax.random.key(3), (BATCH, slots), CLASSES, contrastive=contrastive)
     options = {"groups": groups, "label_noise": label_noise, "box_noise": box_noise}
-    return prepare(*targets(), noise, **options), noise
+    return prepare(*targets(), noise, **options, contrastive=contrastive), noise
 
 
-def test_slot_of_every_object_in_every_group():
-    """Slot g * M + m is object m in group g: a wrong layout gives targets to other queries."""
+@pytest.mark.parametrize("contrastive", [False, True])
+def test_slot_of_every_object_in_every_group(contrastive):
+    """A wrong layout gives targets to other queries.
+
+    Negatives come behind the positives of their group, and every picture has its own: the PyTorch
+    code takes them from the whole batch.
+    """
     labels, boxes, valid = targets()
-    dn, _ = prepared()
-    assert dn.num_slots == GROUPS * OBJECTS
-    for b, g, m in np.ndindex(BATCH, GROUPS, OBJECTS):
-        slot = g * OBJECTS + m
+    dn, _ = prepared(contrastive=contrastive)
+    copies = 2 if contrastive else 1
+    assert dn.num_slots == GROUPS * OBJECTS * copies
+    for b, g, copy, m in np.ndindex(BATCH, GROUPS, copies, OBJECTS):
+        slot = (g * copies + copy) * OBJECTS + m
         assert dn.group[b, slot] == g
         assert dn.valid[b, slot] == valid[b, m]
-        assert dn.target_labels[b, slot] == labels[b, m]
+        assert dn.negative[b, slot] == (copy == 1)
+        assert dn.target_labels[b, slot] == (-1 if copy else labels[b, m])
         np.testing.assert_array_equal(dn.target_boxes[b, slot], boxes[b, m])
 
 
 def test_noise_of_a_wrong_number_of_slots_is_refused():
     label = np.zeros((BATCH, 5))
     noise = denoising.Noise(label_u=label, label_new=label, box_u=np.zeros((BATCH, 5, 4)))
+    options = {"groups": 3, "label_noise": 0.2, "box_noise": 0.4}
     with pytest.raises(ValueError, match="5 slots, but 3 groups of 3 objects need 9"):
-        denoising.prepare(*targets(), noise, groups=3, label_noise=0.2, box_noise=0.4)
+        denoising.prepare(*targets(), noise, **options)
+    with pytest.raises(ValueError, match="3 objects, positive and negative, need 18"):
+        denoising.prepare(*targets(), noise, **options, contrastive=True)
+    noise = draw(jax.random.key(0), (BATCH, 18), CLASSES)
+    with pytest.raises(ValueError, match="contrastive=True"):
+        denoising.prepare(*targets(), noise, **options, contrastive=True)
 
 
-def test_without_noise_queries_are_the_targets():
-    dn, _ = prepared(label_noise=0.0, box_noise=0.0)
+@pytest.mark.parametrize("contrastive", [False, True])
+def test_without_noise_queries_are_the_targets(contrastive):
+    dn, _ = prepared(label_noise=0.0, box_noise=0.0, contrastive=contrastive)
     np.testing.assert_array_equal(dn.labels, dn.target_labels)
-    np.testing.assert_array_equal(dn.boxes, dn.target_boxes)
+    np.testing.assert_allclose(dn.boxes, dn.target_boxes, atol=1e-6 if contrastive else 0)
+
+
+def test_labels_of_negatives_never_flip():
+    """Catches label noise that gives a negative a class, and none for the positives."""
+    dn, noise = prepared(label_noise=1.0, contrastive=True)
+    np.testing.assert_array_equal(dn.labels, np.where(dn.negative, -1, noise.label_new))
+
+
+add_contrastive = fast_jit(denoising.add_contrastive_box_noise)
+
+
+def test_contrastive_noise_moves_sides_by_themselves_and_negatives_further():
+    """Positives up to `scale` half sides, negatives from there to twice that, to both sides.
+
+    Catches the two mixed up, noise of the whole side, and sides that move together.
+    """
+    box, scale, many = np.float32([0.5, 0.4, 0.2, 0.1]), 0.4, 4000
+    boxes = np.broadcast_to(box, (1, many, 4))
+    negative = np.arange(many)[None] % 2 == 1
+    noise = draw(jax.random.key(5), (1, many), CLASSES, contrastive=True)
+    got = np.asarray(add_contrastive(boxes, noise, scale, negative), np.float64)
+    corners = np.concatenate([got[..., :2] - got[..., 2:] / 2, got[..., :2] + got[..., 2:] / 2], -1)
+    moved = (corners - oracle.corners(box)) / np.tile(box[2:] / 2, 2).astype(np.float64) / scale
+    for flags, low, high in ((~negative, 0, 1), (negative, 1, 2)):
+        share = moved[flags]
+        histogram = np.histogram(np.abs(share), 4, (low, high))[0] / share.size
+        np.testing.assert_allclose(histogram, 0.25, atol=0.03)  # all within, and uniform
+        np.testing.assert_allclose(np.mean(share > 0, axis=0), 0.5, atol=0.06)
+        np.testing.assert_allclose(np.corrcoef(share.T), np.eye(4), atol=0.12)
+
+
+def test_contrastive_noise_stays_in_the_picture():
+    """Corners are clipped; sides that cross give a box without extent, not a negative one."""
+    boxes = np.float32([[[0.1, 0.9, 0.2, 0.2], [0.5, 0.5, 0.2, 0.2]]])
+    noise = denoising.Noise(
+        label_u=None,
+        label_new=None,
+        box_u=np.ones((1, 2, 4), np.float32),
+        box_sign=np.float32([[[-1, 1, -1, 1], [1, 1, -1, -1]]]),
+    )
+    got = add_contrastive(boxes, noise, 0.9, np.array([[True, True]]))
+    want = [[[0.01, 0.99, 0.02, 0.02], [0.5, 0.5, 0, 0]]]
+    np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_signs_leave_the_other_draws_as_they_are():
+    """Turning contrastive denoising on keeps the noise of a seed; signs are their own draws."""
+    plain = draw(jax.random.key(1), (2, 1000), 3)
+    signed = draw(jax.random.key(1), (2, 1000), 3, contrastive=True)
+    for name in ("label_u", "label_new", "box_u"):
+        np.testing.assert_array_equal(getattr(plain, name), getattr(signed, name))
+    assert plain.box_sign is None
+    assert set(np.unique(signed.box_sign)) == {-1, 1}
+    correlation = np.corrcoef(signed.box_sign.ravel(), signed.box_u.ravel())[0, 1]
+    assert abs(correlation) < 5 / np.sqrt(8000)
 
 
 def test_label_noise_flips_at_its_rate_to_any_real_class():
@@ -139,14 +211,19 @@ def test_draws_are_uniform_independent_and_repeatable():
 # --- queries and mask -----------------------------------------------------------------------------
 
 
-def test_queries_of_real_and_of_empty_slots():
-    """Embedding of the noised label and indicator 1; zeros and a neutral anchor for empty slots."""
-    dn, _ = prepared(label_noise=1.0)
+@pytest.mark.parametrize("contrastive", [False, True])
+def test_queries_of_real_and_of_empty_slots(contrastive):
+    """Embedding of the noised label and indicator 1; zeros and a neutral anchor for empty slots.
+
+    Negatives have the last row: a label -1 that is clipped to 0 would be a real class.
+    """
+    dn, _ = prepared(label_noise=1.0, contrastive=contrastive)
     table = np.random.default_rng(0).normal(size=(CLASSES + 1, 7)).astype(np.float32)
     content, anchors = denoising.query_content(table, dn), denoising.query_boxes(dn)
     for b, s in np.ndindex(BATCH, dn.num_slots):
         if dn.valid[b, s]:
-            np.testing.assert_array_equal(content[b, s], [*table[dn.labels[b, s]], 1])
+            row = CLASSES if dn.negative[b, s] else dn.labels[b, s]
+            np.testing.assert_array_equal(content[b, s], [*table[row], 1])
             np.testing.assert_array_equal(anchors[b, s], dn.boxes[b, s])
         else:
             np.testing.assert_array_equal(content[b, s], 0)
@@ -164,7 +241,7 @@ attention_mask = fast_jit(
 def test_mask_equals_a_slow_loop(attend_padding, valid, group):
     """For any layout of groups, slots of no group included."""
     valid = valid & (group >= 0)
-    fields = dict.fromkeys(("labels", "boxes", "target_labels", "target_boxes"))
+    fields = dict.fromkeys(("labels", "boxes", "target_labels", "target_boxes", "negative"))
     dn = denoising.Denoising(group=group, valid=valid, **fields)
     mask = np.asarray(attention_mask(dn, 3, attend_padding=attend_padding))
     want = np.zeros((2, 9, 9), bool)
@@ -208,20 +285,28 @@ def predictions(slots, seed=5):
     return logits, oracle.random_boxes(rng, LAYERS, BATCH, slots)
 
 
-def test_reconstruction_loss_equals_a_plain_loop():
-    """Every layer by itself, real slots alone, divided by (objects in the batch) x groups."""
+@pytest.mark.parametrize("contrastive", [False, True])
+def test_reconstruction_loss_equals_a_plain_loop(contrastive):
+    """Every layer by itself, real slots alone, divided by (objects in the batch) x groups.
+
+    Negatives have no class, no box, and do not count.
+    """
     labels, boxes, valid = targets()
-    dn, _ = prepared(label_noise=1.0)
+    dn, _ = prepared(label_noise=1.0, contrastive=contrastive)
     pred_logits, pred_boxes = predictions(dn.num_slots)
     got = reconstruction(pred_logits, pred_boxes, dn)
     want = {name: np.zeros(LAYERS) for name in ("loss_ce", "loss_bbox", "loss_giou", "class_error")}
     count = 4 * GROUPS  # 3 + 1 objects
-    for layer, b, g, m in np.ndindex(LAYERS, BATCH, GROUPS, OBJECTS):
+    copies = 2 if contrastive else 1
+    for layer, b, g, copy, m in np.ndindex(LAYERS, BATCH, GROUPS, copies, OBJECTS):
         if not valid[b, m]:
             continue
-        logits, box = (x[layer, b, g * OBJECTS + m] for x in (pred_logits, pred_boxes))
-        target = labels[b, m]  # the true one, whatever the noise has made of it
+        slot = (g * copies + copy) * OBJECTS + m
+        logits, box = (x[layer, b, slot] for x in (pred_logits, pred_boxes))
+        target = None if copy else labels[b, m]  # the true one, whatever the noise has made of it
         want["loss_ce"][layer] += sum(oracle.focal(x, c == target) for c, x in enumerate(logits))
+        if copy:
+            continue
         want["loss_bbox"][layer] += np.abs(box.astype(np.float64) - boxes[b, m]).sum()
         want["loss_giou"][layer] += 1 - oracle.giou(box, boxes[b, m])
         want["class_error"][layer] += 100 * (np.argmax(logits) != target)

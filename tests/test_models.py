@@ -92,7 +92,8 @@ def test_shapes_with_patterns_relu_and_denoising():
     shape = jax.ShapeDtypeStruct
     slots = shape((2, 20), jnp.int32)
     boxes = shape((2, 20, 4), jnp.float32)
-    dn = Denoising(slots, boxes, slots, shape((2, 20), jnp.bool), slots, boxes)
+    flags = shape((2, 20), jnp.bool)
+    dn = Denoising(slots, boxes, slots, flags, slots, boxes, flags)
     image, size = shape((2, 800, 1344, 3), jnp.float32), shape((2, 2), jnp.int32)
     got, variables = jax.eval_shape(outputs, jax.random.key(0), image, size, dn)
     assert got["pred_logits"].shape == (6, 2, 20 + 900, 91)

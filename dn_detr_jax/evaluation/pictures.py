@@ -70,6 +70,8 @@ def denoising_groups(
 ) -> dict[str, np.ndarray]:
     """The noised boxes of each group over their picture, and the attention mask, RGB.
 
+    Of contrastive denoising the boxes are those of the positives.
+
     Args:
       batch: of one picture.
       dn: its denoising queries.
@@ -88,7 +90,8 @@ def denoising_groups(
     if real.any():
 
         def by_group(x):  # [1, S, ...] -> [G, n, ...]
-            return np.asarray(x[0]).reshape(config.dn.groups, -1, *x.shape[2:])[:, real]
+            groups = np.asarray(x[0]).reshape(config.dn.groups, -1, *x.shape[2:])
+            return groups[:, : len(real)][:, real]  # the first are the positives
 
         drawn["noised_boxes"] = visualize.render_noised_boxes(
             _valid_part(batch, 0),

@@ -2,34 +2,29 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dn_detr_jax import boxes as box_ops
-from dn_detr_jax import denoising, losses, matching
+from dn_detr_jax import losses, matching
 from dn_detr_jax.evaluation.postprocess import select_detections
-from dn_detr_jax.interop import reference
+from dn_detr_jax.interop import check_denoising, reference
 from dn_detr_jax.interop.check_detector import to_pixels
-from dn_detr_jax.interop.comparison import Report
+from dn_detr_jax.interop.comparison import ATOL, RTOL, Report
+from dn_detr_jax.models.deformable import sample_levels
 from dn_detr_jax.models.position import box_encoding, image_encoding, valid_tokens
-
-ATOL = 1e-5  # encodings, queries, boxes
-RTOL = 1e-4  # losses and gradients, relative to the largest value
-
-_DEFORMABLE = "deformable attention and its encoding belong to a model that is not in this package"
-_CONTRASTIVE = "contrastive denoising (DINO) is not in this package"
 
 
 def check(case: reference.Case) -> Report:
-    """Compares every component that the case holds and this package has."""
+    """Compares every component that the case holds."""
     report = Report(case)
     parts: dict[str, Callable[[Report, reference.Case], None]] = {
         "focal.logits": _focal,
         "box.b1": _boxes,
         "pe.mask": _image_encodings,
+        "msda.value": _deformable_sampling,
         "gse.pos": _box_encodings,
         "invsig.x": _inverse_sigmoid,
         "mask.in": _masks,
@@ -39,87 +34,11 @@ def check(case: reference.Case) -> Report:
     }
     with jax.default_matmul_precision("highest"):
         for settings in case.manifest.get("dn_cases", ()):
-            _denoising(report, case, settings)
+            check_denoising.check(report, case, settings)
         for array, part in parts.items():
             if array in case:
                 part(report, case)
-    for name in case.arrays:
-        if name.startswith("msda.") or name == "pe.deformable_10000":
-            report.skip(name, _DEFORMABLE)
     return report
-
-
-def _denoising(report: Report, case: reference.Case, settings: dict[str, Any]) -> None:
-    """Preparation, mask, split and losses of one set of targets.
-
-    Deformable variants differ in the content of their matching queries only, which is theirs.
-    """
-    prefix = f"dn.{settings['name']}."
-    if settings["contrastive"]:
-        for name in case.arrays:
-            if name.startswith(prefix):
-                report.skip(name, _CONTRASTIVE)
-        return
-    counts, groups = settings["gt_counts"], settings["scalar"]
-    targets = [
-        [case[f"{prefix}{kind}_{i}"] for i in range(len(counts))] for kind in ("labels", "boxes")
-    ]
-    # Without any object the PyTorch code has no slot at all.
-    labels, boxes, valid = reference.padded_targets(*targets, max(counts))
-    draws = [case[f"{prefix}noise_{kind}"] for kind in ("label_u", "label_new", "box_u")]
-    noise = reference.stored_noise(*draws, valid, groups)
-    queries = settings["num_queries"] * max(1, settings["num_patterns"])
-
-    @jax.jit
-    def prepare(labels, boxes, valid, noise, table):
-        dn = denoising.prepare(
-            labels,
-            boxes,
-            valid,
-            noise,
-            groups=groups,
-            label_noise=settings["label_noise_scale"],
-            box_noise=settings["box_noise_scale"],
-        )
-        content = denoising.query_content(table, dn)
-        anchors = box_ops.inverse_sigmoid(denoising.query_boxes(dn))
-        return dn, content, anchors, denoising.attention_mask(dn, queries, attend_padding=True)
-
-    dn, content, anchors, allowed = prepare(labels, boxes, valid, noise, case["dn.label_enc"])
-    slots, batch_first = dn.num_slots, settings["kind"] != "dab"
-    for name, ours in (("input_query_label", content), ("input_query_bbox", anchors)):
-        stored = case[prefix + name] if batch_first else case[prefix + name].swapaxes(0, 1)
-        report.array(prefix + name, ours, atol=ATOL, expected=stored[:, :slots])
-    stored = np.broadcast_to(case[prefix + "attn_mask"], allowed.shape)
-    report.equal(prefix + "attn_mask", ~np.asarray(allowed), expected=stored)
-    rows = reference.slots_of(valid, groups)
-    report.equal(prefix + "map_known_indice", rows[1])
-    report.equal(prefix + "known_labels", np.asarray(dn.target_labels)[rows])
-    report.equal(prefix + "known_bboxs", np.asarray(dn.target_boxes)[rows])
-    _denoising_loss(report, case, prefix, settings, dn)
-
-
-def _denoising_loss(report, case, prefix: str, settings, dn: denoising.Denoising) -> None:
-    def plain_sum(logits, boxes, dn):
-        logits, rest = denoising.split(logits, dn)
-        terms = denoising.reconstruction_loss(logits, denoising.split(boxes, dn)[0], dn)
-        return sum(jnp.sum(terms[k]) for k in ("loss_ce", "loss_bbox", "loss_giou")), (terms, rest)
-
-    outputs = [jnp.asarray(case[prefix + name]) for name in ("out_logits", "out_boxes")]
-    gradient = jax.jit(jax.value_and_grad(plain_sum, (0, 1), has_aux=True))
-    (_, (terms, rest)), grads = gradient(*outputs, dn)
-    report.equal(prefix + "match_logits_shape", np.array(rest.shape))
-    last = len(outputs[0]) - 1
-    ours, names = {}, settings["loss_names"]
-    for name in names:
-        term, _, layer = name.removeprefix("tgt_").partition("_0")
-        ours[name] = float(terms[term][0 if layer or name.endswith("_0") else last])
-    stored = dict(zip(names, case[prefix + "dn_losses"], strict=True))
-    report.scalars(prefix + "dn_losses", ours, stored, rtol=RTOL)
-    if prefix + "grad_out_boxes" in case:
-        report.array(prefix + "grad_out_boxes", grads[1], rtol=RTOL)
-        sums = np.array([grads[0].sum(), jnp.abs(grads[0]).sum()])
-        report.array(prefix + "grad_out_logits_sum", sums, rtol=RTOL)
 
 
 def _focal(report: Report, case: reference.Case) -> None:
@@ -144,7 +63,9 @@ def _boxes(report: Report, case: reference.Case) -> None:
     report.array("box.b1_xyxy", a, atol=ATOL)
     report.array("box.b2_xyxy", b, atol=ATOL)
     report.array("box.xyxy_to_cxcywh", box_ops.xyxy_to_cxcywh(a), atol=ATOL)
-    report.array("box.iou", jax.jit(box_ops.iou)(a[:, None], b[None]), atol=ATOL)
+    iou, union = jax.jit(box_ops.iou_and_union)(a[:, None], b[None])
+    report.array("box.iou", iou, atol=ATOL)
+    report.array("box.union", union, atol=ATOL)
     giou = jax.jit(box_ops.generalized_iou)
     report.array("box.giou", giou(a[:, None], b[None]), atol=ATOL)
 
@@ -156,6 +77,29 @@ def _image_encodings(report: Report, case: reference.Case) -> None:
         encode = jax.jit(image_encoding, static_argnums=1)
         ours = encode(valid, features, *map(float, temperatures)).transpose(0, 3, 1, 2)
         report.array(f"pe.hw_{name}", ours, atol=ATOL, where=real)
+    # Of the deformable variants every other channel is stored.
+    encode = functools.partial(image_encoding, half_pixel=True)
+    ours = jax.jit(encode, static_argnums=1)(valid, 256, 1e4, 1e4).transpose(0, 3, 1, 2)
+    report.array("pe.deformable_10000", ours[:, ::2], atol=ATOL, where=real)
+
+
+def _deformable_sampling(report: Report, case: reference.Case) -> None:
+    shapes = tuple(map(tuple, case["msda.shapes"].tolist()))
+    names = ("value", "loc", "weights")
+    inputs = [jnp.asarray(case[f"msda.{name}"]) for name in names]
+
+    @jax.jit
+    def run(value, locations, weights, cotangent):
+        def sample(*inputs):
+            return sample_levels(inputs[0], shapes, *inputs[1:])
+
+        out, pull_back = jax.vjp(sample, value, locations, weights)
+        return out, pull_back(cotangent)
+
+    out, grads = run(*inputs, case["msda.cotangent"])
+    report.array("msda.out", out, atol=ATOL)
+    for name, grad in zip(names, grads, strict=True):
+        report.array(f"msda.grad_{name}", grad, rtol=RTOL)
 
 
 def _box_encodings(report: Report, case: reference.Case) -> None:

@@ -7,6 +7,10 @@ import numpy as np
 
 from dn_detr_jax.interop.reference import Case
 
+# Of single components.
+ATOL = 1e-5  # encodings, queries, boxes
+RTOL = 1e-4  # losses and gradients, relative to the largest value
+
 
 class Report:
     """Collects the comparisons of a case, and which are out of tolerance."""

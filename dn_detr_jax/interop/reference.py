@@ -295,8 +295,28 @@ def slots_of(valid: np.ndarray, groups: int) -> tuple[np.ndarray, np.ndarray]:
     return pictures.reshape(-1), (group * valid.shape[1] + position).reshape(-1)
 
 
+def official_order(valid: np.ndarray, groups: int) -> np.ndarray:
+    """Our slot for each slot of the PyTorch code, where empty slots are the last of their group.
+
+    Args:
+      valid: bool [B, M], in one group.
+      groups: G.
+
+    Returns:
+      int [B, G * M], a permutation for each picture.
+    """
+    within = np.argsort(~valid, axis=1, kind="stable")
+    slots = np.arange(groups)[:, None] * valid.shape[1] + within[:, None]
+    return slots.reshape(len(valid), -1)
+
+
 def stored_noise(
-    label_u: np.ndarray, label_new: np.ndarray, box_u: np.ndarray, valid: np.ndarray, groups: int
+    label_u: np.ndarray,
+    label_new: np.ndarray,
+    box_u: np.ndarray,
+    valid: np.ndarray,
+    groups: int,
+    box_sign01: np.ndarray | None = None,
 ) -> Noise:
     """The stored draws in our layout; slots without an object get zeros.
 
@@ -306,6 +326,7 @@ def stored_noise(
       box_u: float [N, 4].
       valid: bool [B, M].
       groups: G.
+      box_sign01: float [N, 4] of 0 and 1, of contrastive denoising.
     """
     rows = slots_of(valid, groups)
     shape = (valid.shape[0], groups * valid.shape[1])
@@ -319,4 +340,5 @@ def stored_noise(
         label_u=scatter(label_u, np.float32),
         label_new=scatter(label_new, np.int32),
         box_u=scatter(box_u, np.float32),
+        box_sign=None if box_sign01 is None else scatter(2 * box_sign01 - 1, np.float32),
     )

@@ -46,7 +46,12 @@ def _sines(position: jax.Array, features: int, temperature: float) -> jax.Array:
 
 
 def image_encoding(
-    valid: jax.Array, features: int, temperature_h: float, temperature_w: float
+    valid: jax.Array,
+    features: int,
+    temperature_h: float,
+    temperature_w: float,
+    *,
+    half_pixel: bool = False,
 ) -> jax.Array:
     """Position encoding of a feature map, relative to the valid part of each picture.
 
@@ -55,6 +60,8 @@ def image_encoding(
       features: D, divisible by 4.
       temperature_h: temperature for the vertical half, which comes first.
       temperature_w: temperature for the horizontal half.
+      half_pixel: positions of pixels are their centres, as in Deformable DETR (with a temperature
+        of 10000); False: their far edges, as in DETR.
 
     Returns:
       float32 [B, h, w, D]. At padded pixels finite and without meaning.
@@ -62,7 +69,8 @@ def image_encoding(
 
     def encode(lines, temperature):  # [B, n] -> [B, n, D / 2]
         count = jnp.cumsum(lines.astype(jnp.float32), axis=1)
-        position = count / (count[:, -1:] + 1e-6) * (2 * math.pi)
+        shift = 0.5 if half_pixel else 0.0
+        position = (count - shift) / (count[:, -1:] + 1e-6) * (2 * math.pi)
         return _sines(position, features // 2, temperature)
 
     rows = encode(valid[:, :, 0], temperature_h)

@@ -123,10 +123,11 @@ def denoising_queries(
     """
     if not config.dn.groups:
         return None
-    labels = batch["labels"]
+    labels, contrastive = batch["labels"], config.dn.contrastive
     if noise is None:
-        slots = (labels.shape[0], config.dn.groups * labels.shape[1])
-        noise = denoising.draw_noise(key, slots, config.model.num_classes)
+        slots = denoising.slots_needed(labels.shape[1], config.dn.groups, contrastive)
+        shape = (labels.shape[0], slots)
+        noise = denoising.draw_noise(key, shape, config.model.num_classes, contrastive=contrastive)
     return denoising.prepare(
         labels,
         batch["boxes"],
@@ -135,6 +136,7 @@ def denoising_queries(
         groups=config.dn.groups,
         label_noise=config.dn.label_noise,
         box_noise=config.dn.box_noise,
+        contrastive=contrastive,
     )
 
 
