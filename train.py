@@ -14,7 +14,7 @@ from absl import flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from dn_detr_jax.command_line import run_main
+from dn_detr_jax.command_line import define_step_flag, run_main
 from dn_detr_jax.config import ConfigError
 from dn_detr_jax.data.errors import DataError
 from dn_detr_jax.training.errors import TrainingError
@@ -23,7 +23,7 @@ FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "The experiment, a file in configs/.")
 flags.DEFINE_string("workdir", None, "For checkpoints, metrics and pictures; continued if it is.")
 flags.DEFINE_bool("eval_only", False, "Evaluate a checkpoint of the work directory.")
-flags.DEFINE_string("step", "best", "With --eval_only: best, latest or a number of steps.")
+define_step_flag("best", "With --eval_only: best, latest or a number of steps.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -35,12 +35,7 @@ def main(argv: Sequence[str]) -> None:
     _log_to_terminal()
     workdir = Path(FLAGS.workdir)
     if FLAGS.eval_only:
-        step = FLAGS.step
-        if step not in ("best", "latest"):
-            if not step.isdecimal():
-                raise ConfigError("--step", step, "best, latest or a number of steps")
-            step = int(step)
-        report.evaluate(FLAGS.config, workdir, step)
+        report.evaluate(FLAGS.config, workdir, FLAGS.step)
     else:
         loop.train(FLAGS.config, workdir)
 

@@ -28,7 +28,8 @@ def run_main(
     Args:
       main: gets the program's name and the arguments that are no flags.
       expected_errors: exceptions of `main` whose message is all that the user needs to know.
-      arguments: names of the arguments that are no flags; each is required, others are errors.
+      arguments: names of the arguments that are no flags; each is required, others are errors,
+        except that a last name ending in `...` takes one or more.
 
     Raises:
       SystemExit: always; status 0, or 1 after an error in the flags or an expected error.
@@ -58,12 +59,27 @@ def _parse_flags(argv: Sequence[str], arguments: Sequence[str]) -> list[str]:
         _fail(str(error).strip().splitlines()[-1])
     except flags.Error as error:
         _fail(str(error))
-    if len(rest) - 1 > len(arguments):
+    any_number = bool(arguments) and arguments[-1].endswith("...")
+    if len(rest) - 1 > len(arguments) and not any_number:
         extra = rest[1 + len(arguments)]
         _fail(f"unexpected argument {extra!r}: overrides are --config.section.key=value")
     if len(rest) - 1 < len(arguments):
-        _fail(f"{arguments[len(rest) - 1]} is missing; see --help")
+        _fail(f"{arguments[len(rest) - 1].removesuffix('...')} is missing; see --help")
     return rest
+
+
+def define_step_flag(default: str, help_text: str = "best, latest or a number of steps.") -> None:
+    """Defines the flag --step, the checkpoint to read: "best", "latest" or an int."""
+    flags.DEFINE(_StepParser(), "step", default, help_text)
+
+
+class _StepParser(flags.ArgumentParser):
+    def parse(self, argument: str | int) -> str | int:
+        if argument in ("best", "latest"):
+            return argument
+        if isinstance(argument, str) and argument.isdecimal():
+            return int(argument)
+        raise ValueError("expected best, latest or a number of steps")
 
 
 def _check_config_arguments(argv: Sequence[str]) -> None:

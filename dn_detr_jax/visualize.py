@@ -17,6 +17,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -90,11 +91,19 @@ class _Box:
 
 def save_png(image: np.ndarray, path: str | os.PathLike) -> None:
     """Writes RGB uint8 [height, width, 3] as a PNG that is complete or not there at all."""
-    path = Path(path)
+    _save(image, Path(path), format="PNG")
+
+
+def save_jpeg(image: np.ndarray, path: str | os.PathLike) -> None:
+    """As `save_png`, as a JPEG of high quality with colour at full resolution, for thin lines."""
+    _save(image, Path(path), format="JPEG", quality=92, subsampling=0)
+
+
+def _save(image: np.ndarray, path: Path, **options: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        Image.fromarray(image).save(unfinished, format="PNG")
+        Image.fromarray(image).save(unfinished, **options)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -149,6 +158,43 @@ def render_detections(
         ("true, named where missed", TRUE, True),
     )
     return _grid(panels, legend)
+
+
+def draw_detections(
+    image: np.ndarray,
+    boxes: np.ndarray,
+    labels: np.ndarray,
+    scores: np.ndarray,
+    class_names: Sequence[str],
+) -> np.ndarray:
+    """A picture at its own resolution with boxes, each with class and score, a colour per label.
+
+    Lines and texts are wider on larger pictures. A text that would hide others is left out.
+
+    Args:
+      image: uint8 [H, W, 3] RGB.
+      boxes: float [n, 4] xyxy in pixels; parts outside the picture are cut off.
+      labels: int [n].
+      scores: float [n], descending: the first are drawn on top and named first.
+      class_names: of every box, n of them.
+    """
+    height, width = image.shape[:2]
+    line = max(_LINE, round(max(height, width) / 400))
+    font = _font(max(_FONT_SIZE, round(max(height, width) / 60)))
+    drawn = Image.fromarray(image)
+    draw = ImageDraw.Draw(drawn)
+    limit = np.array([width, height, width, height]) - 1
+    corners = np.clip(np.round(np.asarray(boxes)) - (0, 0, 1, 1), 0, limit).astype(int).tolist()
+    objects = [
+        _Box(box, _BY_OBJECT[int(label) % len(_BY_OBJECT)], f"{name} {score:.2f}")
+        for box, label, score, name in zip(boxes, labels, scores, class_names, strict=True)
+    ]
+    for box, corner in reversed(list(zip(objects, corners, strict=True))):
+        _rectangle(draw, corner, box, line)
+    taken: list[tuple[int, int, int, int]] = []
+    for box, corner in zip(objects, corners, strict=True):
+        _text(draw, font, corner, box, (width, height), taken)
+    return np.asarray(drawn)
 
 
 def render_noised_boxes(
@@ -404,10 +450,10 @@ def _found(picture: Picture, kept: np.ndarray) -> np.ndarray:
     return np.any(same & (overlap >= 0.5 * (areas[0] + areas[1] - overlap)), axis=1)
 
 
-def _font() -> ImageFont.FreeTypeFont:
+def _font(size: int = _FONT_SIZE) -> ImageFont.FreeTypeFont:
     # matplotlib's own font is installed wherever this module can be imported.
     return ImageFont.truetype(
-        os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), _FONT_SIZE
+        os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size
     )
 
 
@@ -442,21 +488,21 @@ def _panel(image: np.ndarray, boxes: Sequence[_Box], caption: str, cell: int) ->
     return panel
 
 
-def _rectangle(draw: ImageDraw.ImageDraw, corner: list[int], box: _Box) -> None:
+def _rectangle(draw: ImageDraw.ImageDraw, corner: list[int], box: _Box, line: int = _LINE) -> None:
     """A box, its line inwards; between dashes, what is below stays visible."""
     x1, y1, x2, y2 = corner
     x2, y2 = max(x1, x2), max(y1, y2)
     if not box.dashed:
-        draw.rectangle((x1, y1, x2, y2), outline=box.colour, width=_LINE)
+        draw.rectangle((x1, y1, x2, y2), outline=box.colour, width=line)
         return
-    right, bottom = max(x1, x2 - _LINE + 1), max(y1, y2 - _LINE + 1)
+    right, bottom = max(x1, x2 - line + 1), max(y1, y2 - line + 1)
     for x in range(x1, x2 + 1, 2 * _DASH):
         for y in (y1, bottom):
-            end = (min(x + _DASH - 1, x2), min(y + _LINE - 1, y2))
+            end = (min(x + _DASH - 1, x2), min(y + line - 1, y2))
             draw.rectangle((x, y, *end), fill=box.colour)
     for y in range(y1, y2 + 1, 2 * _DASH):
         for x in (x1, right):
-            end = (min(x + _LINE - 1, x2), min(y + _DASH - 1, y2))
+            end = (min(x + line - 1, x2), min(y + _DASH - 1, y2))
             draw.rectangle((x, y, *end), fill=box.colour)
 
 
@@ -473,7 +519,7 @@ def _text(
     `taken` are the places of the texts so far; the new one is added.
     """
     x1, y1, x2, y2 = corner
-    width, height = math.ceil(font.getlength(box.text)) + 4, _FONT_SIZE + 3
+    width, height = math.ceil(font.getlength(box.text)) + 4, round(font.size) + 3
     above, below = (y1 - height, y1), (y2 + 1, y2 + 1 - height)
     # Predictions look for room from the top of their box, true boxes from its bottom.
     rows = (*below, *above) if box.dashed else (*above, *below)

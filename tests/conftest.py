@@ -1,11 +1,18 @@
 """What several tests share."""
 
+import fast_jit
 import pytest
+from data import tiny as tiny_config
 from hypothesis import settings
-from tiny_detector import TinyDetector
+from tiny_detector import TinyDetector, random_params
 
+import dn_detr_jax
 from dn_detr_jax.config import base_config
+from dn_detr_jax.data.coco_classes import Category
 from dn_detr_jax.data.datasets import open_dataset
+from dn_detr_jax.models.registry import abstract_params, build_model
+from dn_detr_jax.training.checkpoints import Checkpoints
+from dn_detr_jax.training.setup import COMPILER_OPTIONS
 
 # The same examples every time; no deadline, since the first example compiles.
 settings.register_profile("tests", max_examples=25, deadline=None, derandomize=True, database=None)
@@ -48,3 +55,28 @@ def digits_config(digits_dir):
     )
     config.train.batch_size = config.eval.batch_size = 8
     return config
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory, digits_dir):
+    """A work directory for `digits_tiny`, its parameters random; programs compile quickly.
+
+    Labels 0 to 9 are the categories 10, 20, ... of which label 6 stands for nothing.
+    """
+    config = tiny_config.get_config()
+    config.data.dir, config.data.canvases = str(digits_dir), ((96, 128), (128, 96))
+    names = ["zero", "one", "two", "three", "four", "five", "", "seven", "eight", "nine"]
+    categories = [Category(10 * (i + 1), name) for i, name in enumerate(names)]
+    params = random_params(abstract_params(build_model(config.model)))
+    workdir = tmp_path_factory.mktemp("digits_run")
+    with Checkpoints(workdir, config, categories=categories) as checkpoints:
+        checkpoints.save(4, {"params": params})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(COMPILER_OPTIONS, "cpu", fast_jit.OPTIONS)
+        yield workdir
+
+
+@pytest.fixture(scope="session")
+def predictor(digits_run):
+    """The detector of `digits_run`, two pictures at a time."""
+    return dn_detr_jax.load(digits_run, batch_size=2)

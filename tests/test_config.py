@@ -217,6 +217,39 @@ def test_wrong_command_lines_are_one_line_and_a_status(program, arguments, expec
         assert part in err
 
 
+PROGRAM_WITH_ARGUMENTS = """
+import sys
+from absl import flags
+from dn_detr_jax.command_line import define_step_flag, run_main
+define_step_flag("best")
+run_main(lambda argv: print(argv[1:], repr(flags.FLAGS.step)), arguments=("DIR", "FILES..."))
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["a", "b"], "['a', 'b'] 'best'\n"),
+        (["a", "b", "--step=12", "c"], "['a', 'b', 'c'] 12\n"),
+        (["a"], "error: FILES is missing; see --help\n"),
+        ([], "error: DIR is missing; see --help\n"),
+        (["a", "b", "--step=-1"], "error: flag --step=-1: expected best, latest or a number"),
+        (["a", "b", "--step=last"], "error: flag --step=last: expected best, latest or a number"),
+    ],
+)
+def test_any_number_of_arguments_and_a_step(arguments, expected):
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM_WITH_ARGUMENTS, *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        timeout=60,
+    )
+    assert (done.stdout + done.stderr).startswith(expected)
+    assert len((done.stdout + done.stderr).splitlines()) == 1
+    assert done.returncode == (0 if done.stdout else 1)
+
+
 def test_unexpected_errors_keep_their_traceback(program):
     status, _, err = program("--workdir=x", "--config=config.py", "--config.seed=13")
     assert status == 1

@@ -14,7 +14,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from dn_detr_jax.command_line import run_main
+from dn_detr_jax.command_line import define_step_flag, run_main
 from dn_detr_jax.config import ConfigError
 from dn_detr_jax.interop import torch_files
 from dn_detr_jax.interop.convert import ConversionError, params_to_torch
@@ -45,17 +45,14 @@ def export(workdir: str | Path, step: str | int = "latest") -> dict:
 
 def main(argv: Sequence[str]) -> None:
     """Restores, converts, and writes the file."""
-    step = int(FLAGS.step) if FLAGS.step.isdecimal() else FLAGS.step
-    if step not in ("latest", "best") and not isinstance(step, int):
-        raise ConfigError("--step", step, "best, latest or a number of steps")
-    state = export(argv[1], step)
+    state = export(argv[1], FLAGS.step)
     torch_files.write(FLAGS.out, state)
     print(f"Wrote {len(state)} tensors to {FLAGS.out}")
 
 
 def _define_flags() -> None:
     flags.DEFINE_string("out", None, "File to write: .pth, .safetensors or .npz.")
-    flags.DEFINE_string("step", "latest", "best, latest or a number of steps.")
+    define_step_flag("latest")
     flags.mark_flags_as_required(["out"])
 
 

@@ -1,0 +1,297 @@
+"""Prediction against the evaluation on the same pictures, Pillow and pycocotools."""
+
+import io
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from ml_collections import ConfigDict
+from PIL import Image, ImageOps
+from pycocotools.coco import COCO
+
+import dn_detr_jax
+from dn_detr_jax import predict
+from dn_detr_jax.data.datasets import open_dataset
+from dn_detr_jax.data.errors import DataError
+from dn_detr_jax.data.loader import eval_batches
+from dn_detr_jax.evaluation.coco_ap import CocoEvaluator
+from dn_detr_jax.models.registry import build_model
+from dn_detr_jax.predictor import place, read_picture, read_run
+from dn_detr_jax.sharding import make_mesh, put_batch
+from dn_detr_jax.training.checkpoints import CheckpointError, Checkpoints
+from dn_detr_jax.training.setup import COMPILER_OPTIONS
+from dn_detr_jax.training.step import jit_detect
+
+_ROOT = Path(__file__).parent.parent
+NAMELESS = 6  # a label of digits_run
+
+
+@pytest.fixture(scope="module")
+def validation(digits_run):
+    return open_dataset(read_run(digits_run).config.data, "validation")
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """Noise of several sizes: landscape, portrait, square, small, and longer than any canvas."""
+    rng = np.random.default_rng(0)
+    sizes = [(90, 120), (200, 150), (64, 64), (30, 40), (400, 20), (100, 130)]
+    return [rng.integers(0, 256, (*size, 3), np.uint8) for size in sizes]
+
+
+def assert_same(found, expected):
+    np.testing.assert_array_equal(found.labels, expected.labels)
+    np.testing.assert_allclose(found.scores, expected.scores, atol=1e-5)
+    np.testing.assert_allclose(found.boxes, expected.boxes, atol=1e-3 * max(expected.size))
+
+
+def test_a_split_gives_what_its_evaluation_sees(digits_run, predictor, validation):
+    """Catches another resize, canvas, channel order, number of detections or scale of boxes."""
+    run = read_run(digits_run)
+    mesh = make_mesh(1)
+    detect = jit_detect(model=build_model(run.config.model), config=run.config, mesh=mesh)
+    categories = [{"id": c.id, "name": c.name} for c in predictor.categories if c.name]
+    truth = validation.coco_ground_truth() | {"annotations": [], "categories": categories}
+    evaluator = CocoEvaluator(truth, [c.id for c in predictor.categories])
+    wide = validation.sizes[:, 0] < validation.sizes[:, 1]
+    subset = np.flatnonzero(wide)[:4]
+    program = None
+    for batch in eval_batches(validation, run.config, subset=subset):
+        arrays = {k: v for k, v in batch.items() if isinstance(v, np.ndarray)}
+        arrays = put_batch(arrays, mesh)
+        program = program or detect.lower(run.params, arrays).compile(COMPILER_OPTIONS["cpu"])
+        found = program(run.params, arrays)
+        evaluator.add(*(found[name] for name in ("image_id", "scores", "labels", "boxes")))
+    files = [validation.source[i].image for i in subset]
+    for i, found in zip(subset, predictor.predict(files, threshold=0.0), strict=True):
+        image_id = int(validation.image_ids[i])
+        expected = evaluator._detections[image_id]
+        assert 0 < len(found) == len(expected) <= run.config.eval.num_select
+        assert found.size == tuple(validation.sizes[i])
+        results = predict.coco_results(found, image_id, "x.png")
+        for ours, theirs in zip(results, expected, strict=True):
+            assert ours["category_id"] == theirs["category_id"]
+            assert ours["score"] == pytest.approx(theirs["score"], abs=1e-5)
+            assert ours["bbox"] == pytest.approx(theirs["bbox"], abs=0.05)
+
+
+def test_pictures_of_all_sizes_and_kinds_in_one_call(predictor, pictures):
+    """Catches results in the order of the batches, and pictures that depend on their neighbours."""
+    png = io.BytesIO()
+    Image.fromarray(pictures[1]).save(png, "PNG")
+    mixed = [pictures[0], png.getvalue(), Image.fromarray(pictures[2]), *pictures[3:]]
+    together = predictor.predict(mixed, threshold=0.3)
+    assert [found.size for found in together] == [p.shape[:2] for p in pictures]
+    for picture, found in zip(pictures, together, strict=True):
+        assert_same(found, predictor.predict(picture, threshold=0.3))
+    assert predictor.predict([]) == []
+
+
+def test_threshold_order_and_classes(digits_run, predictor, pictures):
+    everything = predictor.predict(pictures[0], threshold=0.0)
+    num_select = read_run(digits_run).config.eval.num_select
+    assert NAMELESS not in everything.labels and 0 < len(everything) < num_select
+    assert (np.diff(everything.scores) <= 0).all()
+    assert (everything.category_ids == 10 * (everything.labels + 1)).all()
+    names = [predictor.categories[label].name for label in everything.labels]
+    assert list(everything.class_names) == names
+    middle = float(everything.scores[len(everything) // 2])
+    some = predictor.predict(pictures[0], threshold=middle)
+    assert 0 < len(some) == np.sum(everything.scores >= middle) < len(everything)
+    for name in ("boxes", "scores", "labels", "category_ids"):
+        value = getattr(some, name)
+        np.testing.assert_array_equal(value, getattr(everything, name)[: len(some)])
+    assert [some.boxes.dtype, some.scores.dtype, some.labels.dtype] == ["f4", "f4", "i4"]
+    assert len(predictor.predict(pictures[0], threshold=1.0)) == 0
+
+
+class _Blind:
+    """A detector that compiles at once and sees nothing."""
+
+    def apply(self, variables, images, sizes):
+        shape = (1, len(images), 9)
+        return {"pred_logits": jnp.zeros((*shape, 10)), "pred_boxes": jnp.zeros((*shape, 4))}
+
+
+def test_each_canvas_is_compiled_once_and_when_needed(digits_run, pictures, caplog, monkeypatch):
+    caplog.set_level(logging.INFO, "dn_detr_jax")
+    run = read_run(digits_run)
+    monkeypatch.setattr("dn_detr_jax.predictor.build_model", lambda config: _Blind())
+    fresh = dn_detr_jax.Predictor(run.config, run.params, run.categories)
+    counts = []
+    for picture in (pictures[0], pictures[0], pictures[5], pictures[1], pictures[4]):
+        fresh.predict(picture)
+        counts.append(sum("compiled prediction" in r.getMessage() for r in caplog.records))
+    assert counts == [1, 1, 1, 2, 2]
+
+
+@given(
+    st.tuples(st.integers(1, 3000), st.integers(1, 3000)),
+    st.lists(st.tuples(st.integers(16, 200), st.integers(16, 200)), min_size=1, max_size=3),
+)
+def test_any_picture_fits_a_canvas(size, canvases):
+    """Catches sizes beyond the canvas or of no pixels, and pictures shrunk without need."""
+    config = ConfigDict({"eval_short_side": 80, "eval_max_long_side": 120})
+    canvas, placed = place(size, canvases, config)
+    assert (placed >= 1).all() and (placed <= canvases[canvas]).all()
+    wide, wanted = place(size, [(120, 120)], config)
+    assert wide == 0
+    if any((wanted <= c).all() for c in canvases):
+        np.testing.assert_array_equal(placed, wanted)
+    else:
+        assert (placed >= np.array(canvases[canvas]) - 1).any()  # as large as it can be
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tiff"])
+def test_exif_orientation_is_applied_as_pillow_does(tmp_path, orientation, suffix):
+    """Catches a wrong turn of any of the eight."""
+    stored = Image.fromarray(
+        np.random.default_rng(orientation).integers(0, 256, (5, 8, 3), np.uint8)
+    )
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"turned.{suffix}"
+    stored.save(path, exif=exif)
+    with Image.open(path) as reopened:
+        expected = np.asarray(ImageOps.exif_transpose(reopened).convert("RGB"))
+        assert (expected.shape[0] == 8) == (orientation >= 5)
+        np.testing.assert_array_equal(read_picture(reopened), expected)
+    for picture in (path, str(path), path.read_bytes(), expected):
+        np.testing.assert_array_equal(read_picture(picture), expected)
+
+
+@pytest.mark.parametrize(
+    ("picture", "words"),
+    [
+        (np.zeros((4, 5, 3), np.float32), r"float32\[4, 5, 3\].*expected uint8 \[height"),
+        (np.zeros((2, 4, 5, 3), np.uint8), r"uint8\[2, 4, 5, 3\]"),
+        (np.zeros((0, 5, 3), np.uint8), "no pixels"),
+        (b"no picture", "10 bytes that are no readable picture"),
+        (5, "int as a picture, expected a path"),
+    ],
+)
+def test_what_is_no_picture_is_named(predictor, picture, words):
+    with pytest.raises(DataError, match=words):
+        predictor.predict([picture])
+
+
+def test_unreadable_files_are_named(predictor, tmp_path):
+    (tmp_path / "text.jpg").write_text("text")
+    with pytest.raises(DataError, match=r"text\.jpg: 4 bytes"):
+        predictor.predict(tmp_path / "text.jpg")
+    with pytest.raises(FileNotFoundError, match=r"none\.jpg"):
+        predictor.predict(tmp_path / "none.jpg")
+    with pytest.raises(DataError, match=r"threshold is 50"):
+        predictor.predict(tmp_path / "none.jpg", threshold=50)
+
+
+# Work directories
+
+
+def test_a_missing_work_directory_or_step_is_one_line(digits_run, tmp_path):
+    for path, words in ((tmp_path, "no config.json"), (tmp_path / "x", "no such directory")):
+        with pytest.raises(CheckpointError, match=words) as error:
+            dn_detr_jax.load(path)
+        assert str(path) in str(error.value)
+    with pytest.raises(CheckpointError, match="no checkpoint of step 5; steps: 4"):
+        dn_detr_jax.load(digits_run, step=5)
+    assert read_run(digits_run).step == 4  # the latest, as none has an AP
+
+
+def test_classes_of_a_directory_without_any(digits_run, tmp_path):
+    """Catches runs of the first format, and imports, that can't be used."""
+    run = read_run(digits_run)
+    with Checkpoints(tmp_path, run.config) as checkpoints:
+        checkpoints.save(0, {"params": run.params})
+    document = json.loads((tmp_path / "config.json").read_text())
+    del document["config"]["data"]["snap"]  # a key that came later
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    assert read_run(tmp_path).categories[9].name == "class 9"
+    document["categories"] = [{"id": 1, "name": "one"}]
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    with pytest.raises(CheckpointError, match="1 categories for 10 classes"):
+        read_run(tmp_path)
+
+
+# The command
+
+
+def test_pictures_are_found_in_folders(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("b.PNG", "a.jpg", "notes.txt", "sub/c.jpg"):
+        (tmp_path / name).write_bytes(b"")
+    inside = [tmp_path / "a.jpg", tmp_path / "b.PNG"]
+    assert predict.find_pictures([tmp_path, tmp_path / "a.jpg"]) == inside
+    assert predict.find_pictures([tmp_path / "notes.txt"]) == [tmp_path / "notes.txt"]
+    with pytest.raises(DataError, match=r"none: there is no such file"):
+        predict.find_pictures([tmp_path / "none"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"empty: a folder without pictures"):
+        predict.find_pictures([tmp_path / "empty"])
+
+
+def test_pictures_of_the_same_name_do_not_overwrite_each_other():
+    paths = [Path("a/x.jpg"), Path("b/x.jpg"), Path("x_1.jpg")]
+    assert len(set(predict._output_names(paths, [0, 1, 2]))) == 3
+    assert predict._output_names([Path("a/7.png")], [7]) == ["7.jpg"]
+
+
+def test_command_writes_results_and_goes_on_after_a_broken_file(
+    digits_run, predictor, validation, tmp_path
+):
+    """The real command: what it writes, against the predictor, as pycocotools reads it."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(3):
+        (folder / f"{i + 5:012}.png").write_bytes(validation.source[i].image)
+    (folder / "000000000001.jpg").write_bytes(b"broken")
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+    }
+    command = [sys.executable, "-m", "dn_detr_jax.predict", f"--workdir={digits_run}", str(folder)]
+    done = subprocess.run(
+        [*command, f"--out={tmp_path / 'found'}", "--threshold=0.4"],
+        cwd=_ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 1
+    lines = done.stderr.strip().splitlines()
+    assert lines[-1] == "error: 1 of 4 files can't be read, named above"
+    assert any("000000000001.jpg" in line for line in lines) and "Traceback" not in done.stderr
+
+    images = json.loads((tmp_path / "found" / "images.json").read_text())
+    assert [image["id"] for image in images] == [5, 6, 7]
+    assert images[0]["file_name"] == str(folder / "000000000005.png")
+    truth = COCO()
+    categories = [{"id": c.id, "name": c.name} for c in predictor.categories]
+    truth.dataset = {"images": images, "annotations": [], "categories": categories}
+    truth.createIndex()
+    results = truth.loadRes(str(tmp_path / "found" / "detections.json"))
+    for i, image in enumerate(images):
+        assert (image["height"], image["width"]) == tuple(validation.sizes[i])
+        expected = predictor.predict(validation.source[i].image, threshold=0.4)
+        got = results.loadAnns(results.getAnnIds(imgIds=[image["id"]]))
+        assert len(expected) == len(got) > 0
+        np.testing.assert_allclose([d["score"] for d in got], expected.scores, atol=1e-4)
+        np.testing.assert_array_equal([d["category_id"] for d in got], expected.category_ids)
+        bboxes = np.array([d["bbox"] for d in got])
+        np.testing.assert_allclose(bboxes[:, :2], expected.boxes[:, :2], atol=0.05)
+        np.testing.assert_allclose(bboxes[:, :2] + bboxes[:, 2:], expected.boxes[:, 2:], atol=0.05)
+        with Image.open(tmp_path / "found" / "pictures" / f"{i + 5:012}.jpg") as drawn:
+            assert drawn.size == (image["width"], image["height"])
+            stored = Image.open(io.BytesIO(validation.source[i].image)).convert("RGB")
+            assert np.any(np.abs(np.asarray(drawn, int) - np.asarray(stored, int)) > 100)
