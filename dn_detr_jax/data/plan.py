@@ -153,9 +153,9 @@ def canvas_factors(
 ) -> np.ndarray:
     """By what to multiply each size so that it lies on each canvas.
 
-    With `snap`, a picture touches the canvas, with its height or its width, wherever a factor from
-    `1 - snap` to `1 + snap` does that. A picture that would have to grow by more stays as it is,
-    and none grows beyond `max_long_side`.
+    With `snap`, the factor is from `1 - snap` to `1 + snap`, and such that the picture touches the
+    canvas with its height or its width, or else that it comes as near to that as `1 + snap` and
+    `max_long_side` allow.
 
     Args:
       sizes: int [..., 2], heights and widths that the augmentation gave.
@@ -169,12 +169,9 @@ def canvas_factors(
     sizes, canvases = np.asarray(sizes), np.asarray(canvases)
     heights, widths = canvases.T
     touching = np.minimum(heights / sizes[..., :1], widths / sizes[..., 1:])
-    factors = np.where(touching >= 1, 1.0, 0.0)
-    if snap:
-        longest = np.maximum(max_long_side / sizes.max(-1, keepdims=True), 1.0)
-        reached = (touching >= 1 - snap) & (touching <= 1 + snap)
-        factors = np.where(reached, np.minimum(touching, longest), factors)
-    return factors
+    longest = np.maximum(max_long_side / sizes.max(-1, keepdims=True), 1.0)
+    factors = np.minimum(touching, np.minimum(longest, 1 + snap))
+    return np.where(touching >= 1 - snap, factors, 0.0)
 
 
 def place(
@@ -234,7 +231,7 @@ def plan_epoch(
       batch_size: of all the processes together.
       shuffle_window: number of pictures.
       snap: share by which a picture's scale may move so that it touches its canvas; 0 leaves the
-        published augmentation as it is (`canvas_factors`).
+        published augmentation as it is (see `canvas_factors`).
 
     Returns:
       The plan, in which every picture is at most once.
@@ -329,8 +326,13 @@ def _join(
       snap: see `canvas_factors`.
     """
     count, area = len(sizes), np.prod(np.asarray(canvases, np.int64), axis=-1)
-    tries = [geometry] + [draw_geometry(rng, sizes, augment) for _ in range(_TRIES if count else 0)]
-    tries = Geometry(*(np.stack(fields) for fields in zip(*tries, strict=True)))  # [T, R, ...]
+    drawn = draw_geometry(rng, np.tile(sizes, (_TRIES, 1)), augment)
+    tries = Geometry(  # [T, R, ...], the first is the one that was drawn already
+        *(
+            np.concatenate([first[None], more.reshape(_TRIES, *first.shape)])
+            for first, more in zip(geometry, drawn, strict=True)
+        )
+    )
     factors = canvas_factors(tries.size, canvases, snap, augment.max_long_side)  # [T, R, K]
     fits = factors > 0
     first = np.where(fits.any(0), fits.argmax(0), len(fits))  # [R, K], the try that fits
