@@ -31,7 +31,7 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageOps
 
 from dn_detr_jax.config import base_config, validate
-from dn_detr_jax.data import transforms
+from dn_detr_jax.data import images, transforms
 from dn_detr_jax.data.coco_classes import Category, assumed_categories
 from dn_detr_jax.data.errors import DataError
 from dn_detr_jax.data.plan import assign_canvases
@@ -413,7 +413,7 @@ def _decoded(data: bytes) -> np.ndarray:
             orientation = picture.getexif().get(_ORIENTATION, 1)
     except (OSError, SyntaxError, ValueError) as error:  # what Pillow's readers raise
         raise DataError(f"{len(data)} bytes that are no readable picture") from error
-    image = transforms.decode(data)  # as in the evaluation
+    image = images.decode(data)  # as in the evaluation
     exchange, axes = _UPRIGHT.get(orientation, (False, ()))
     return np.ascontiguousarray(np.flip(image.swapaxes(0, 1) if exchange else image, axes))
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from dn_detr_jax.config import base_config
-from dn_detr_jax.data import transforms
+from dn_detr_jax.data import images
 from dn_detr_jax.data.datasets import open_dataset
 from dn_detr_jax.data.digit_scenes.builder import DigitScenes, DigitScenesConfig
 from dn_detr_jax.data.digit_scenes.scenes import (
@@ -133,7 +133,7 @@ def test_dataset_gives_back_the_scenes_exactly(digits_dir):
         assert dataset.image_ids.tolist() == list(range(count))
         for i in (0, 17, count - 1):
             scene, example = draw_scene(0, split, i), dataset.source[i]
-            np.testing.assert_array_equal(transforms.decode(example.image), scene.image)
+            np.testing.assert_array_equal(images.decode(example.image), scene.image)
             np.testing.assert_array_equal(example.boxes, scene.boxes)
             np.testing.assert_array_equal(example.labels, scene.labels)
             assert example.boxes.dtype == np.float32 and example.labels.dtype == np.int32
@@ -228,7 +228,7 @@ def test_the_number_of_scenes_is_configurable(tmp_path):
 
 
 def test_errors_name_the_value(tmp_path):
-    with pytest.raises(ValueError, match=r"'mnist', expected one of: digits, digits_tiny"):
+    with pytest.raises(ValueError, match=r"'mnist', expected one of: coco, digits, digits_tiny"):
         open_dataset(data_config(tmp_path, "mnist"), "train")
     with pytest.raises(ValueError, match="'test', expected"):
         open_dataset(data_config(tmp_path), "test")

@@ -6,7 +6,6 @@ import pytest
 from PIL import Image
 
 from dn_detr_jax.config import base_config
-from dn_detr_jax.data import transforms
 from dn_detr_jax.data.transforms import (
     Geometry,
     apply,
@@ -214,17 +213,3 @@ def test_one_resampling_shows_what_the_two_published_ones_show():
     shifted = np.roll(np.asarray(steps), 1, axis=1)
     difference = np.abs(result.astype(int) - np.asarray(steps)).mean()
     assert difference < 3 and difference < 0.5 * np.abs(result.astype(int) - shifted).mean()
-
-
-def test_decoding_equals_pillow_and_refuses_rubbish(tmp_path):
-    image = photograph()
-    for suffix in ("png", "jpg"):
-        path = tmp_path / f"picture.{suffix}"
-        Image.fromarray(image).save(path)
-        expected = np.asarray(Image.open(path))
-        np.testing.assert_array_equal(transforms.decode(path.read_bytes()), expected)
-    Image.fromarray(image[..., 0]).save(tmp_path / "grey.png")
-    assert transforms.decode((tmp_path / "grey.png").read_bytes()).shape == image.shape
-    for rubbish in (b"", b"no picture"):
-        with pytest.raises(ValueError, match="no readable picture"):
-            transforms.decode(rubbish)

@@ -22,7 +22,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from dn_detr_jax.data import transforms
+from dn_detr_jax.data import images, transforms
 from dn_detr_jax.data.datasets import Dataset
 from dn_detr_jax.data.errors import DataError
 from dn_detr_jax.data.plan import (
@@ -175,6 +175,8 @@ class _BatchMaker:
         seed: int,
     ):
         self._source, self._image_ids = dataset.source, dataset.image_ids
+        self._file_names = dataset.annotations.file_names
+        self._sizes = [tuple(size) for size in dataset.sizes.tolist()]
         self._name = f"{dataset.name}, {dataset.split}"
         self._plan, self._rows, self._max_objects, self._seed = plan, rows, max_objects, seed
 
@@ -198,11 +200,11 @@ class _BatchMaker:
     ) -> None:
         try:
             example = self._source[index]
-            image = transforms.decode(example.image)
+            image = images.decode(example.image, self._sizes[index])
         except Exception as error:
             raise DataError(
-                f"image {self._image_ids[index]} of the data set {self._name} (position {index}) "
-                f"can't be read: {error}"
+                f"image {self._image_ids[index]} of the data set {self._name} "
+                f"({self._file_names[index] or f'position {index}'}) can't be read: {error}"
             ) from error
         image, boxes, labels = transforms.apply(
             image, example.boxes, example.labels, geometry, canvas=batch["image"][row]

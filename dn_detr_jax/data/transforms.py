@@ -16,8 +16,6 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from dn_detr_jax.data.errors import DataError
-
 _MIN_SIDE = 0.1  # pixels: what is left of a cut object, if smaller, is dropped
 
 
@@ -143,21 +141,6 @@ def largest_sizes(sizes: np.ndarray, augment: ConfigDict) -> np.ndarray:
                 pair[j] = np.maximum(long, short)
                 candidates.append(np.stack(pair, axis=-1).astype(np.int32))
     return np.stack(candidates, axis=1)
-
-
-def decode(data: bytes) -> np.ndarray:
-    """A PNG or JPEG file as uint8 [H, W, 3], RGB, as stored (no rotation by EXIF).
-
-    OpenCV takes two thirds of Pillow's time and gives equal pixels.
-
-    Raises:
-      DataError: if it is no picture, or a damaged one.
-    """
-    flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
-    if image is None:
-        raise DataError(f"{len(data)} bytes that are no readable picture")
-    return image
 
 
 def apply(

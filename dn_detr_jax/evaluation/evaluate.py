@@ -59,7 +59,8 @@ class Evaluator:
 
     def __call__(self, params: dict) -> Evaluation:
         """Evaluates; every process takes part and gets the result."""
-        coco = CocoEvaluator(self._ground_truth)
+        category_ids = [category.id for category in self._dataset.categories]
+        coco = CocoEvaluator(self._ground_truth, category_ids)
         # The devices work on a batch while the host takes in the one before.
         pending = None
         batches = eval_batches(

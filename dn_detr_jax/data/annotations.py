@@ -1,0 +1,213 @@
+"""What is in all the pictures of a split: one table of arrays, kept beside the pictures.
+
+Sizes, ids and objects of every picture lie in memory, so that plans, targets and ground truth need
+no picture. Numbers are those of the annotation file, not rounded and not clipped: what a training
+makes of them (`targets`, `boxes_of`) is computed from them.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dn_detr_jax.data.coco_classes import Category, with_holes
+from dn_detr_jax.data.errors import DataError
+
+_MOST_LABELS = 10_000  # of labels="category_ids": more would make a class head that nobody wants
+
+
+class Targets(NamedTuple):
+    """The objects of a picture to learn from.
+
+    Attributes:
+      boxes: float32 [n, 4], left, top, right, bottom in pixels, within the picture.
+      category_ids: int64 [n].
+    """
+
+    boxes: np.ndarray
+    category_ids: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Annotations:
+    """The pictures of a split and their objects, one row per object.
+
+    Attributes:
+      image_ids: int64 [N].
+      sizes: int32 [N, 2], heights and widths in pixels.
+      file_names: of the N pictures, as the source calls them; empty strings if it does not.
+      offsets: int64 [N + 1], the objects of picture i are rows offsets[i] to offsets[i + 1].
+      ids: int64 [K].
+      bboxes: float64 [K, 4], left, top, width, height in pixels, as annotated.
+      category_ids: int64 [K].
+      areas: float64 [K], in square pixels, of the object's shape if the source knows it.
+      crowd: bool [K], regions of many objects, to be ignored.
+    """
+
+    image_ids: np.ndarray
+    sizes: np.ndarray
+    file_names: tuple[str, ...]
+    offsets: np.ndarray
+    ids: np.ndarray
+    bboxes: np.ndarray
+    category_ids: np.ndarray
+    areas: np.ndarray
+    crowd: np.ndarray
+
+    @functools.cached_property
+    def rows(self) -> np.ndarray:
+        """int64 [K]: the position of the picture that each object is in."""
+        return np.repeat(np.arange(len(self.image_ids)), np.diff(self.offsets))
+
+    @functools.cached_property
+    def degenerate(self) -> np.ndarray:
+        """bool [K]: boxes that are not finite, or without extent within their picture."""
+        # Some of the numbers may be as large as a float holds, or none at all.
+        with np.errstate(over="ignore", invalid="ignore"):
+            corners = self.corners(np.arange(len(self.ids)))
+            extent = corners[:, 2:] - corners[:, :2]
+        return ~(np.isfinite(self.bboxes).all(1) & (extent > 0).all(1))
+
+    @functools.cached_property
+    def targets(self) -> np.ndarray:
+        """bool [K]: objects to learn from, neither crowd regions nor degenerate."""
+        return ~self.crowd & ~self.degenerate
+
+    @functools.cached_property
+    def counts(self) -> np.ndarray:
+        """int64 [N]: objects of every picture to learn from."""
+        before = np.concatenate([[0], np.cumsum(self.targets)])
+        return np.diff(before[self.offsets])
+
+    def targets_of(self, index: int) -> Targets:
+        """The objects to learn from of the picture at a position."""
+        rows = np.arange(self.offsets[index], self.offsets[index + 1])
+        rows = rows[self.targets[rows]]
+        return Targets(self.corners(rows).astype(np.float32), self.category_ids[rows])
+
+    def corners(self, rows: np.ndarray) -> np.ndarray:
+        """float64 [n, 4]: left, top, right, bottom of some objects, clipped to their pictures."""
+        bboxes, limits = self.bboxes[rows], self.sizes[self.rows[rows], ::-1].astype(np.float64)
+        low = np.clip(bboxes[:, :2], 0.0, limits)
+        high = np.clip(bboxes[:, :2] + bboxes[:, 2:], 0.0, limits)
+        return np.concatenate([low, high], axis=1)
+
+    def coco_json(self, categories: Sequence[Category], description: str) -> dict[str, Any]:
+        """The JSON format of COCO, as `pycocotools.coco.COCO.dataset` holds it.
+
+        Boxes, areas and ids are those of the source, to the last digit. Boxes that are not finite
+        are left out.
+        """
+        finite = np.flatnonzero(np.isfinite(self.bboxes).all(1))
+        columns = zip(
+            self.ids[finite].tolist(),
+            self.image_ids[self.rows[finite]].tolist(),
+            self.category_ids[finite].tolist(),
+            self.bboxes[finite].tolist(),
+            self.areas[finite].tolist(),
+            self.crowd[finite].astype(int).tolist(),
+            strict=True,
+        )
+        keys = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
+        return {
+            "info": {"description": description},
+            "images": [
+                {"id": image_id, "height": height, "width": width}
+                | ({"file_name": name} if name else {})
+                for image_id, (height, width), name in zip(
+                    self.image_ids.tolist(), self.sizes.tolist(), self.file_names, strict=True
+                )
+            ],
+            "annotations": [dict(zip(keys, row, strict=True)) for row in columns],
+            "categories": [dataclasses.asdict(category) for category in categories],
+        }
+
+
+def save_table(path: Path, annotations: Annotations, categories: Sequence[Category]) -> None:
+    """Writes a table and the categories of a data set to one `.npz` file, all or nothing.
+
+    Raises:
+      OSError: if the folder can't be written.
+    """
+    arrays = {
+        field.name: getattr(annotations, field.name) for field in dataclasses.fields(annotations)
+    }
+    arrays["file_names"] = _pack_strings(annotations.file_names)
+    arrays["categories.id"] = np.array([category.id for category in categories], np.int64)
+    arrays["categories.name"] = _pack_strings([category.name for category in categories])
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            np.savez(file, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
+def load_table(path: Path) -> tuple[Annotations, tuple[Category, ...]]:
+    """Reads what `save_table` wrote.
+
+    Raises:
+      OSError: if there is no such file.
+      DataError: if it is damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+        ids, names = arrays.pop("categories.id"), _unpack_strings(arrays.pop("categories.name"))
+        arrays["file_names"] = _unpack_strings(arrays["file_names"])
+        categories = tuple(map(Category, ids.tolist(), names))
+        return Annotations(**arrays), categories
+    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: damaged ({error}); delete it, it is made anew") from error
+
+
+def _pack_strings(strings: Sequence[str]) -> np.ndarray:
+    """As bytes: an array of strings would give each the room of the longest."""
+    return np.frombuffer(json.dumps(list(strings)).encode(), np.uint8)
+
+
+def _unpack_strings(packed: np.ndarray) -> tuple[str, ...]:
+    return tuple(json.loads(packed.tobytes()))
+
+
+def label_categories(categories: Sequence[Category], labels: str) -> tuple[Category, ...]:
+    """The category of every label.
+
+    Args:
+      categories: of the data set, with distinct ids.
+      labels: "contiguous": 0 to K - 1, in the order of the ids; "category_ids": the ids
+        themselves, with `Category(id, "")` for labels that are no category's id.
+
+    Returns:
+      One category per label, in the order of the labels.
+
+    Raises:
+      DataError: the ids can't be labels.
+
+    Examples:
+      >>> label_categories([Category(3, "c"), Category(1, "a")], "contiguous")
+      (Category(id=1, name='a'), Category(id=3, name='c'))
+      >>> [category.name for category in label_categories([Category(2, "b")], "category_ids")]
+      ['', '', 'b']
+    """
+    in_order = sorted(categories, key=lambda category: category.id)
+    if labels == "contiguous":
+        return tuple(in_order)
+    lowest, highest = in_order[0].id, in_order[-1].id
+    if lowest < 0 or highest >= _MOST_LABELS:
+        raise DataError(
+            f"data.labels='category_ids' needs category ids from 0 to {_MOST_LABELS - 1}, these "
+            f"are {lowest} to {highest}: set data.labels=contiguous"
+        )
+    return with_holes(tuple(in_order))

@@ -1,0 +1,182 @@
+"""Folders that TensorFlow Datasets has prepared with the features of `coco/2017`.
+
+Read without TensorFlow, by position, in TFDS' `array_record` format.
+"""
+
+import dataclasses
+import io
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+from tqdm import tqdm
+
+from dn_detr_jax.data.annotations import Annotations, load_table, save_table
+from dn_detr_jax.data.coco_classes import Category
+from dn_detr_jax.data.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+_TABLE_FORMAT = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """An encoded picture and the objects to learn from.
+
+    Attributes:
+      image: the bytes of the picture's file.
+      image_id: its id.
+      boxes: float32 [n, 4], left, top, right, bottom in pixels, within the picture.
+      labels: int32 [n], positions in `Dataset.categories`.
+    """
+
+    image: bytes
+    image_id: int
+    boxes: np.ndarray
+    labels: np.ndarray
+
+
+class RecordSource(Sequence):
+    """The examples of a split: pictures from the records, objects from the table.
+
+    Can be pickled; reading is safe for threads.
+    """
+
+    def __init__(self, folder: Path, split: str, annotations: Annotations, label_of: dict):
+        """Opens the records.
+
+        Args:
+          folder: prepared by TFDS.
+          split: name of the split there.
+          annotations: the table of the split.
+          label_of: label of each category id.
+        """
+        self._folder, self._split = folder, split
+        self._annotations, self._label_of = annotations, label_of
+        self._open()
+
+    def _open(self) -> None:
+        self._records, features = open_records(self._folder, self._split)
+        # Of a record's features only the picture is parsed: half the time.
+        self._features = tfds.features.FeaturesDict({"image": features["image"]})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k not in ("_records", "_features")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._open()
+
+    def __len__(self) -> int:
+        return len(self._annotations.image_ids)
+
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} of a split of {len(self)} pictures")
+        targets = self._annotations.targets_of(index)
+        labels = [self._label_of[category_id] for category_id in targets.category_ids.tolist()]
+        return Example(
+            image=_parse(self._features, self._records[index])["image"],
+            image_id=int(self._annotations.image_ids[index]),
+            boxes=targets.boxes,
+            labels=np.array(labels, np.int32),
+        )
+
+
+def open_records(folder: Path, split: str) -> tuple[Sequence[bytes], tfds.features.FeaturesDict]:
+    """The serialised records of a split, and how they are read.
+
+    Raises:
+      DataError: the folder has no such split, other features, or a format without random access.
+    """
+    try:
+        builder = tfds.builder_from_directory(folder)
+    except Exception as error:  # TFDS passes on whatever its files lead it to
+        raise DataError(f"{folder}: not readable as a folder of TFDS ({error})") from error
+    info = builder.info
+    missing = {"image", "image/id", "objects"} - set(info.features)
+    if missing:
+        raise DataError(
+            f"{folder}: its features lack {', '.join(sorted(missing))}; expected those of TFDS' "
+            f"coco/2017, found {', '.join(sorted(info.features))}"
+        )
+    if split not in info.splits:
+        raise DataError(f"{folder}: no split {split!r}, it has {', '.join(info.splits)}")
+    array_record = tfds.core.FileFormat.ARRAY_RECORD
+    if array_record not in info.available_file_formats():
+        raise DataError(
+            f"{folder}: its records are in the format {info.file_format.value}, which has no "
+            "access by position without TensorFlow. Where TensorFlow is installed, prepare it as "
+            "tfds.builder('coco/2017', file_format='array_record').download_and_prepare(), or "
+            f"convert it: tfds convert_format --dataset_dir={folder} --out_file_format=array_record"
+        )
+    records = builder.as_data_source(
+        split,
+        deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,
+        file_format=array_record,
+    )
+    return records, info.features
+
+
+def read_table(folder: Path, split: str) -> tuple[Annotations, tuple[str, ...]]:
+    """The table of a split, and the names of its labels.
+
+    It is made in one pass over the records, and saved beside them if the folder allows it. Its
+    category ids are the labels of the records.
+    """
+    path = folder / f"annotations-{_TABLE_FORMAT}-{split}.npz"
+    if path.exists():
+        annotations, categories = load_table(path)
+        return annotations, tuple(category.name for category in categories)
+    records, features = open_records(folder, split)
+    pictures = tqdm(records, f"reading sizes and objects of {split}", unit=" images", disable=None)
+    annotations = _collect(_parse(features, record) for record in pictures)
+    names = tuple(features["objects"]["label"].names or ())
+    try:
+        save_table(path, annotations, [Category(i, name) for i, name in enumerate(names)])
+    except OSError:  # a folder for reading only: the table is made anew next time
+        logger.info("%s is not saved: the folder can't be written", path)
+    return annotations, names
+
+
+def _parse(features: tfds.features.FeaturesDict, record: bytes) -> dict[str, Any]:
+    """The features of a record, the picture still encoded."""
+    return features.deserialize_example_np(record, decoders={"image": tfds.decode.SkipDecoding()})
+
+
+def _collect(examples: Iterable[dict[str, Any]]) -> Annotations:
+    image_ids, sizes, file_names, counts, objects = [], [], [], [], []
+    for example in examples:
+        with Image.open(io.BytesIO(example["image"])) as picture:  # reads the header only
+            width, height = picture.size
+        found = example["objects"]
+        image_ids.append(example["image/id"])
+        sizes.append((height, width))
+        file_names.append(bytes(example.get("image/filename", b"")).decode())
+        counts.append(len(found["label"]))
+        boxes = np.array(found["bbox"], np.float64).reshape(-1, 4)[:, [1, 0, 3, 2]]
+        # TFDS keeps corners as float32 shares of the picture. Annotations have at most two
+        # decimals: rounding gives back the numbers that were there before.
+        boxes = np.round(boxes * (width, height, width, height), 2)
+        boxes[:, 2:] = np.round(boxes[:, 2:] - boxes[:, :2], 2)
+        objects.append((found["id"], boxes, found["label"], found["area"], found["is_crowd"]))
+
+    def column(i: int, dtype: type) -> np.ndarray:
+        return np.concatenate([np.asarray(row[i], dtype) for row in objects])
+
+    return Annotations(
+        image_ids=np.array(image_ids, np.int64),
+        sizes=np.array(sizes, np.int32),
+        file_names=tuple(file_names),
+        offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        ids=column(0, np.int64),
+        bboxes=column(1, np.float64),
+        category_ids=column(2, np.int64),
+        areas=column(3, np.float64),
+        crowd=column(4, np.bool_),
+    )

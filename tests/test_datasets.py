@@ -1,0 +1,198 @@
+"""COCO-format directories and TFDS folders, opened as they lie there."""
+
+import json
+import logging
+import pickle
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from coco_directory import CATEGORIES, document, write_coco, write_split
+
+from dn_detr_jax.config import base_config
+from dn_detr_jax.data.datasets import open_dataset
+from dn_detr_jax.data.errors import DataError
+from dn_detr_jax.data.packing import SPLIT
+
+
+def data_config(directory, **values):
+    config = base_config().data
+    config.dir = str(directory)
+    config.update(values)
+    return config
+
+
+@pytest.fixture(scope="module")
+def coco_dir(tmp_path_factory):
+    return write_coco(tmp_path_factory.mktemp("coco"))
+
+
+def annotations_of(directory, name="train2017"):
+    return json.loads((directory / f"annotations/instances_{name}.json").read_text())
+
+
+def test_examples_are_those_of_the_annotation_file(coco_dir):
+    """Against a plain account of the file: bytes, order, boxes, crowd left out."""
+    written = annotations_of(coco_dir)
+    dataset = open_dataset(data_config(coco_dir), "train")
+    assert len(dataset) == len(dataset.source) == 6
+    for source in (dataset.source, pickle.loads(pickle.dumps(dataset.source))):
+        for i, image in enumerate(written["images"]):
+            example = source[i]
+            path = coco_dir / "train2017" / image["file_name"]
+            assert example.image == path.read_bytes()
+            assert example.image_id == image["id"] == dataset.image_ids[i]
+            assert dataset.sizes[i].tolist() == [image["height"], image["width"]]
+            mine = [a for a in written["annotations"] if a["image_id"] == image["id"]]
+            mine = [a for a in mine if not a["iscrowd"]]
+            boxes = np.array([a["bbox"] for a in mine]).reshape(-1, 4)
+            boxes[:, 2:] += boxes[:, :2]
+            np.testing.assert_array_equal(example.boxes, boxes.astype(np.float32))
+            assert example.labels.tolist() == [a["category_id"] for a in mine]
+            assert dataset.annotations.counts[i] == len(mine)
+    assert dataset.annotations.counts[5] == 0  # an image without objects stays
+
+
+def test_labels_are_category_ids_or_contiguous(coco_dir):
+    by_id = open_dataset(data_config(coco_dir), "train")
+    assert [c.id for c in by_id.categories] == list(range(8))
+    names = ["", "", "", "cat", "", "dog", "", "fish"]
+    assert [c.name for c in by_id.categories] == names
+    contiguous = open_dataset(data_config(coco_dir, labels="contiguous"), "train")
+    assert [(c.id, c.name) for c in contiguous.categories] == [(3, "cat"), (5, "dog"), (7, "fish")]
+    for i in range(6):
+        ids = [contiguous.categories[label].id for label in contiguous.source[i].labels]
+        assert by_id.source[i].labels.tolist() == ids
+
+
+def test_ground_truth_is_the_annotation_file(coco_dir):
+    written = annotations_of(coco_dir, "val2017")
+    truth = open_dataset(data_config(coco_dir), "validation").coco_ground_truth()
+    assert truth["images"] == written["images"]
+    assert sorted(truth["categories"], key=str) == sorted(CATEGORIES, key=str)
+    order = sorted(written["annotations"], key=lambda a: a["id"])
+    assert sorted(truth["annotations"], key=lambda a: a["id"]) == order
+
+
+def test_tfds_opens_what_is_packed(coco_dir):
+    open_dataset(data_config(coco_dir), "train")
+    (folder,) = (coco_dir / "packed").glob("instances_train2017-*")
+    builder = tfds.builder_from_directory(folder)
+    assert builder.info.splits[SPLIT].num_examples == 6
+    written = annotations_of(coco_dir)
+    for image, example in zip(written["images"], builder.as_data_source(SPLIT), strict=True):
+        assert example["image/id"] == image["id"]
+        assert example["image"].shape == (image["height"], image["width"], 3)
+        mine = [a for a in written["annotations"] if a["image_id"] == image["id"]]
+        found = example["objects"]
+        assert [int(i) for i in found["id"]] == [a["id"] for a in mine]
+        names = builder.info.features["objects"]["label"].names
+        by_id = {c["id"]: c["name"] for c in CATEGORIES}
+        labels = [by_id[a["category_id"]] for a in mine]
+        assert [names[label] for label in found["label"]] == labels
+        assert [bool(c) for c in found["is_crowd"]] == [bool(a["iscrowd"]) for a in mine]
+
+
+def test_boxes_are_clipped_in_training_only_and_degenerate_ones_counted(tmp_path, caplog):
+    content = document(1)
+    image = {"id": 1, "file_name": "a.jpg", "height": 40, "width": 50}
+    boxes = [[-5, 10, 20, 50], [60, 5, 5, 5], [1, 1, 0, 4], [1, 1, 3, -4], [0.25, 0.5, 7.5, 8]]
+    objects = [{"id": i, "image_id": 1, "category_id": 3, "bbox": b} for i, b in enumerate(boxes)]
+    objects.append({"id": 9, "image_id": 1, "category_id": 3, "bbox": [1, float("nan"), 3, 4]})
+    content |= {"images": [image], "annotations": objects}
+    write_split(tmp_path / "train.json", tmp_path / "train", content)
+    with caplog.at_level(logging.INFO):
+        dataset = open_dataset(data_config(tmp_path), "train")
+    assert "4 boxes without extent" in caplog.text
+    expected = [[0, 10, 15, 40], [0.25, 0.5, 7.75, 8.5]]
+    assert dataset.source[0].boxes.tolist() == expected
+    truth = dataset.coco_ground_truth()["annotations"]
+    assert [a["bbox"] for a in truth] == boxes
+    assert [a["area"] for a in truth] == [w * h for _, _, w, h in boxes]
+
+
+def rename(directory, *pairs):
+    for old, new in pairs:
+        (directory / new).parent.mkdir(parents=True, exist_ok=True)
+        (directory / old).rename(directory / new)
+
+
+TRAIN, VAL = "annotations/instances_train2017.json", "annotations/instances_val2017.json"
+LAYOUTS = {
+    "coco": [],
+    "no year": [
+        (TRAIN, "annotations/instances_train.json"),
+        (VAL, "annotations/instances_val.json"),
+        ("train2017", "train"),
+        ("val2017", "val"),
+    ],
+    "plain": [
+        (TRAIN, "train.json"),
+        (VAL, "val.json"),
+        ("train2017", "train"),
+        ("val2017", "val"),
+    ],
+    "images": [
+        (TRAIN, "annotations/train.json"),
+        (VAL, "annotations/valid.json"),
+        ("train2017", "images/train"),
+        ("val2017", "images/valid"),
+    ],
+    "roboflow": [
+        ("train2017", "train"),
+        ("val2017", "valid"),
+        (TRAIN, "train/_annotations.coco.json"),
+        (VAL, "valid/_annotations.coco.json"),
+    ],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_usual_layouts_are_found(tmp_path, layout):
+    rename(write_coco(tmp_path), *LAYOUTS[layout])
+    config = data_config(tmp_path)
+    assert [len(open_dataset(config, split)) for split in ("train", "validation")] == [6, 4]
+
+
+def test_one_folder_of_images_for_both_splits(tmp_path):
+    write_split(tmp_path / "train.json", tmp_path / "images", document(3))
+    write_split(tmp_path / "val.json", tmp_path / "images", document(2))
+    config = data_config(tmp_path)
+    assert [len(open_dataset(config, split)) for split in ("train", "validation")] == [3, 2]
+
+
+def test_named_paths_win_over_found_ones(tmp_path):
+    write_coco(tmp_path)
+    write_split(tmp_path / "my/subset.json", tmp_path / "my/pictures", document(2))
+    config = data_config(tmp_path)
+    config.train.update({"annotations": "my/subset.json", "images": "my/pictures"})
+    assert len(open_dataset(config, "train")) == 2
+    config.train.update({"annotations": TRAIN, "images": str(tmp_path / "train2017")})
+    assert len(open_dataset(config, "train")) == 6
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (lambda d: (d / TRAIN).unlink(), r"has none of .*instances_train2017\.json.*it has annot"),
+        (lambda d: rename(d, ("train2017", "photos")), r"has none of train2017/.*data\.train\.im"),
+        (lambda d: (d / "train.json").write_text("{}"), r"has .*, train\.json: say which with"),
+        (lambda d: (d / "images/train2017").mkdir(parents=True), r"train2017, images/train2017: "),
+    ],
+)
+def test_what_is_not_found_or_ambiguous_is_named(tmp_path, change, message):
+    change(write_coco(tmp_path))
+    with pytest.raises(DataError, match=message):
+        open_dataset(data_config(tmp_path), "train")
+
+
+def test_wrong_named_paths_are_named(tmp_path):
+    config = data_config(write_coco(tmp_path))
+    config.train.annotations = "nothing.json"
+    with pytest.raises(DataError, match=r"data\.train\.annotations: there is no file .*nothing"):
+        open_dataset(config, "train")
+    config.train.update({"annotations": "", "images": "nothing"})
+    with pytest.raises(DataError, match=r"data\.train\.images: there is no folder .*nothing"):
+        open_dataset(config, "train")
+    with pytest.raises(DataError, match=r"no such folder"):
+        open_dataset(data_config(tmp_path / "nowhere"), "train")

@@ -1,0 +1,196 @@
+"""Decoding of pictures, against Pillow."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from coco_directory import photograph
+from PIL import ExifTags, Image, ImageOps
+
+from dn_detr_jax.data.errors import DataError
+from dn_detr_jax.data.images import decode, read_header
+
+
+def encoded(picture: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def opened(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data))
+
+
+PHOTO = Image.fromarray(photograph(37, 50))
+
+
+@pytest.mark.parametrize(
+    "kind,mode",
+    [
+        ("JPEG", "RGB"),
+        ("JPEG", "L"),
+        ("JPEG", "CMYK"),  # which Pillow writes, and reads, inverted, as Adobe's programs do
+        ("PNG", "RGB"),
+        ("PNG", "L"),
+        ("PNG", "LA"),
+        ("PNG", "RGBA"),
+        ("PNG", "P"),
+        ("PNG", "1"),
+        ("GIF", "P"),
+        ("BMP", "RGB"),
+        ("WEBP", "RGBA"),
+        ("TIFF", "CMYK"),
+        ("PPM", "RGB"),
+    ],
+)
+def test_every_mode_becomes_the_rgb_of_pillow(kind, mode):
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = encoded(PHOTO.convert(mode), kind, **options)
+    result = decode(data)
+    assert result.dtype == np.uint8 and result.shape == (37, 50, 3) and result.flags.c_contiguous
+    np.testing.assert_array_equal(result, np.asarray(opened(data).convert("RGB")))
+    if mode in ("RGB", "CMYK", "RGBA"):  # the colours are those that were drawn
+        assert np.abs(result.astype(int) - np.asarray(PHOTO)).mean() < 6
+
+
+def test_a_cmyk_photograph_is_not_a_negative():
+    """Adobe's programs store ink inverted, and say so in a marker that plain readers ignore."""
+    data = encoded(PHOTO.convert("CMYK"), "JPEG", quality=95)
+    assert b"Adobe" in data
+    correlation = np.corrcoef(decode(data).ravel(), np.asarray(PHOTO).ravel())[0, 1]
+    assert correlation > 0.95
+
+
+@pytest.mark.parametrize("transparency", [3, bytes(range(256))])
+def test_a_palette_with_transparency_keeps_its_colours(transparency):
+    palette = PHOTO.quantize(200)
+    data = encoded(palette, "PNG", transparency=transparency)
+    np.testing.assert_array_equal(decode(data), np.asarray(palette.convert("RGB")))
+
+
+def png16(values: np.ndarray) -> bytes:
+    """A PNG of 16 bits per channel, made from its specification: uint16 [H, W] or [H, W, 3]."""
+    color = 0 if values.ndim == 2 else 2
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, color, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(content))
+            + name
+            + content
+            + struct.pack(">I", zlib.crc32(name + content))
+        )
+
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + parts
+
+
+def test_of_16_bits_the_upper_8_remain():
+    """Clipping them to 255, as Pillow does for grey ones, would leave white pictures."""
+    rng = np.random.default_rng(0)
+    grey, color = rng.integers(0, 65536, (5, 7)), rng.integers(0, 65536, (5, 7, 3))
+    expected = np.repeat((grey // 256)[..., None], 3, axis=2)
+    np.testing.assert_array_equal(decode(png16(grey)), expected)
+    np.testing.assert_array_equal(decode(png16(color)), color // 256)
+    data = encoded(Image.fromarray(grey.astype(np.int32)), "TIFF")
+    np.testing.assert_array_equal(decode(data), expected)
+
+
+def test_values_of_unknown_range_are_refused():
+    floats = encoded(Image.fromarray(np.ones((4, 5), np.float32)), "TIFF")
+    with pytest.raises(DataError, match="floating-point"):
+        decode(floats)
+    with pytest.raises(DataError, match="from -3 to -3: more than 16 bits"):
+        decode(encoded(Image.fromarray(np.full((4, 5), -3, np.int32)), "TIFF"))
+
+
+def with_orientation(picture: Image.Image, orientation: int, kind: str = "JPEG") -> bytes:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    return encoded(picture, kind, exif=exif)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_is_applied_exactly_where_the_annotated_size_says_so(orientation, kind):
+    data = with_orientation(PHOTO, orientation, kind)
+    stored = np.asarray(opened(data))
+    shown = np.asarray(ImageOps.exif_transpose(opened(data)))
+    assert read_header(data) == ((37, 50), orientation)
+    assert read_header(data).shown_size == shown.shape[:2]
+    np.testing.assert_array_equal(decode(data), stored)
+    np.testing.assert_array_equal(decode(data, (37, 50)), stored)
+    if orientation >= 5:
+        turned = decode(data, (50, 37))
+        np.testing.assert_array_equal(turned, shown)
+        assert turned.flags.c_contiguous
+    else:
+        with pytest.raises(DataError, match=r"is 50 x 37 pixels .* annotated as 37 x 50"):
+            decode(data, (50, 37))
+    with pytest.raises(DataError, match=r"is 50 x 37 pixels .* annotated as 60 x 37"):
+        decode(data, (37, 60))
+
+
+def test_a_square_picture_stays_as_stored():
+    data = with_orientation(PHOTO.resize((40, 40)), 6)
+    np.testing.assert_array_equal(decode(data, (40, 40)), np.asarray(opened(data)))
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_damaged_exif_does_not_hide_a_good_picture():
+    data = encoded(PHOTO, "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff rubbish")
+    np.testing.assert_array_equal(decode(data, (37, 50)), np.asarray(opened(data)))
+
+
+@pytest.mark.parametrize("kind,mode", [("JPEG", "RGB"), ("JPEG", "CMYK"), ("PNG", "RGB")])
+def test_a_file_that_is_cut_off_is_refused(kind, mode):
+    """OpenCV gives a picture whose lower part is grey, and only prints something."""
+    data = encoded(PHOTO.convert(mode), kind)
+    for length in (len(data) // 3, len(data) // 2, len(data) * 9 // 10):
+        with pytest.raises(DataError, match=r"damaged|no readable picture"):
+            decode(data[:length])
+
+
+def test_bytes_behind_a_jpeg_do_no_harm():
+    data = encoded(PHOTO, "JPEG")
+    np.testing.assert_array_equal(decode(data + b"\0 camera maker's notes"), decode(data))
+
+
+@pytest.mark.parametrize("data", [b"", b"no picture", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xd9"])
+def test_rubbish_is_refused(data):
+    with pytest.raises(DataError, match=r"no readable picture|damaged"):
+        decode(data)
+    with pytest.raises(DataError, match=r"no readable picture|damaged"):
+        read_header(data)
+
+
+def test_noise_in_a_file_is_refused_or_decoded_but_nothing_else():
+    rng = np.random.default_rng(0)
+    for kind in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP"):
+        good = np.frombuffer(encoded(PHOTO, kind), np.uint8)
+        for _ in range(30):
+            data = good.copy()
+            data[rng.integers(0, len(data), 4)] = rng.integers(0, 256, 4)
+            try:
+                assert decode(data.tobytes()).dtype == np.uint8
+            except DataError:
+                continue
+
+
+def test_a_picture_that_would_fill_the_memory_is_refused():
+    tiny = png16(np.zeros((4, 4), np.uint16))
+    head = struct.pack(">II", 60_000, 60_000) + tiny[24:29]
+    crc = struct.pack(">I", zlib.crc32(b"IHDR" + head))
+    with pytest.raises(DataError, match="decompression bomb"):
+        decode(tiny[:16] + head + crc + tiny[33:])
+
+
+def test_no_program_is_started_for_a_picture():
+    """Pillow would hand PostScript to Ghostscript."""
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
+    assert opened(script).format == "EPS"
+    with pytest.raises(DataError, match="no readable picture"):
+        decode(script)
