@@ -1,0 +1,404 @@
+"""Times the input of training on one core, then the loader's threads and processes.
+
+    python benchmarks/input_pipeline.py --data PATH_OF_COCO
+    python benchmarks/input_pipeline.py --data PATH_OF_COCO --config.data.snap=0.1 --steps 100
+
+The pictures and their augmentation are those of the first training steps of `--config`. Three
+measurements, a table each, then everything as one JSON object:
+
+- One core: milliseconds per picture for decoding, for flip, crop and resize, and for the whole
+  batch, which is what the loader takes with one thread. The same transforms written the ordinary
+  way, Pillow and a loop that ends in a normalised float array, take turns with it. Here batches
+  leave the host as uint8 and are normalised on the device, so the baseline is also given without
+  its conversion. Medians over the rounds, in CPU time, which other programs disturb less, and in
+  wall time.
+- The loader: pictures per second and per second of CPU of all its processes, once the first batch
+  has come.
+- Its memory, of all the processes together, the most in each of three parts of `--steps` steps
+  (proportional set size: shared pages count once), and what is left of processes and shared
+  memory when it has closed. Linux only.
+"""
+
+import importlib.metadata
+import io
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import PIL
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+from PIL import Image
+
+from dn_detr_jax.command_line import run_main
+from dn_detr_jax.config import ConfigError, validate
+from dn_detr_jax.data import transforms
+from dn_detr_jax.data.datasets import Dataset, Example, open_dataset
+from dn_detr_jax.data.errors import DataError
+from dn_detr_jax.data.loader import train_batches, train_plan
+
+FLAGS = flags.FLAGS
+config_flags.DEFINE_config_file("config", "configs/coco_r50.py", "The experiment.")
+flags.DEFINE_string("data", None, "Replaces data.dir of the config.")
+flags.DEFINE_integer("rounds", 5, "Rounds on one core, each of both ways.", lower_bound=1)
+flags.DEFINE_integer("round_steps", 4, "Training steps in a round.", lower_bound=1)
+flags.DEFINE_integer("steps", 14, "Steps of each loader, then thrice for memory.", lower_bound=1)
+
+MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+DEVIATION = np.array([0.229, 0.224, 0.225], np.float32)
+
+
+class Item(NamedTuple):
+    """A picture to prepare."""
+
+    example: Example
+    geometry: transforms.Geometry
+
+
+class Seconds(NamedTuple):
+    """A duration by two clocks."""
+
+    cpu: float
+    wall: float
+
+
+def timed(work: Callable[[], Any]) -> Seconds:
+    """How long a call takes."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    work()
+    return Seconds(time.process_time() - cpu, time.perf_counter() - wall)
+
+
+class Ordinary:
+    """The published transforms in Pillow and NumPy, one picture after the other, stage by stage."""
+
+    stages = ("decode", "resize", "float")
+
+    def __init__(self, items: Sequence[Item]):
+        self._items = items
+
+    def run(self) -> dict[str, Seconds]:
+        """Prepares every picture once; the seconds of each stage and their sum, `total`."""
+        sums = {stage: Seconds(0.0, 0.0) for stage in self.stages}
+        for item in self._items:
+            result: Any = item.example.image
+            for stage in self.stages:
+                cpu, wall = time.process_time(), time.perf_counter()
+                result = getattr(self, stage)(result, item.geometry)
+                spent = time.process_time() - cpu, time.perf_counter() - wall
+                sums[stage] = Seconds(sums[stage].cpu + spent[0], sums[stage].wall + spent[1])
+        total = Seconds(*(sum(clock) for clock in zip(*sums.values(), strict=True)))
+        return {**sums, "total": total}
+
+    @staticmethod
+    def decode(data: bytes, geometry: transforms.Geometry) -> Image.Image:
+        """Bytes to a picture."""
+        del geometry
+        return Image.open(io.BytesIO(data)).convert("RGB")
+
+    @staticmethod
+    def resize(picture: Image.Image, geometry: transforms.Geometry) -> Image.Image:
+        """Resize and crop if there is a crop, then the final resize and the flip."""
+        top, left, height, width = geometry.crop.tolist()
+        resized = tuple(geometry.resized[::-1].tolist())
+        if (width, height) != picture.size or resized != picture.size:
+            picture = picture.resize(resized, Image.Resampling.BILINEAR)
+            picture = picture.crop((left, top, left + width, top + height))
+        if geometry.flip:
+            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return picture.resize(tuple(geometry.size[::-1].tolist()), Image.Resampling.BILINEAR)
+
+    @staticmethod
+    def float(picture: Image.Image, geometry: transforms.Geometry) -> np.ndarray:
+        """A picture to a float32 array, normalised."""
+        del geometry
+        return (np.asarray(picture, np.float32) / 255 - MEAN) / DEVIATION
+
+
+class Ours:
+    """This package's transforms, alone and within the loader."""
+
+    stages = ("decode", "resize", "batch")
+
+    def __init__(self, items: Sequence[Item], dataset: Dataset, config: ConfigDict, steps: int):
+        self._items, self._dataset, self._steps = items, dataset, steps
+        self._config = with_loader(config, workers=0, threads=1, prefetch=1)
+        self._decoded = [self._decode(item) for item in items]
+        height, width = np.max([item.geometry.size for item in items], axis=0).tolist()
+        self._canvas = np.zeros((height, width, 3), np.uint8)
+
+    @staticmethod
+    def _decode(item: Item) -> np.ndarray:
+        return transforms.decode(item.example.image)
+
+    def _decode_all(self) -> None:
+        for item in self._items:
+            self._decode(item)
+
+    def _apply_all(self) -> None:
+        for item, image in zip(self._items, self._decoded, strict=True):
+            boxes, labels = item.example.boxes, item.example.labels
+            transforms.apply(image, boxes, labels, item.geometry, canvas=self._canvas)
+
+    def _load(self) -> None:
+        for _ in train_batches(self._dataset, self._config, 0, self._steps):
+            pass
+
+    def run(self) -> dict[str, Seconds]:
+        """Seconds of each stage for every picture once; `batch` is what the loader adds to them."""
+        decode, resize = timed(self._decode_all), timed(self._apply_all)
+        total = timed(self._load)
+        batch = Seconds(*(t - d - r for t, d, r in zip(total, decode, resize, strict=True)))
+        return {"decode": decode, "resize": resize, "batch": batch, "total": total}
+
+
+def with_loader(config: ConfigDict, **values: int) -> ConfigDict:
+    """A copy with other values under `data`."""
+    config = config.copy_and_resolve_references()
+    config.data.update(values)
+    return config
+
+
+def items_of(dataset: Dataset, config: ConfigDict, steps: int) -> list[Item]:
+    """The pictures of the first training steps."""
+    plan = train_plan(dataset, config)
+    specs = [plan.batch(step) for step in range(steps)]
+    return [
+        Item(dataset.source[int(index)], spec.geometry.at(row))
+        for spec in specs
+        for row, index in enumerate(spec.indices)
+    ]
+
+
+def one_core(dataset: Dataset, config: ConfigDict, rounds: int, steps: int) -> dict[str, Any]:
+    """Milliseconds per picture of both ways, in rounds that take turns."""
+    items = items_of(dataset, config, steps)
+    ways = {"ours": Ours(items, dataset, config, steps), "pillow": Ordinary(items)}
+    runs: dict[str, list[dict[str, Seconds]]] = {name: [] for name in ways}
+    for i in range(rounds + 1):
+        for name, way in ways.items():
+            seconds = way.run()
+            if i > 0:  # the first warms up
+                runs[name].append(seconds)
+
+    result: dict[str, Any] = {"pictures": len(items), "rounds": rounds}
+    for name, rows in runs.items():
+        result[name] = {clock: per_picture(rows, clock, len(items)) for clock in Seconds._fields}
+    pairs = list(zip(runs["ours"], runs["pillow"], strict=True))
+    ratios = [theirs["total"].cpu / ours["total"].cpu for ours, theirs in pairs]
+    uint8 = [
+        (theirs["decode"].cpu + theirs["resize"].cpu) / ours["total"].cpu for ours, theirs in pairs
+    ]
+    result["ratio"] = round(median(ratios), 2)
+    result["ratio_range"] = [round(min(ratios), 2), round(max(ratios), 2)]
+    result["ratio_without_float"] = round(median(uint8), 2)
+    return result
+
+
+def per_picture(rows: list[dict[str, Seconds]], clock: str, count: int) -> dict[str, float]:
+    """Median milliseconds of each stage per picture, and pictures per second."""
+    milliseconds = {
+        stage: 1e3 / count * median(getattr(row[stage], clock) for row in rows) for stage in rows[0]
+    }
+    milliseconds["pictures_per_second"] = 1e3 / milliseconds["total"]
+    return {stage: round(value, 3) for stage, value in milliseconds.items()}
+
+
+def median(values: Iterable[float]) -> float:
+    """The median as a float."""
+    return float(statistics.median(values))
+
+
+def family() -> list[int]:
+    """This process and all that descend from it."""
+    found = [os.getpid()]
+    for pid in found:
+        try:
+            for task in Path(f"/proc/{pid}/task").iterdir():
+                found += [int(child) for child in (task / "children").read_text().split()]
+        except OSError:  # it has ended
+            continue
+    return found
+
+
+def family_cpu() -> float:
+    """CPU seconds of all the processes that are there now."""
+    ticks = 0
+    for pid in family():
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def family_megabytes() -> float:
+    """Memory of all the processes together, shared pages counted once."""
+    kilobytes = 0
+    for pid in family():
+        try:
+            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        except OSError:
+            continue
+        kilobytes += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return kilobytes / 1024
+
+
+def segments() -> set[str]:
+    """Names in the shared memory of the machine."""
+    return {path.name for path in Path("/dev/shm").iterdir()}
+
+
+class PeakMemory:
+    """The largest memory of the family since the last `take`, looked at ten times a second."""
+
+    def __init__(self) -> None:
+        self._most, self._end = 0.0, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def _watch(self) -> None:
+        while not self._end.wait(0.1):
+            self._most = max(self._most, family_megabytes())
+
+    def take(self) -> float:
+        """Megabytes; starts anew."""
+        most, self._most = self._most, 0.0
+        return max(most, family_megabytes())
+
+    def __enter__(self) -> "PeakMemory":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+
+def loader(dataset: Dataset, config: ConfigDict, steps: int) -> dict[str, Any]:
+    """Speed of the loader over `steps` steps, then its memory over three times as many."""
+    before_memory, before_segments = family_megabytes(), segments()
+    start = time.perf_counter()
+    batches = train_batches(dataset, config, 0, 1 + 4 * steps + 8)  # closed with some made ahead
+    next(batches)
+    first = time.perf_counter() - start
+    cpu, wall = family_cpu(), time.perf_counter()
+    for _ in range(steps):
+        next(batches)
+    cpu, wall = family_cpu() - cpu, time.perf_counter() - wall
+    memory = []
+    with PeakMemory() as peak:
+        for _ in range(3):
+            for _ in range(steps):
+                next(batches)
+            memory.append(round(peak.take() - before_memory))
+    start = time.perf_counter()
+    batches.close()
+    close = time.perf_counter() - start
+    time.sleep(1.0)  # the last batch is unmapped by a thread of grain
+    images = steps * config.train.batch_size
+    return {
+        "workers": config.data.workers,
+        "threads": config.data.threads,
+        "prefetch": config.data.prefetch,
+        "images_per_second": round(images / wall, 1),
+        "images_per_cpu_second": round(images / cpu, 1),
+        "first_batch_seconds": round(first, 2),
+        "memory_mb": memory,
+        "close_seconds": round(close, 2),
+        "processes_left": len(multiprocessing.active_children()),
+        "segments_left": len(segments() - before_segments),
+    }
+
+
+def print_core(core: dict[str, Any]) -> None:
+    """The table of `one_core`."""
+    print(f"One core, {core['pictures']} pictures, medians of {core['rounds']} rounds")
+    print(f"{'ms per picture':24}{'CPU':>10}{'wall':>10}")
+    for name in ("ours", "pillow"):
+        for stage in core[name]["cpu"]:
+            cpu, wall = (core[name][clock][stage] for clock in Seconds._fields)
+            print(f"{name + ', ' + stage:24}{cpu:10.2f}{wall:10.2f}")
+    low, high = core["ratio_range"]
+    print(f"ours is {core['ratio']} times as fast per core ({low} to {high} over the rounds),")
+    print(f"{core['ratio_without_float']} times without the baseline's conversion to float\n")
+
+
+def print_loaders(rows: Sequence[dict[str, Any]]) -> None:
+    """The table of `loader`."""
+    titles = {
+        "workers": "workers",
+        "threads": "threads",
+        "prefetch": "prefetch",
+        "images_per_second": "images/s",
+        "images_per_cpu_second": "per CPU s",
+        "first_batch_seconds": "first s",
+        "memory_mb": "peak MB, thirds",
+        "close_seconds": "close s",
+        "processes_left": "left",
+        "segments_left": "shm left",
+    }
+    print("".join(f"{title:>{len(title) + 3}}" for title in titles.values()))
+    for row in rows:
+        cells = (f"{row[key]!s:>{len(title) + 3}}" for key, title in titles.items())
+        print("".join(cells))
+    print()
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers belong to."""
+    model = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    return {
+        "cpu": model[0] if model else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load": [round(v, 2) for v in os.getloadavg()],
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "opencv": cv2.__version__,
+        "pillow": PIL.__version__,
+        "grain": importlib.metadata.version("grain"),
+    }
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the benchmark."""
+    del argv
+    config = FLAGS.config
+    if FLAGS.data:
+        config.data.dir = FLAGS.data
+    validate(config)
+    dataset = open_dataset(config.data, "train")
+    result = {"machine": machine(), "data": dataset.name, "batch_size": config.train.batch_size}
+    result["one_core"] = one_core(dataset, config, FLAGS.rounds, FLAGS.round_steps)
+    print_core(result["one_core"])
+    cores = result["machine"]["cores"]
+    settings = [
+        {"workers": 0, "threads": 1, "prefetch": 2},
+        {"workers": 0, "threads": cores, "prefetch": 2 * cores},
+        {"workers": cores, "threads": 1, "prefetch": 2},
+    ]
+    configured = {key: config.data[key] for key in settings[0]}
+    if configured not in settings:
+        settings.append(configured)
+    result["loaders"] = [
+        loader(dataset, with_loader(config, **values), FLAGS.steps) for values in settings
+    ]
+    print_loaders(result["loaders"])
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    run_main(main, (ConfigError, DataError, OSError))
