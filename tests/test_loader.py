@@ -6,6 +6,8 @@ import subprocess
 import sys
 import threading
 import time
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -92,6 +94,7 @@ def test_threads_change_nothing(train, digits_config):
 
 def test_a_worker_process_changes_nothing_and_ends(train, digits_config):
     expected = list(train_batches(train, digits_config, 3, 4))
+    before = shared_memory()
     digits_config.data.workers = 1
     iterator = train_batches(train, digits_config, 3, 100)
     for batch in expected:
@@ -103,6 +106,17 @@ def test_a_worker_process_changes_nothing_and_ends(train, digits_config):
     while multiprocessing.active_children() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not multiprocessing.active_children()
+    del batch, iterator
+    left = shared_memory() - before  # those of other programs go away too
+    while left & shared_memory() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not left & shared_memory()
+
+
+def shared_memory():
+    """Names of the segments that Python has made, none where there is no such folder."""
+    folder = Path("/dev/shm")
+    return {path.name for path in folder.glob("psm_*")} if folder.is_dir() else set()
 
 
 def test_evaluation_pads_the_last_batch_of_each_canvas(validation, digits_config):
@@ -216,6 +230,22 @@ raise SystemExit(3)
 """
     run = subprocess.run([sys.executable, "-c", code], timeout=60, env=dict(os.environ))
     assert run.returncode == 3
+
+
+def test_workers_need_shared_memory_for_their_batches(train, digits_config, monkeypatch):
+    """Where a worker would die of a full /dev/shm, by a signal that explains nothing."""
+    digits_config.data.canvases, digits_config.data.workers = ((128, 128), (192, 128)), 2
+    needed = 9 * 8 * 192 * 128 * 3
+
+    def with_free(free):
+        monkeypatch.setattr("shutil.disk_usage", lambda _: types.SimpleNamespace(free=free))
+        train_batches(train, digits_config, 0, 1).close()
+
+    with_free(needed)
+    with pytest.raises(ValueError, match=r"data\.workers is 2: .* 5 MB of /dev/shm.*--shm-size"):
+        with_free(needed - 1)
+    digits_config.data.workers = 0
+    with_free(0)
 
 
 @pytest.mark.parametrize(

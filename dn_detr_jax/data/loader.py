@@ -13,6 +13,7 @@ pixels and M slots for objects:
 """
 
 import contextlib
+import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -161,6 +162,29 @@ def _check(
     good = dataset.image_ids.size > 0 and dataset.image_ids.min() >= 0
     good = good and dataset.image_ids.max() <= largest
     require(good, f"image ids of {dataset.name}", dataset.image_ids, f"ids from 0 to {largest}")
+    if data.workers > 0:
+        _check_shared_memory(data, batch_size // process_count)
+
+
+def _check_shared_memory(data_config: ConfigDict, rows: int) -> None:
+    """Raises a DataError if the batches of the workers would not fit where they are handed over.
+
+    Writing beyond its end kills a worker by a signal, without a message. Containers have 64 MB of
+    it unless told otherwise.
+    """
+    try:
+        free = shutil.disk_usage("/dev/shm").free
+    except OSError:  # no Linux
+        return
+    # Of each worker four batches are on their way at most, and one is the caller's.
+    batch = rows * 3 * max(height * width for height, width in data_config.canvases)
+    needed = (4 * data_config.workers + 1) * batch
+    if needed > free:
+        raise DataError(
+            f"data.workers is {data_config.workers}: their batches need {needed / 1e6:.0f} MB of "
+            f"/dev/shm, {free / 1e6:.0f} MB are free; enlarge it (docker run --shm-size), or use "
+            f"fewer workers, or 0: threads need none"
+        )
 
 
 class _BatchMaker:
