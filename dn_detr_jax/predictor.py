@@ -14,7 +14,6 @@ first picture needs it, and once.
 
 import collections
 import dataclasses
-import io
 import logging
 import os
 import threading
@@ -28,12 +27,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict
-from PIL import Image, ImageOps
+from PIL import Image
 
 from dn_detr_jax.config import base_config, validate
-from dn_detr_jax.data import images, transforms
+from dn_detr_jax.data import transforms
 from dn_detr_jax.data.coco_classes import Category, assumed_categories
 from dn_detr_jax.data.errors import DataError
+from dn_detr_jax.data.images import decode_upright
 from dn_detr_jax.data.plan import assign_canvases
 from dn_detr_jax.evaluation.postprocess import select_detections
 from dn_detr_jax.models.dn_dab_detr import normalize_images
@@ -47,18 +47,6 @@ logger = logging.getLogger(__name__)
 Picture = str | os.PathLike | bytes | Image.Image | np.ndarray
 _SINGLE = (str, os.PathLike, bytes, Image.Image, np.ndarray)
 _Key = TypeVar("_Key")
-
-_ORIENTATION = 0x0112  # the tag of EXIF
-# How a stored picture becomes upright: (exchange rows and columns, then flip these axes).
-_UPRIGHT: dict[int, tuple[bool, tuple[int, ...]]] = {
-    2: (False, (1,)),
-    3: (False, (0, 1)),
-    4: (False, (0,)),
-    5: (True, ()),
-    6: (True, (1,)),
-    7: (True, (0, 1)),
-    8: (True, (0,)),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -390,33 +378,14 @@ def read_picture(picture: Picture) -> np.ndarray:
         if not picture.size:
             raise DataError(f"an array {list(picture.shape)} as a picture: it has no pixels")
         return picture
-    if isinstance(picture, Image.Image):
-        return _rgb(picture)
-    if isinstance(picture, bytes):
-        return _decoded(picture)
+    if isinstance(picture, Image.Image | bytes):
+        return decode_upright(picture)
     if isinstance(picture, str | os.PathLike):
         try:
-            return _decoded(Path(picture).read_bytes())
+            return decode_upright(Path(picture).read_bytes())
         except DataError as error:
             raise DataError(f"{os.fspath(picture)}: {error}") from error
     raise DataError(
         f"{type(picture).__name__} as a picture, expected a path, the bytes of a file, a Pillow "
         "image or a uint8 array [height, width, 3]"
     )
-
-
-def _decoded(data: bytes) -> np.ndarray:
-    try:
-        with Image.open(io.BytesIO(data)) as picture:
-            if picture.format != "JPEG":
-                return _rgb(picture)
-            orientation = picture.getexif().get(_ORIENTATION, 1)
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow's readers raise
-        raise DataError(f"{len(data)} bytes that are no readable picture") from error
-    image = images.decode(data)  # as in the evaluation
-    exchange, axes = _UPRIGHT.get(orientation, (False, ()))
-    return np.ascontiguousarray(np.flip(image.swapaxes(0, 1) if exchange else image, axes))
-
-
-def _rgb(picture: Image.Image) -> np.ndarray:
-    return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))

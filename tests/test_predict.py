@@ -151,7 +151,7 @@ def test_any_picture_fits_a_canvas(size, canvases):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("suffix", ["jpg", "png", "tiff"])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tiff"])  # Pillow turns TIFF while it reads
 def test_exif_orientation_is_applied_as_pillow_does(tmp_path, orientation, suffix):
     """Catches a wrong turn of any of the eight."""
     stored = Image.fromarray(

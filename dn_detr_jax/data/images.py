@@ -73,6 +73,30 @@ def decode(data: bytes, size: tuple[int, int] | None = None) -> np.ndarray:
     return np.ascontiguousarray(_turned(image, header.orientation)) if turn else image
 
 
+def decode_upright(source: bytes | Image.Image) -> np.ndarray:
+    """The pixels of a picture as viewers show it, its EXIF orientation applied.
+
+    Args:
+      source: a file as for `decode`, or a Pillow image of any mode.
+
+    Returns:
+      uint8 [H, W, 3], RGB.
+
+    Raises:
+      DataError: no picture, or a damaged one.
+    """
+    if isinstance(source, Image.Image):
+        return _upright(source, b"")
+    with _open(source) as picture:
+        return _upright(picture, source)
+
+
+def _upright(picture: Image.Image, data: bytes) -> np.ndarray:
+    image = _pixels(picture, data)
+    # Asked after the pixels: those of a TIFF are turned by Pillow, which then forgets the tag.
+    return np.ascontiguousarray(_turned(image, _header(picture).orientation))
+
+
 def _open(data: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data), formats=_FORMATS)
