@@ -100,11 +100,13 @@ def test_padding_by_hand():
 
 def test_the_report_can_be_pasted_and_counts_objects(digits_config):
     """Catches a line that is no Python, or shares that belong to other canvases."""
-    splits = [open_dataset(digits_config.data, split) for split in ("train", "validation")]
+    train, validation = (
+        open_dataset(digits_config.data, split).annotations for split in ("train", "validation")
+    )
     digits_config.data.snap = 0.1
-    counts = splits[0].annotations.counts
+    counts = train.counts
     digits_config.data.max_objects = int(counts.max()) - 1
-    text = report(*splits, digits_config.data, counts=(1, 2), images=300)
+    text = report(train, validation, digits_config.data, counts=(1, 2), images=300)
     lines = text.splitlines()
     for snap in (0.0, 0.1):
         start = lines.index(f"config.data.snap = {snap}")
@@ -112,7 +114,7 @@ def test_the_report_can_be_pasted_and_counts_objects(digits_config):
         for proposed, line in zip(shares, pasted, strict=True):
             exec(line, {"config": digits_config})
             share = float(re.search(r"([\d.]+)% padding", proposed)[1]) / 100
-            drawn = drawn_sizes(splits[0].sizes, digits_config.data.augment, 300, seed=1)
+            drawn = drawn_sizes(train.sizes, digits_config.data.augment, 300, seed=1)
             found = padding(drawn, digits_config.data.canvases, snap, 128)
             assert found == pytest.approx(share, abs=6e-4)
     assert f"config.data.max_objects = {counts.max()}" in lines

@@ -11,6 +11,7 @@ paste into the config for each, and how many objects the pictures have, for `dat
 
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from absl import flags, logging
@@ -18,7 +19,9 @@ from ml_collections import ConfigDict, config_flags
 
 from dn_detr_jax.command_line import run_main
 from dn_detr_jax.config import ConfigError, validate
-from dn_detr_jax.data.datasets import Dataset, open_dataset
+from dn_detr_jax.data import coco
+from dn_detr_jax.data.annotations import Annotations
+from dn_detr_jax.data.datasets import find_tfds, open_dataset
 from dn_detr_jax.data.errors import DataError
 from dn_detr_jax.data.plan import Canvas, canvas_factors, place
 from dn_detr_jax.data.transforms import draw_geometry, eval_geometry, largest_sizes
@@ -241,8 +244,8 @@ def _round_up(sizes: np.ndarray) -> np.ndarray:
 
 
 def report(
-    training: Dataset,
-    validation: Dataset,
+    training: Annotations,
+    validation: Annotations,
     data_config: ConfigDict,
     counts: Sequence[int] = (1, 2, 4, 8, 16),
     images: int = 20_000,
@@ -250,8 +253,8 @@ def report(
     """What to put into `config.data.canvases`, and why, as text.
 
     Args:
-      training: the training split, of which the sizes and the numbers of objects are read.
-      validation: the split to evaluate on, of which the sizes are read.
+      training: of which the sizes and the numbers of objects are read.
+      validation: of which the sizes are read.
       data_config: `config.data`.
       counts: how many canvases, one or more, for each proposal.
       images: pictures drawn to measure the padding.
@@ -261,7 +264,7 @@ def report(
     held_out = drawn_sizes(training.sizes, augment, images, seed=1)
     required = required_sizes(training.sizes, validation.sizes, data_config)
     lines = [
-        f"{training.name}: {len(training)} training and {len(validation)} validation pictures; "
+        f"{len(training.sizes)} training and {len(validation.sizes)} validation pictures; "
         f"padding of {images} augmented training pictures, drawn with replacement"
     ]
     try:
@@ -281,9 +284,9 @@ def report(
     return "\n".join([*lines, "", *_objects(training, data_config.max_objects)])
 
 
-def _objects(dataset: Dataset, max_objects: int) -> list[str]:
+def _objects(annotations: Annotations, max_objects: int) -> list[str]:
     """Lines about the number of objects, and what `data.max_objects` would leave out."""
-    counts = dataset.annotations.counts
+    counts = annotations.counts
     largest = max(int(counts.max(initial=0)), 1)
     limits = {max(int(np.quantile(counts, q)), 1) for q in (0.5, 0.9, 0.99, 0.999)} | {max_objects}
     lines = []
@@ -299,13 +302,21 @@ def _objects(dataset: Dataset, max_objects: int) -> list[str]:
     ]
 
 
+def _annotations(data_config: ConfigDict, split: str) -> Annotations:
+    """What is in the pictures of a split; a directory in COCO format need not be packed for it."""
+    directory = Path(data_config.dir).expanduser()
+    if data_config.name == "coco" and data_config.dir and find_tfds(directory) is None:
+        return coco.load_split(coco.find_split(directory, split, data_config[split]))[0]
+    return open_dataset(data_config, split).annotations
+
+
 def main(argv: Sequence[str]) -> None:
     """Prints the report."""
     del argv
     logging.set_verbosity(logging.WARNING)  # TFDS tells which folders it reads
     config = FLAGS.config
     validate(config)
-    splits = (open_dataset(config.data, split) for split in ("train", "validation"))
+    splits = (_annotations(config.data, split) for split in ("train", "validation"))
     print(report(*splits, config.data, FLAGS.num_canvases, FLAGS.images))
 
 
