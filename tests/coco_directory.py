@@ -25,7 +25,7 @@ def document(count: int = 6, seed: int = 0) -> dict[str, Any]:
     images, annotations = [], []
     for i in range(count):
         height, width = (int(v) for v in rng.integers(40, 64, 2))
-        image_id = 100 - 7 * i
+        image_id = 500 - 7 * i
         name = f"{image_id:04d}.jpg"
         images.append({"id": image_id, "file_name": name, "height": height, "width": width})
         for _ in range(0 if i == count - 1 else int(rng.integers(1, 5))):

@@ -109,6 +109,24 @@ def test_a_missing_picture_is_an_error():
         meter.finish()
 
 
+def test_absent_pictures_count_as_unchanged_where_they_may():
+    """The first picture is absent from the start, the last one later."""
+    first, second, third, *_ = random_assignments(3)
+    meter = InstabilityMeter(IDS, N)
+
+    def run(epoch, absent):
+        for image_id in IDS:
+            if image_id not in absent:
+                meter.update([image_id], match_vectors(epoch[image_id][None], N))
+        return meter.finish(absent_unchanged=True)
+
+    assert run(first, IDS[:1]) is None
+    constant = second | {IDS[0]: first[IDS[0]]}
+    assert run(second, IDS[:1]) == slow_instability(first, constant)
+    middle = {i: third[i] if i in IDS[1:-1] else constant[i] for i in IDS}
+    assert run(third, [IDS[0], IDS[-1]]) == slow_instability(constant, middle)
+
+
 def test_pictures_outside_the_set_are_ignored():
     epochs = random_assignments(1)
     meter = InstabilityMeter(IDS, N)

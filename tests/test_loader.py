@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 
 from dn_detr_jax.data import transforms
-from dn_detr_jax.data.datasets import Example, open_dataset
+from dn_detr_jax.data.datasets import open_dataset
 from dn_detr_jax.data.digit_scenes.scenes import draw_scene
-from dn_detr_jax.data.loader import eval_batches, eval_plan, train_batches
+from dn_detr_jax.data.errors import DataError
+from dn_detr_jax.data.loader import eval_batches, eval_plan, train_batches, train_plan
+from dn_detr_jax.data.records import Example
 
 
 @pytest.fixture
@@ -41,7 +43,8 @@ def test_batches_hold_the_pictures_and_their_objects(train, digits_config):
     for batch in batches:
         height, width = batch["image"].shape[1:3]
         assert (height, width) in digits_config.data.canvases
-        dtypes = {key: value.dtype.name for key, value in batch.items() if key[0] != "d"}
+        arrays = {key: value for key, value in batch.items() if isinstance(value, np.ndarray)}
+        dtypes = {key: value.dtype.name for key, value in arrays.items()}
         assert dtypes == {
             "image": "uint8",
             "size": "int32",
@@ -52,6 +55,7 @@ def test_batches_hold_the_pictures_and_their_objects(train, digits_config):
         }
         assert batch["labels"].shape == batch["valid"].shape == (8, 8)
         assert batch["boxes"].shape == (8, 8, 4) and batch["dropped_objects"] == 0
+        assert batch["bad_images"] == 0
         for row, image_id in enumerate(batch["image_id"]):
             seen.append(int(image_id))
             scene = draw_scene(0, "train", int(image_id))
@@ -167,17 +171,18 @@ def test_more_objects_than_slots_keeps_some_and_counts_the_rest(train, digits_co
 
 
 class BrokenSource:
-    """Gives one picture that is damaged, and one whose file is gone."""
+    """Gives pictures that are damaged, and one whose file is gone."""
 
-    def __init__(self, source, damaged, missing):
-        self.source, self.damaged, self.missing = source, damaged, missing
+    def __init__(self, source, damaged, missing=-1):
+        self.source, self.missing = source, missing
+        self.damaged = np.atleast_1d(damaged).tolist()
 
     def __len__(self):
         return len(self.source)
 
     def __getitem__(self, index) -> Example:
         example = self.source[index]
-        if index == self.damaged:
+        if index in self.damaged:
             return dataclasses.replace(example, image=b"damaged")
         if index == self.missing:
             raise OSError("disk error")
@@ -198,6 +203,65 @@ def test_an_unreadable_picture_is_named(validation, digits_config, broken, worke
     dataset = dataclasses.replace(validation, source=source)
     with pytest.raises(ValueError, match=rf"image 7 of .*digits_tiny, validation.*{message}"):
         list(eval_batches(dataset, digits_config))
+
+
+def test_an_unreadable_picture_makes_way_for_the_next_of_its_batch(train, digits_config, caplog):
+    """Rows against those of the whole data set; the same whoever has which part of a batch."""
+    plan = train_plan(train, digits_config)
+    damaged = plan.batch(0).indices[[1, 2, 7]]  # the next of row 7 is row 0, of rows 1 and 2 row 3
+    broken = dataclasses.replace(train, source=BrokenSource(train.source, damaged))
+    with pytest.raises(DataError, match="no readable picture"):
+        list(train_batches(broken, digits_config, 0, 1))
+    whole = list(train_batches(train, digits_config, 0, 14))
+    digits_config.data.skip_bad = True
+    batches = list(train_batches(broken, digits_config, 0, 14))
+    named = [record.message for record in caplog.records if "going on without" in record.message]
+    assert len(named) == 3  # once for each, in two epochs
+    assert all(any(f"image {i} of" in message for message in named) for i in damaged)
+    for step, (batch, expected) in enumerate(zip(batches, whole, strict=True)):
+        bad = np.isin(plan.batch(step).indices, damaged)
+        assert batch["bad_images"] == bad.sum()
+        rows = [next(r % 8 for r in range(row, row + 8) if not bad[r % 8]) for row in range(8)]
+        for key in ("image", "size", "labels", "boxes", "valid", "image_id"):
+            np.testing.assert_array_equal(batch[key], expected[key][rows], err_msg=key)
+    parts = [list(train_batches(broken, digits_config, 0, 14, p, 2)) for p in range(2)]
+    for batch, *shares in zip(batches, *parts, strict=True):
+        ids = np.concatenate([share["image_id"] for share in shares])
+        np.testing.assert_array_equal(batch["image_id"], ids)
+        assert batch["bad_images"] == sum(share["bad_images"] for share in shares)
+
+
+def test_a_batch_without_any_readable_picture_is_an_error(train, digits_config):
+    digits_config.data.skip_bad = True
+    damaged = train_plan(train, digits_config).batch(0).indices
+    broken = dataclasses.replace(train, source=BrokenSource(train.source, damaged))
+    with pytest.raises(DataError, match="none of the 8 pictures of a batch can be read"):
+        list(train_batches(broken, digits_config, 0, 1))
+
+
+def test_evaluation_leaves_the_row_of_an_unreadable_picture_empty(validation, digits_config):
+    digits_config.data.skip_bad = True
+    broken = dataclasses.replace(validation, source=BrokenSource(validation.source, [7, 8]))
+    batches = list(eval_batches(broken, digits_config))
+    assert sum(batch["bad_images"] for batch in batches) == 2
+    ids = np.concatenate([batch["image_id"] for batch in batches])
+    assert sorted(ids[ids >= 0]) == [i for i in range(40) if i not in (7, 8)]
+    for batch in batches:
+        empty = batch["image_id"] < 0
+        assert not batch["valid"][empty].any() and not batch["image"][empty].any()
+
+
+def test_a_mistake_in_the_program_is_no_unreadable_picture(train, digits_config):
+    """skip_bad must not hide it."""
+
+    class Wrong:
+        def __getitem__(self, index):
+            raise TypeError("a mistake")
+
+    digits_config.data.skip_bad = True
+    broken = dataclasses.replace(train, source=Wrong())
+    with pytest.raises(TypeError, match="a mistake"):
+        list(train_batches(broken, digits_config, 0, 1))
 
 
 def test_closing_ends_the_threads(train, digits_config):

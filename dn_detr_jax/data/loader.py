@@ -10,9 +10,11 @@ pixels and M slots for objects:
   valid     bool    [B, M], whether a slot holds an object; those that do come first
   image_id  int32   [B], -1 for a row without a picture, of size (1, 1), which holds no object
   dropped_objects   int, objects of these pictures that there were no slots for
+  bad_images        int, rows whose picture could not be read, with `data.skip_bad`
 """
 
 import contextlib
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -34,6 +36,9 @@ from dn_detr_jax.data.plan import (
     plan_eval,
     process_rows,
 )
+from dn_detr_jax.data.records import Example
+
+logger = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
 
@@ -70,7 +75,7 @@ def train_batches(
     _check(dataset, config, "train.batch_size", batch_size, process_count)
     plan = train_plan(dataset, config)
     rows = process_rows(batch_size, process_index, process_count)
-    maker = _BatchMaker(dataset, plan, rows, config.data.max_objects, config.seed)
+    maker = _BatchMaker(dataset, plan, rows, config, replace_bad=True)
     return _prefetched(maker, range(start_step, start_step + num_steps), config.data)
 
 
@@ -99,7 +104,7 @@ def eval_batches(
     _check(dataset, config, "eval.batch_size", config.eval.batch_size, process_count)
     plan = eval_plan(dataset, config, subset)
     rows = process_rows(config.eval.batch_size, process_index, process_count)
-    maker = _BatchMaker(dataset, plan, rows, config.data.max_objects, config.seed)
+    maker = _BatchMaker(dataset, plan, rows, config, replace_bad=False)
     return _prefetched(maker, range(len(plan)), config.data)
 
 
@@ -195,45 +200,81 @@ class _BatchMaker:
         dataset: Dataset,
         plan: TrainPlan | EpochPlan,
         rows: slice,
-        max_objects: int,
-        seed: int,
+        config: ConfigDict,
+        replace_bad: bool,
     ):
-        self._source, self._image_ids = dataset.source, dataset.image_ids
-        self._file_names = dataset.annotations.file_names
-        self._sizes = [tuple(size) for size in dataset.sizes.tolist()]
+        self._source, self._annotations = dataset.source, dataset.annotations
         self._name = f"{dataset.name}, {dataset.split}"
-        self._plan, self._rows, self._max_objects, self._seed = plan, rows, max_objects, seed
+        self._plan, self._rows = plan, rows
+        self._max_objects, self._seed = config.data.max_objects, config.seed
+        self._skip_bad, self._replace_bad = config.data.skip_bad, replace_bad
+        self._warned: set[int] = set()
 
     def __call__(self, position: int) -> Batch:
         spec = self._plan.batch(position)
-        indices = spec.indices[self._rows]
-        geometry = spec.geometry.at(self._rows)
-        batch = _empty_batch(len(indices), spec.canvas, self._max_objects)
-        for row, index in enumerate(indices.tolist()):
-            if index >= 0:
-                self._fill(batch, row, index, spec, geometry.at(row))
+        rows = range(self._rows.start, self._rows.stop)
+        batch = _empty_batch(len(rows), spec.canvas, self._max_objects)
+        for row, row_of_all in enumerate(rows):
+            if spec.indices[row_of_all] >= 0:
+                self._fill(batch, row, spec, row_of_all)
         return batch
 
-    def _fill(
+    def _fill(self, batch: Batch, row: int, spec: BatchSpec, row_of_all: int) -> None:
+        """Fills a row with what the plan has at a row of the whole batch.
+
+        With `data.skip_bad`, a picture that can't be read makes way for the next one of the whole
+        batch that can, whichever process that belongs to: the batches do not depend on how many
+        processes there are. In an evaluation the row stays empty.
+        """
+        size = len(spec.indices)
+        for step in range(size):
+            source_row = (row_of_all + step) % size
+            index = int(spec.indices[source_row])
+            try:
+                example, image = self._read(index)
+            except DataError as error:
+                if not self._skip_bad:
+                    raise
+                self._warn(index, error)
+                batch["bad_images"] += step == 0
+                if not self._replace_bad:
+                    return
+                continue
+            geometry = spec.geometry.at(source_row)
+            return self._put(batch, row, spec.epoch, index, example, image, geometry)
+        raise DataError(f"{self._name}: none of the {size} pictures of a batch can be read")
+
+    def _read(self, index: int) -> tuple[Example, np.ndarray]:
+        """The example at a position and its pixels; a DataError names the picture."""
+        table = self._annotations
+        try:
+            example = self._source[index]
+            return example, images.decode(example.image, tuple(table.sizes[index].tolist()))
+        except (OSError, ValueError, RuntimeError) as error:  # of the disk, or of a damaged file
+            raise DataError(
+                f"image {table.image_ids[index]} of the data set {self._name} "
+                f"({table.file_names[index] or f'position {index}'}) can't be read: {error}"
+            ) from error
+
+    def _warn(self, index: int, error: DataError) -> None:
+        if index not in self._warned:
+            self._warned.add(index)
+            logger.warning("%s; data.skip_bad: going on without it", error)
+
+    def _put(
         self,
         batch: Batch,
         row: int,
+        epoch: int,
         index: int,
-        spec: BatchSpec,
+        example: Example,
+        image: np.ndarray,
         geometry: transforms.Geometry,
     ) -> None:
-        try:
-            example = self._source[index]
-            image = images.decode(example.image, self._sizes[index])
-        except Exception as error:
-            raise DataError(
-                f"image {self._image_ids[index]} of the data set {self._name} "
-                f"({self._file_names[index] or f'position {index}'}) can't be read: {error}"
-            ) from error
         image, boxes, labels = transforms.apply(
             image, example.boxes, example.labels, geometry, canvas=batch["image"][row]
         )
-        kept = choose_objects(self._seed, spec.epoch, index, len(boxes), self._max_objects)
+        kept = choose_objects(self._seed, epoch, index, len(boxes), self._max_objects)
         batch["dropped_objects"] += len(boxes) - len(kept)
         height, width = image.shape[:2]
         batch["size"][row] = height, width
@@ -252,6 +293,7 @@ def _empty_batch(rows: int, canvas: tuple[int, int], max_objects: int) -> Batch:
         "valid": np.zeros((rows, max_objects), np.bool_),
         "image_id": np.full(rows, -1, np.int32),
         "dropped_objects": 0,
+        "bad_images": 0,
     }
 
 

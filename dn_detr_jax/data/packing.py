@@ -230,13 +230,19 @@ def _read_ahead(
     """Positions and files of images in order, read by threads, a few ahead."""
     waiting: collections.deque[tuple[int, Future]] = collections.deque()
     for index in positions:
-        path = folder / annotations.file_names[index]
-        waiting.append((index, pool.submit(path.read_bytes)))
+        waiting.append((index, pool.submit(_read, folder / annotations.file_names[index])))
         if len(waiting) > _AHEAD:
             first, image = waiting.popleft()
             yield first, image.result()
     for index, image in waiting:
         yield index, image.result()
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"image {path} can't be read: {error}") from error
 
 
 def _example(

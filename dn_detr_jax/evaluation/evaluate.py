@@ -1,6 +1,7 @@
 """One evaluation of a detector: all pictures of a split, COCO metrics, instability of matching."""
 
 import dataclasses
+import logging
 from collections.abc import Callable
 
 import jax
@@ -15,6 +16,8 @@ from dn_detr_jax.evaluation.coco_ap import CocoEvaluator, format_table
 from dn_detr_jax.evaluation.instability import InstabilityMeter, match_vectors
 from dn_detr_jax.models.registry import num_matching_queries
 from dn_detr_jax.sharding import put_batch
+
+logger = logging.getLogger(__name__)
 
 Detect = Callable[[dict, dict], dict[str, jax.Array]]
 
@@ -67,15 +70,20 @@ class Evaluator:
             self._dataset, self._config, jax.process_index(), jax.process_count()
         )
         for batch in batches:
-            batch.pop("dropped_objects")
+            del batch["dropped_objects"], batch["bad_images"]
             found = self._detect(params, put_batch(batch, self._mesh))
             if pending is not None:
                 self._take(coco, pending)
             pending = found
         if pending is not None:
             self._take(coco, pending)
-        if coco.missing():
+        if coco.missing() and not self._config.data.skip_bad:
             raise RuntimeError(f"{coco.missing()} pictures of the split were not evaluated")
+        if coco.missing():
+            logger.warning(
+                "%d pictures can't be read: they count as pictures without any detection",
+                coco.missing(),
+            )
         return self._result(coco)
 
     def _take(self, coco: CocoEvaluator, found: dict[str, jax.Array]) -> None:
@@ -97,7 +105,9 @@ class Evaluator:
             values = multihost_utils.broadcast_one_to_all(values)
         metrics = dict(zip(names, map(float, values), strict=False))
         per_class = dict(zip(classes, map(float, values[len(names) :]), strict=True))
-        instability = self.meter.finish() if self.meter is not None else None
+        instability = (
+            self.meter.finish(self._config.data.skip_bad) if self.meter is not None else None
+        )
         if instability is not None:
             metrics["instability"] = instability
         return Evaluation(metrics, per_class)

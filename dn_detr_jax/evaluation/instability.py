@@ -93,19 +93,25 @@ class InstabilityMeter:
             if row is not None:
                 self._current[row] = vector
 
-    def finish(self) -> float | None:
+    def finish(self, absent_unchanged: bool = False) -> float | None:
         """Ends the epoch: its instability in entries per picture, None in the first epoch.
 
+        Args:
+          absent_unchanged: pictures without an update count as unchanged.
+
         Raises:
-          ValueError: a picture of the set had no update in this epoch.
+          ValueError: a picture of the set had no update in this epoch, and may not be absent.
         """
-        absent = self._ids[self._current[:, 0] == _NEVER]
-        if absent.size:
+        is_absent = self._current[:, 0] == _NEVER
+        absent = self._ids[is_absent]
+        if absent_unchanged:
+            self._current[is_absent] = self._previous[is_absent]
+        elif absent.size:
             raise ValueError(
                 f"{absent.size} of {len(self._ids)} pictures got no match vector in this epoch, "
                 f"the first of them image {absent[0]}"
             )
-        first = self._previous[0, 0] == _NEVER
+        first = (self._previous[:, 0] == _NEVER).all()
         changed = int(np.count_nonzero(self._current != self._previous))
         self._previous = self._current
         self._current = np.full_like(self._previous, _NEVER)

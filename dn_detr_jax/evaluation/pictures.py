@@ -34,7 +34,7 @@ def detections(
     subset = np.arange(min(config.eval.pictures, len(dataset)))
     pictures = []
     for batch in eval_batches(dataset, config, subset=subset):
-        batch.pop("dropped_objects")
+        del batch["dropped_objects"], batch["bad_images"]
         found = jax.device_get(detect(params, put_batch(batch, mesh)))
         for row in np.flatnonzero(batch["image_id"] >= 0):
             size, real = batch["size"][row], batch["valid"][row]

@@ -54,6 +54,7 @@ _HARMLESS = (
     "data.dir",
     "data.packed_dir",
     "data.prefetch",
+    "data.skip_bad",
     "data.threads",
     "data.workers",
     "eval.batch_size",

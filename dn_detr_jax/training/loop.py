@@ -237,6 +237,7 @@ class _Run:
             batch = next(batches)
             window.waiting += time.monotonic() - waited
             window.dropped += batch.pop("dropped_objects")
+            window.bad_images += batch.pop("bad_images")
             program = self.programs[batch["image"].shape[1:3]]
             state, metrics = program(state, put_batch(batch, self.setup.mesh))
             window.add(metrics)
@@ -282,6 +283,7 @@ class _Run:
             "time/matching_seconds": host_timer.take(),
             "time/seconds": seconds,
             "data/dropped_objects": window.dropped,
+            "data/bad_images": window.bad_images,
         }
         for pattern, factor in config.optimizer.lr_multipliers:
             name = pattern.strip("^$/")
@@ -349,7 +351,7 @@ class _Window:
 
     def restart(self) -> None:
         """Starts anew; metrics that were not read yet stay."""
-        self.count, self.waiting, self.dropped = 0, 0.0, 0
+        self.count, self.waiting, self.dropped, self.bad_images = 0, 0.0, 0, 0
         self._start = time.monotonic()
 
     def add(self, metrics: jax.Array) -> None:

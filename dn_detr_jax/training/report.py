@@ -68,7 +68,7 @@ def draw(setup: Setup, detect: Callable, params: PyTree, workdir: Path) -> Path 
     if config.dn.groups:
         dataset = open_dataset(config.data, "train")
         batch = next(train_batches(dataset, config, 0, 1))
-        batch.pop("dropped_objects")
+        del batch["dropped_objects"], batch["bad_images"]
         picture = pictures.typical_picture(batch)
         dn = denoising_queries(picture, jax.random.key(config.seed), config)
         drawn |= pictures.denoising_groups(picture, dn, config, setup.class_names)

@@ -1,0 +1,257 @@
+"""Packing survives being killed, happens once, and notices new annotations."""
+
+import hashlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from coco_directory import document, write_split
+
+from dn_detr_jax.config import base_config
+from dn_detr_jax.data import packing
+from dn_detr_jax.data.datasets import open_dataset
+from dn_detr_jax.data.errors import DataError
+
+COUNT = 40
+
+
+@pytest.fixture
+def coco_dir(tmp_path, monkeypatch):
+    """Forty images, to be packed in ten shards."""
+    monkeypatch.setattr(packing, "_IMAGES_PER_SHARD", 4)
+    write_split(tmp_path / "train.json", tmp_path / "train", document(COUNT))
+    return tmp_path
+
+
+def data_config(directory, **values):
+    config = base_config().data
+    config.dir = str(directory)
+    config.update(values)
+    return config
+
+
+def contents(dataset):
+    """Every byte that the examples hold."""
+    examples = [dataset.source[i] for i in range(len(dataset))]
+    return [(e.image_id, e.image, e.boxes.tolist(), e.labels.tolist()) for e in examples]
+
+
+def packed_folders(directory):
+    return sorted(path for path in (directory / "packed").iterdir() if path.is_dir())
+
+
+def pack_elsewhere(directory, until=None):
+    """Starts another process that packs, and stops after its first shard until a file is there."""
+    code = f"""
+import logging, pathlib, sys, time
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+logging.getLogger("absl").setLevel(logging.WARNING)
+from dn_detr_jax.config import base_config
+from dn_detr_jax.data import datasets, packing
+packing._IMAGES_PER_SHARD = 4
+write = packing._write_shard
+def write_then_wait(path, *args):
+    write(path, *args)
+    while {str(until)!r} != "None" and not pathlib.Path({str(until)!r}).exists():
+        time.sleep(0.01)
+packing._write_shard = write_then_wait
+c = base_config().data
+c.dir = {str(directory)!r}
+print(len(datasets.open_dataset(c, "train")))
+"""
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def kill_while_packing(directory):
+    """Packs in another process and kills that after its first shard."""
+    process = pack_elsewhere(directory, until=directory / "never")
+    wait_for_shards(directory, 1, process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def wait_for_shards(directory, count, process):
+    deadline = time.monotonic() + 60
+    while len(list(directory.glob("packed/*.partial/*array_record*-of-00010"))) < count:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_images_are_packed_as_they_are(coco_dir):
+    dataset = open_dataset(data_config(coco_dir), "train")
+    for i, name in enumerate(dataset.annotations.file_names):
+        assert dataset.source[i].image == (coco_dir / "train" / name).read_bytes()
+    (folder,) = packed_folders(coco_dir)
+    shards = list(folder.glob("*.array_record-*"))
+    assert len(shards) == 10 and not list(folder.glob("*.partial"))
+
+
+def test_a_killed_packing_is_continued(coco_dir, caplog):
+    """Complete shards are kept, to the inode; the records are those of a packing in one go."""
+    kill_while_packing(coco_dir)
+    (partial,) = packed_folders(coco_dir)
+    # Killed while it wrote a shard, too.
+    (partial / "coco_records-images.array_record-00009-of-00010.partial").write_bytes(b"half")
+    before = {path.name: path.stat().st_ino for path in partial.glob("*-of-00010")}
+    assert len(before) == 1
+    with caplog.at_level(logging.INFO):
+        dataset = open_dataset(data_config(coco_dir), "train")
+    assert "4 are there already" in caplog.text
+    (folder,) = packed_folders(coco_dir)
+    after = {path.name: path.stat().st_ino for path in folder.glob("*-of-00010")}
+    assert len(after) == 10 and before.items() <= after.items()
+    assert not list(folder.glob("*.partial"))
+    at_once = data_config(coco_dir, packed_dir=str(coco_dir / "at_once"))
+    assert contents(dataset) == contents(open_dataset(at_once, "train"))
+
+
+def test_two_processes_at_once_pack_once(coco_dir):
+    first = pack_elsewhere(coco_dir, until=coco_dir / "go")
+    wait_for_shards(coco_dir, 1, first)
+    second = pack_elsewhere(coco_dir)
+    try:
+        line = second.stderr.readline()
+        assert "waiting for the process that packs" in line
+        assert second.poll() is None
+    finally:
+        (coco_dir / "go").touch()
+        results = [process.communicate(timeout=120) for process in (first, second)]
+    assert [out for out, _ in results] == [f"{COUNT}\n"] * 2
+    assert [log.count("packing 40 images") for _, log in results] == [1, 0]
+    assert len(packed_folders(coco_dir)) == 1
+
+
+def test_opening_again_reads_neither_annotations_nor_images(coco_dir, monkeypatch):
+    first = contents(open_dataset(data_config(coco_dir), "train"))
+    for path in (coco_dir / "train").iterdir():
+        path.unlink()
+    monkeypatch.setattr(json, "load", None)
+    assert contents(open_dataset(data_config(coco_dir), "train")) == first
+
+
+def test_a_packed_directory_may_move(coco_dir, monkeypatch):
+    first = contents(open_dataset(data_config(coco_dir), "train"))
+    moved = coco_dir.parent / f"{coco_dir.name}_moved"
+    coco_dir.rename(moved)
+    monkeypatch.setattr(packing, "_pack", None)
+    assert contents(open_dataset(data_config(moved), "train")) == first
+
+
+def test_new_annotations_are_packed_anew_and_replace_the_old(coco_dir, caplog):
+    open_dataset(data_config(coco_dir), "train")
+    (old,) = packed_folders(coco_dir)
+    content = json.loads((coco_dir / "train.json").read_text())
+    first = content["images"][0]["id"]
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] != first]
+    (coco_dir / "train.json").write_text(json.dumps(content))
+    with caplog.at_level(logging.INFO):
+        dataset = open_dataset(data_config(coco_dir), "train")
+    assert "train.json has changed since it was packed: packing it anew" in caplog.text
+    (new,) = packed_folders(coco_dir)
+    assert new != old
+    assert len(dataset.source[0].labels) == 0 and dataset.annotations.counts.sum() > 0
+
+
+def test_another_annotation_file_does_not_replace_the_first(coco_dir):
+    """Two experiments with different subsets must not pack over each other for ever."""
+    config = data_config(coco_dir)
+    open_dataset(config, "train")
+    content = document(2)
+    write_split(coco_dir / "subset.json", coco_dir / "train", content)
+    config.train.annotations = "subset.json"
+    assert len(open_dataset(config, "train")) == 2
+    assert len(packed_folders(coco_dir)) == 2
+
+
+def test_what_a_killed_packing_of_old_annotations_left_is_removed(coco_dir):
+    kill_while_packing(coco_dir)
+    write_split(coco_dir / "train.json", coco_dir / "train", document(COUNT, seed=1))
+    open_dataset(data_config(coco_dir), "train")
+    (folder,) = packed_folders(coco_dir)
+    assert folder.suffix != ".partial"
+
+
+def test_a_shard_that_lacks_records_is_not_taken_for_complete(coco_dir, monkeypatch):
+    """A disk that loses what is written must not be found out in the middle of a training."""
+
+    class Forgetful(packing.ArrayRecordWriter):
+        def write(self, record):
+            if hashlib.sha256(record).digest()[0] > 128:
+                super().write(record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "ArrayRecordWriter", Forgetful)
+        with pytest.raises(DataError, match=r"data\.packed_dir=.*has \d of 4 records"):
+            open_dataset(data_config(coco_dir), "train")
+    assert len(contents(open_dataset(data_config(coco_dir), "train"))) == COUNT
+
+
+def test_a_full_disk_is_named(coco_dir, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(packing, "_write_shard", full)
+    with pytest.raises(DataError, match=r"data\.packed_dir=.*No space left.*free some"):
+        open_dataset(data_config(coco_dir), "train")
+
+
+def test_a_folder_that_can_not_be_written_is_named(coco_dir):
+    (coco_dir / "file").write_text("no folder")
+    config = data_config(coco_dir, packed_dir=str(coco_dir / "file" / "packed"))
+    with pytest.raises(DataError, match=r"data\.packed_dir='.*file/packed'.*--config\.data\.pack"):
+        open_dataset(config, "train")
+
+
+def test_an_image_that_vanishes_while_packing_is_named(coco_dir, monkeypatch):
+    load = packing.load_split
+
+    def load_and_remove(files):
+        loaded = load(files)
+        (coco_dir / "train" / loaded[0].file_names[30]).unlink()
+        return loaded
+
+    monkeypatch.setattr(packing, "load_split", load_and_remove)
+    with pytest.raises(DataError, match=r"image .*train/\d+\.jpg can't be read"):
+        open_dataset(data_config(coco_dir), "train")
+
+
+def test_structural_errors_are_named_before_anything_is_packed(coco_dir):
+    content = document(COUNT)
+    for image in content["images"][:7]:
+        (coco_dir / "train" / image["file_name"]).unlink()
+    content["annotations"][0]["category_id"] = 44
+    content["images"].append(content["images"][-1])
+    (coco_dir / "train.json").write_text(json.dumps(content))
+    with pytest.raises(DataError) as error:
+        open_dataset(data_config(coco_dir), "train")
+    message = str(error.value)
+    assert "\n" not in message
+    assert "image id that comes twice (1)" in message and "category_id 44" in message
+    assert "(7)" in message and "and 2 more" in message and "dn_detr_jax.data.check" in message
+    assert not packed_folders(coco_dir)
+
+
+def test_memory_of_packing_does_not_grow_with_the_images(coco_dir, monkeypatch):
+    """Files that are read ahead of the writer: a few, however many there are."""
+    held = []
+
+    class Counting(packing.collections.deque):
+        def append(self, item):
+            super().append(item)
+            held.append(len(self))
+
+    monkeypatch.setattr(packing, "_IMAGES_PER_SHARD", COUNT)
+    monkeypatch.setattr(packing, "_AHEAD", 5)
+    monkeypatch.setattr(packing.collections, "deque", Counting)
+    dataset = open_dataset(data_config(coco_dir), "train")
+    assert max(held) == 6
+    assert dataset.image_ids.tolist() == [e[0] for e in contents(dataset)]
+    assert np.unique(dataset.image_ids).size == COUNT
