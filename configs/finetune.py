@@ -1,0 +1,33 @@
+"""DN-DAB-DETR with ResNet-50 on your own data in COCO format, from a trained detector.
+
+    python train.py --config configs/finetune.py --workdir runs/mine \\
+        --config.data.dir=PATH_OF_YOUR_DATA --config.init.checkpoint=runs/official
+
+`docs/own_data.md` tells it from the first command to AP on your validation pictures. Classes, their
+names and the number of slots for objects are taken from the annotation files. All of the detector
+but its class head and label embedding starts from `init.checkpoint`: a work directory of
+`interop.import_torch`, or of a training with this code.
+
+The schedule is a starting point, not a measured optimum: a tenth of an epoch of warm-up, the
+published rate scaled to the batch, 12 epochs with a cosine. No AP is claimed for it.
+
+To vary: `train.duration`, `train.batch_size` with `optimizer.learning_rate` in proportion (1e-4 for
+16 pictures), `data.augment.flip=0` where left and right matter, smaller canvases and sizes for
+smaller pictures (`python -m dn_detr_jax.data.canvases` proposes them).
+"""
+
+from configs import coco_r50
+
+
+def get_config():
+    """`coco_r50` with classes from the data, fresh heads and a short schedule."""
+    config = coco_r50.get_config()
+    config.data.labels = "contiguous"
+    config.data.max_objects = 0
+    config.data.snap = 0.1
+    config.model.num_classes = 0
+    config.init.reset_heads = True
+    config.optimizer.update(learning_rate=5e-5, schedule="cosine", warmup="0.1 epochs")
+    config.train.update(duration="12 epochs", batch_size=8)
+    config.eval.batch_size = 8
+    return config
