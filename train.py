@@ -6,15 +6,13 @@
 Any value of the config can be overridden, for example `--config.dn.groups=0`.
 """
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
-from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from dn_detr_jax.command_line import define_step_flag, run_main
+from dn_detr_jax.command_line import define_step_flag, log_to_terminal, run_main
 from dn_detr_jax.config import ConfigError
 from dn_detr_jax.data.errors import DataError
 from dn_detr_jax.training.errors import TrainingError
@@ -32,23 +30,12 @@ def main(argv: Sequence[str]) -> None:
     del argv
     from dn_detr_jax.training import loop, report
 
-    _log_to_terminal()
+    log_to_terminal()
     workdir = Path(FLAGS.workdir)
     if FLAGS.eval_only:
         report.evaluate(FLAGS.config, workdir, FLAGS.step)
     else:
         loop.train(FLAGS.config, workdir)
-
-
-def _log_to_terminal() -> None:
-    """Shows what this package logs, with the time, and nothing of its libraries' details."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    logger = logging.getLogger("dn_detr_jax")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    absl_logging.set_verbosity(absl_logging.WARNING)
 
 
 if __name__ == "__main__":

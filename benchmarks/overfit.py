@@ -1,6 +1,6 @@
 """Can the whole path learn real photographs by heart? Trains a small detector on 16 of them.
 
-    python benchmarks/overfit.py --data PATH_OF_COCO --workdir runs/overfit
+    python -m benchmarks.overfit --data PATH_OF_COCO --workdir runs/overfit
 
 Takes the first pictures with objects of the validation annotations, trains on them from scratch
 through the real loop (packing, plan, step, checkpoints) and evaluates on the same pictures against
@@ -11,7 +11,6 @@ overridden.
 """
 
 import json
-import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from dn_detr_jax.command_line import run_main
+from dn_detr_jax.command_line import log_to_terminal, run_main
 from dn_detr_jax.config import ConfigError, base_config
 from dn_detr_jax.data.errors import DataError
 from dn_detr_jax.training.errors import TrainingError
@@ -100,8 +99,7 @@ def main(argv: Sequence[str]) -> None:
     del argv
     from dn_detr_jax.training import loop
 
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("dn_detr_jax").setLevel(logging.INFO)
+    log_to_terminal()
     workdir, data = Path(FLAGS.workdir).resolve(), Path(FLAGS.data).resolve()
     subset = workdir / "data" / "annotations.json"
     objects = write_subset(data / "annotations/instances_val2017.json", subset, FLAGS.pictures)

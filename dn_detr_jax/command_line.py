@@ -5,12 +5,14 @@ a wrong type, a missing config file and every error that the caller expects end 
 one line on stderr and exit status 1. Errors that nobody expects keep their traceback.
 """
 
+import logging
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 
 from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from dn_detr_jax.config import ConfigError, flat_keys, nearest_key
@@ -42,6 +44,17 @@ def run_main(
             _fail(str(error))
 
     app.run(guarded, flags_parser=lambda argv: _parse_flags(argv, arguments))
+
+
+def log_to_terminal() -> None:
+    """Shows what this package logs, with the time, and of its libraries warnings alone."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger("dn_detr_jax")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    absl_logging.set_verbosity(absl_logging.WARNING)
 
 
 def _fail(message: str) -> None:
