@@ -19,6 +19,7 @@ import pytest
 from dn_detr_jax.config import base_config
 from dn_detr_jax.interop import check_detector, check_reference, reference
 from dn_detr_jax.interop.convert import flat
+from dn_detr_jax.interop.torch_names import tied_names, torch_tensors
 from dn_detr_jax.models.registry import abstract_params, build_model, trainable
 
 DATA = Path(__file__).parent / "data" / "reference"
@@ -121,7 +122,7 @@ def test_detections(detector):
 
 
 def test_losses_of_evaluation_and_of_three_steps(detector):
-    assert_ok(of(detector, "eval.losses", "eval.total_loss", "steps."))
+    assert_ok(of(detector, "eval.losses", "eval.total_loss", "steps.", "as_matched."))
 
 
 def test_gradients_and_updates(detector):
@@ -186,7 +187,7 @@ def test_command_refuses_other_models(tmp_path, capsys):
     manifest = json.loads((DATA / "dn_dab_detr_r50.json").read_text())
     shutil.copy(DATA / "components.npz", tmp_path / "case.npz")
     for change, words in (
-        ({"modelname": "dn_dab_deformable_detr"}, "is not a model of this package yet"),
+        ({"modelname": "dn_dab_deformable_detr"}, "is not a model of this package"),
         ({"args": manifest["args"] | {"pre_norm": True}}, "pre_norm=True has no counterpart"),
     ):
         (tmp_path / "case.json").write_text(json.dumps(manifest | change))
@@ -194,6 +195,112 @@ def test_command_refuses_other_models(tmp_path, capsys):
         assert words in capsys.readouterr().err
     assert check_reference.main([str(tmp_path / "none.npz")]) == 2
     assert "none.npz: there is no such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--set", "model.num_header=2"], r"model.num_header.*did you mean model.num_heads"),
+        (["--set", "model.num_heads=many"], r"model.num_heads = 'many': a value such as 8"),
+        (["--set", "model.num_heads=7"], r"a divisor of model.hidden_dim = 256"),
+        (["--set", "model.num_classes=7"], r"class_embed.bias has shape \(91,\), not \(7,\)"),
+    ],
+)
+def test_wrong_overrides_are_one_line(arguments, words, capsys):
+    """Before anything is computed, and never a traceback."""
+    assert check_reference.main([str(DATA / "dn_dab_detr_r50.npz"), *arguments]) == 2
+    printed = capsys.readouterr().err
+    assert re.search(words, printed)
+    assert printed.startswith("error: ") and printed.count("\n") == 1
+
+
+def test_files_that_are_no_cases_are_one_line(tmp_path, capsys):
+    complete = json.loads((DATA / "dn_dab_detr_r50.json").read_text())
+    args = {k: v for k, v in complete["args"].items() if k != "nheads"}
+    arrays = {"in.images": np.zeros((2, 3, 8, 8), np.float32)}
+    for manifest, words in (
+        ("", r"case.npz: no reference case"),
+        ({"case": "x"}, r"there is no arrays"),
+        ({"case": "x", "arrays": {}, "modelname": "dn_dab_detr"}, r"no args, seed, state_dict"),
+        (complete | {"args": args}, r"args: there is no nheads"),
+        (complete, r"there is no in.target_labels_0 in the case"),
+    ):
+        text = manifest if isinstance(manifest, str) else json.dumps(manifest)
+        (tmp_path / "case.json").write_text(text)
+        np.savez(tmp_path / "case.npz", **arrays)
+        assert check_reference.main([str(tmp_path / "case.npz")]) == 2
+        printed = capsys.readouterr().err
+        assert re.search(words, printed), printed
+        assert printed.startswith("error: ") and printed.count("\n") == 1
+    assert check_reference.main([str(DATA / "components.npz"), "--dtype", "bfloat16"]) == 2
+    assert "components have no model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("counts", "change"),
+    [
+        ((2, 0, 1), {}),
+        ((0, 0), {}),
+        ((3,), {"num_patterns": 3, "dilation": True}),
+        ((1, 1), {"use_dn": False}),
+    ],
+)
+def test_other_cases_are_set_up(tmp_path, counts, change):
+    """Other numbers of pictures and objects, none at all, and the variants of the model.
+
+    The names and shapes of each are those of the weights: see the tests of the import.
+    """
+    case = reference.Case(DATA / "dn_dab_detr_r50.npz")
+    manifest = case.manifest
+    small = {"hidden_dim": 32, "dim_feedforward": 16, "num_queries": 4, "num_select": 8}
+    small |= {"enc_layers": 1, "dec_layers": 2, "backbone": "resnet18"}
+    small |= {"transformer_activation": "relu"} | change
+    config = base_config()
+    config.model.update(hidden_dim=32, ffn_dim=16, num_queries=4, encoder_layers=1)
+    config.model.update(decoder_layers=2, activation="relu")
+    config.model.num_patterns = change.get("num_patterns", 0)
+    config.model.backbone.update(depth=18, dilation=change.get("dilation", False))
+    shapes = {k: v.shape for k, v in flat(abstract_params(build_model(config.model))).items()}
+    entries = [
+        {"name": name, "shape": list(tensor.shape)}
+        for tensor in torch_tensors(shapes)[0]
+        for name in (tensor.name, *tied_names(tensor.name))
+    ]
+    rng, total = np.random.default_rng(0), 5 * sum(counts)
+    arrays = {
+        "in.images": np.zeros((len(counts), 3, 64, 48), np.float32),
+        "in.noise_label_u": rng.random(total),
+        "in.noise_label_new": rng.integers(0, 91, total),
+        "in.noise_box_u": rng.random((total, 4)),
+    }
+    for i, count in enumerate(counts):
+        arrays[f"in.target_labels_{i}"] = rng.integers(1, 91, count)
+        arrays[f"in.target_boxes_{i}"] = rng.uniform(0.2, 0.4, (count, 4)).astype(np.float32)
+    np.savez(tmp_path / "case.npz", **arrays)
+    manifest = manifest | {
+        "args": manifest["args"] | small,
+        "state_dict": entries,
+        "image_sizes_hw": [[64, 48]] * len(counts),
+        "arrays": {},
+    }
+    (tmp_path / "case.json").write_text(json.dumps(manifest))
+    case = reference.Case(tmp_path / "case.npz")
+    setup = check_detector.set_up(case, overrides={"matcher.cost_giou": "3.0"})
+    assert setup.config.matcher.cost_giou == 3.0
+    np.testing.assert_array_equal(setup.batch["valid"].sum(axis=1), counts)
+    if sum(counts) and change.get("use_dn", True):
+        assert setup.dn.valid.sum() == total
+        rows = reference.slots_of(setup.batch["valid"], 5)
+        flipped = np.where(
+            arrays["in.noise_label_u"] < 0.2,
+            arrays["in.noise_label_new"],
+            np.tile(
+                np.concatenate([arrays[f"in.target_labels_{i}"] for i in range(len(counts))]), 5
+            ),
+        )
+        np.testing.assert_array_equal(np.asarray(setup.dn.labels)[rows], flipped)
+    else:
+        assert setup.dn is None
 
 
 @pytest.mark.parametrize(

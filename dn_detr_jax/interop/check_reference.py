@@ -14,8 +14,10 @@ import argparse
 import json
 import sys
 
+from dn_detr_jax.config import ConfigError
 from dn_detr_jax.interop import check_components, check_detector, reference
 from dn_detr_jax.interop.comparison import Report
+from dn_detr_jax.interop.convert import ConversionError
 
 
 def check(
@@ -29,9 +31,15 @@ def check(
       overrides: config keys and values that replace those of the case.
 
     Raises:
-      UnsupportedCase: the package does not have that model.
+      UnsupportedCase: the package does not have that model, or the case lacks something.
+      ConfigError: a wrong override.
+      ConversionError: the weights of the case are not those of the model.
     """
     if "modelname" not in case.manifest:
+        if dtype != "float32" or overrides:
+            raise reference.UnsupportedCase(
+                f"{case.name}: components have no model: no --dtype, no --set"
+            )
         return check_components.check(case)
     return check_detector.check(check_detector.set_up(case, dtype, overrides))
 
@@ -55,8 +63,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--set takes KEY=VALUE, not {args.set}")
     try:
         report = check(reference.Case(args.case), args.dtype, overrides)
-    except (reference.UnsupportedCase, FileNotFoundError, KeyError, TypeError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (reference.UnsupportedCase, ConfigError, ConversionError, FileNotFoundError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     print(json.dumps(report.as_json(), indent=1))
     return 1 if report.failures else 0

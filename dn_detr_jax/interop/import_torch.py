@@ -13,6 +13,7 @@ SOURCE is a `.pth` (with `model`, `ema_model`, or a bare state dict; `--entry` c
 `.safetensors` or an `.npz`. PyTorch is not needed, and no code of the file is run.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,24 +90,48 @@ def _fresh_heads(model: nn.Module, seed: int) -> dict[str, np.ndarray]:
     return jax.device_get(init(jax.random.key(seed)))
 
 
-def main(argv: Sequence[str]) -> None:
-    """Reads, converts, and writes the checkpoint."""
-    config = FLAGS.config
+def import_file(
+    source: str | Path, config: ConfigDict, out: str | Path, entry: str | None = None
+) -> Account:
+    """Writes the checkpoint of a file into a new work directory.
+
+    Args:
+      source: .pth, .safetensors or .npz.
+      config: whole configuration, stored with the checkpoint; `model.num_classes` 0 is filled in.
+      out: work directory without checkpoints.
+      entry: key of the state dict in the file, None: the usual ones.
+
+    Returns:
+      Where every tensor went.
+
+    Raises:
+      ConfigError, ConversionError, FileError, CheckpointError: with nothing written.
+    """
     validate(config)
-    source = torch_files.read(argv[1], FLAGS.entry)
-    params, account = convert(source.state, config, source.args)
-    if (Path(FLAGS.out) / "checkpoints").exists():
-        raise ConfigError("--out", FLAGS.out, "a directory without checkpoints: none is replaced")
+    if (Path(out) / "checkpoints").exists():
+        raise ConfigError("--out", str(out), "a directory without checkpoints: none is replaced")
+    file = torch_files.read(source, entry)
+    if not config.model.num_classes:
+        config = copy.deepcopy(config)
+        config.model.num_classes = official_config(file.state, file.args)["model.num_classes"]
+    params, account = convert(file.state, config, file.args)
     categories = assumed_categories(config.model.num_classes)
-    with Checkpoints(FLAGS.out, config, categories=categories) as checkpoints:
+    with Checkpoints(out, config, categories=categories) as checkpoints:
         checkpoints.save(0, {"params": params})
-    print(f"{argv[1]}{source.entry and f' [{source.entry}]'}: {account.summary()}")
-    if not source.args and not config.model.backbone.dilation:
+    named = f"{source} [{file.entry}]" if file.entry else f"{source}"
+    print(f"{named}: {account.summary()}")
+    if not file.args and not config.model.backbone.dilation:
         print(
             "The file does not say whether it is a DC5 model: if it is, import it with "
             "--config.model.backbone.dilation=True"
         )
-    print(f"Wrote {Path(FLAGS.out) / 'checkpoints' / '0'}")
+    print(f"Wrote {Path(out) / 'checkpoints' / '0'}")
+    return account
+
+
+def main(argv: Sequence[str]) -> None:
+    """Reads, converts, and writes the checkpoint."""
+    import_file(argv[1], FLAGS.config, FLAGS.out, FLAGS.entry)
 
 
 def _define_flags() -> None:

@@ -9,6 +9,7 @@ boxes, and logits with a deviation near 1.
 import ast
 import json
 import math
+import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,13 +18,13 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from dn_detr_jax.config import base_config
+from dn_detr_jax.config import ConfigError, base_config, flat_keys, nearest_key, validate
 from dn_detr_jax.denoising import Noise
 from dn_detr_jax.interop.torch_names import canonical_name
 
 
 class UnsupportedCase(ValueError):  # noqa: N818 - a limit of this package, not a fault of the file
-    """A case of a model that this package does not have."""
+    """A case of a model that this package does not have, or that lacks what describes it."""
 
 
 class Case:
@@ -34,19 +35,25 @@ class Case:
 
         Raises:
           FileNotFoundError: one of the two is missing.
+          UnsupportedCase: they are no such files.
         """
         path = Path(path)
         manifest = path.with_suffix(".json")
         for file in (path, manifest):
             if not file.is_file():
                 raise FileNotFoundError(f"{file}: there is no such file")
-        self.manifest: dict[str, Any] = json.loads(manifest.read_text())
-        with np.load(path, allow_pickle=False) as arrays:
-            self.arrays: dict[str, np.ndarray] = dict(arrays)
+        try:
+            self.manifest: dict[str, Any] = json.loads(manifest.read_text())
+            with np.load(path, allow_pickle=False) as arrays:
+                self.arrays: dict[str, np.ndarray] = dict(arrays)
+        except (ValueError, TypeError, zipfile.BadZipFile) as error:
+            raise UnsupportedCase(f"{path}: no reference case: {error}") from error
+        require(str(path), self.manifest, "case", "arrays")
         self.name: str = self.manifest["case"]
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """The array `name`."""
+        """The array `name`, or UnsupportedCase."""
+        require(self.name, self.arrays, name)
         return self.arrays[name]
 
     def __contains__(self, name: str) -> bool:
@@ -61,6 +68,13 @@ class Case:
     def float32_noise(self, name: str) -> float | None:
         """Largest difference between a float32 and a float64 run of the PyTorch code, if known."""
         return self.manifest.get("float32_noise", {}).get("values", {}).get(name) or None
+
+
+def require(where: str, mapping: Mapping[str, Any], *keys: str) -> None:
+    """Raises UnsupportedCase if keys are missing."""
+    missing = [key for key in keys if key not in mapping]
+    if missing:
+        raise UnsupportedCase(f"{where}: there is no {', '.join(missing)} in the case")
 
 
 # Gains of the weight matrices, the first rule whose text is in the name wins.
@@ -157,11 +171,16 @@ def case_config(case: Case, overrides: Mapping[str, str] | None = None) -> Confi
 
     Raises:
       UnsupportedCase: another model, or an argument that this package has no counterpart of.
+      ConfigError: an override of no key, or with a value that can't be right.
     """
+    require(case.name, case.manifest, "args", "seed", "state_dict", "image_sizes_hw")
     args = case.manifest["args"]
+    require(f"{case.name}, args", args, *_ARGS)
     model = case.manifest["modelname"]
     if model != "dn_dab_detr":
-        raise UnsupportedCase(f"{case.name}: {model!r} is not a model of this package yet")
+        raise UnsupportedCase(
+            f"{case.name}: {model!r} is not a model of this package, which is 'dn_dab_detr'"
+        )
     _check_supported(case.name, args)
     shapes = {entry["name"]: entry["shape"] for entry in case.manifest["state_dict"]}
     config = base_config()
@@ -212,7 +231,19 @@ def case_config(case: Case, overrides: Mapping[str, str] | None = None) -> Confi
     config.eval.num_select = args["num_select"]
     for key, text in (overrides or {}).items():
         _override(config, key, text)
+    validate(config)
     return config
+
+
+# Arguments of the PyTorch code's command line that a config is made from.
+_ARGS = (
+    *("hidden_dim", "nheads", "dim_feedforward", "enc_layers", "dec_layers", "num_queries"),
+    *("num_patterns", "transformer_activation", "dropout", "pe_temperatureH", "pe_temperatureW"),
+    *("backbone", "dilation", "lr", "lr_backbone", "lr_drop", "weight_decay", "clip_max_norm"),
+    *("use_dn", "scalar", "label_noise_scale", "box_noise_scale", "num_select", "focal_alpha"),
+    *("set_cost_class", "set_cost_bbox", "set_cost_giou"),
+    *("cls_loss_coef", "bbox_loss_coef", "giou_loss_coef"),
+)
 
 
 def _check_supported(name: str, args: Mapping[str, Any]) -> None:
@@ -238,6 +269,9 @@ def _check_supported(name: str, args: Mapping[str, Any]) -> None:
 
 
 def _override(config: ConfigDict, key: str, text: str) -> None:
+    if key not in flat_keys(config):
+        near = nearest_key(key, flat_keys(config))
+        raise ConfigError(key, text, f"no such key; {near}".rstrip("; "))
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -246,7 +280,10 @@ def _override(config: ConfigDict, key: str, text: str) -> None:
     *sections, last = key.split(".")
     for part in sections:
         section = section[part]
-    section[last] = value
+    try:
+        section[last] = value
+    except TypeError:
+        raise ConfigError(key, value, f"a value such as {section[last]!r}") from None
 
 
 def batch_of(case: Case) -> dict[str, np.ndarray]:

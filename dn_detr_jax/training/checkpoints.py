@@ -401,6 +401,13 @@ class Checkpoints:
             raise CheckpointError(f"{self.directory}: {doing} failed: {reason}") from error
 
 
+def holds_only_parameters(workdir: str | os.PathLike) -> bool:
+    """Whether the latest checkpoint has no state of a training, as an import leaves it."""
+    folder = Path(workdir) / "checkpoints"
+    steps = [path for path in folder.glob("*") if path.name.isdecimal()]
+    return bool(steps) and not (max(steps, key=lambda path: int(path.name)) / "state").exists()
+
+
 def read_config(workdir: str | os.PathLike) -> tuple[dict[str, Any], tuple[Category, ...]]:
     """The config and the classes of a work directory.
 

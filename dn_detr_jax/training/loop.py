@@ -19,7 +19,7 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from dn_detr_jax.config import validate
+from dn_detr_jax.config import ConfigError, validate
 from dn_detr_jax.data.datasets import Dataset, open_dataset
 from dn_detr_jax.data.loader import train_batches, train_plan
 from dn_detr_jax.evaluation.evaluate import Evaluation, Evaluator
@@ -27,7 +27,7 @@ from dn_detr_jax.interop.initial import load_initial
 from dn_detr_jax.matching import host_timer
 from dn_detr_jax.models.registry import abstract_params, parameter_table, trainable
 from dn_detr_jax.sharding import put_batch, replicated, with_sharding
-from dn_detr_jax.training.checkpoints import Checkpoints
+from dn_detr_jax.training.checkpoints import Checkpoints, holds_only_parameters
 from dn_detr_jax.training.errors import TrainingError
 from dn_detr_jax.training.optimizer import describe, make_optimizer
 from dn_detr_jax.training.report import draw, report
@@ -54,6 +54,13 @@ def train(config: ConfigDict, workdir: Path) -> Evaluation | None:
       TrainingError: loss or matching costs are not finite. The checkpoints are from before.
     """
     validate(config)
+    if holds_only_parameters(workdir):
+        raise ConfigError(
+            "--workdir",
+            str(workdir),
+            "imported parameters lie there, and no training that could continue: start one from "
+            f"them in another directory, with --config.init.checkpoint={workdir}",
+        )
     training = open_dataset(config.data, "train")
     setup = set_up(config, training)
     config = setup.config

@@ -189,6 +189,7 @@ def criterion(
     *,
     config: ConfigDict,
     mesh: Mesh,
+    assignment: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
     """The training loss of a model's outputs.
 
@@ -198,6 +199,7 @@ def criterion(
       batch: `labels`, `boxes` and `valid`.
       config: whole configuration.
       mesh: for the matching.
+      assignment: int [B, L, M] to use in place of the matching.
 
     Returns:
       The loss and the terms of `compute_losses`, and the assignment int32 [B, L, M].
@@ -205,7 +207,9 @@ def criterion(
     # Split before matching: a denoising query must never be matched.
     parts = {name: denoising.split(x, dn) for name, x in outputs.items()}
     matched = {name: part[1] for name, part in parts.items()}
-    assignment, nonfinite = _match(matched, batch, config, mesh)
+    nonfinite = jnp.zeros((), jnp.int32)
+    if assignment is None:
+        assignment, nonfinite = _match(matched, batch, config, mesh)
     focal = {"alpha": config.loss.focal_alpha, "gamma": config.loss.focal_gamma}
     weights = {k: v for k, v in config.loss.items() if k.startswith("weight_")}
     terms = losses.set_criterion(
