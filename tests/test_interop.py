@@ -581,7 +581,10 @@ def test_import_and_export_commands(tmp_path, params, state):
     assert set(exported) == set(state)
     for name, value in state.items():
         np.testing.assert_array_equal(exported[name], value, strict=True)
-    wrong = run("--config.model.num_patterns=3")
+    again = run()
+    assert again.returncode == 1
+    assert "a directory without checkpoints: none is replaced" in again.stderr
+    wrong = run("--config.model.num_patterns=3", "--out", "other")
     assert wrong.returncode == 1
     assert wrong.stderr.strip().splitlines()[-1] == (
         "error: the checkpoint is of another model; it fits --config.model.num_patterns=0"
