@@ -41,7 +41,7 @@ from PIL import Image
 
 from dn_detr_jax.command_line import run_main
 from dn_detr_jax.config import ConfigError, validate
-from dn_detr_jax.data import transforms
+from dn_detr_jax.data import images, transforms
 from dn_detr_jax.data.datasets import Dataset, Example, open_dataset
 from dn_detr_jax.data.errors import DataError
 from dn_detr_jax.data.loader import train_batches, train_plan
@@ -61,6 +61,7 @@ class Item(NamedTuple):
     """A picture to prepare."""
 
     example: Example
+    size: tuple[int, int]
     geometry: transforms.Geometry
 
 
@@ -138,7 +139,7 @@ class Ours:
 
     @staticmethod
     def _decode(item: Item) -> np.ndarray:
-        return transforms.decode(item.example.image)
+        return images.decode(item.example.image, item.size)
 
     def _decode_all(self) -> None:
         for item in self._items:
@@ -173,9 +174,9 @@ def items_of(dataset: Dataset, config: ConfigDict, steps: int) -> list[Item]:
     plan = train_plan(dataset, config)
     specs = [plan.batch(step) for step in range(steps)]
     return [
-        Item(dataset.source[int(index)], spec.geometry.at(row))
+        Item(dataset.source[int(i)], tuple(dataset.sizes[i].tolist()), spec.geometry.at(row))
         for spec in specs
-        for row, index in enumerate(spec.indices)
+        for row, i in enumerate(spec.indices)
     ]
 
 
