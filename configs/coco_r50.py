@@ -36,4 +36,7 @@ def get_config():
         (640, 864),
         (576, 736),
     )
+    # Input: 4 threads, the default, make about 400 pictures per second on 4 free cores (estimated
+    # from one core, docs/performance.md). For more raise data.threads and data.prefetch together;
+    # beyond some ten threads data.workers, which hand batches over through /dev/shm.
     return config
