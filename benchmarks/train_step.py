@@ -26,7 +26,8 @@ from dn_detr_jax.models.registry import abstract_params, build_model, trainable
 from dn_detr_jax.sharding import make_mesh, put_batch
 from dn_detr_jax.training.optimizer import make_optimizer
 from dn_detr_jax.training.setup import COMPILER_OPTIONS
-from dn_detr_jax.training.step import init_state, jit_train_step
+from dn_detr_jax.training.state import init_state
+from dn_detr_jax.training.step import jit_train_step
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "The experiment, a file in configs/.")
@@ -64,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
     step, _ = jit_train_step(
         model=model, optimizer=optimizer, trainable=mask, config=config, mesh=mesh
     )
-    state = init_state(model, optimizer, config.seed, mesh)
+    state = init_state(model, optimizer, config, mesh)
     batch = put_batch(made_up_batch(config), mesh)
 
     platform = jax.devices()[0].platform

@@ -76,6 +76,9 @@ def base_config() -> ConfigDict:
             "position_gain": 0.0,  # above 0: cross-attention starts at the anchors, see Decoder
             "random_refpoints_xy": False,  # anchors' centres uniform over the image at the start
             "dtype": "float32",  # of the compute; parameters are always float32
+            # Of "backbone", "encoder", "decoder": parts whose layers keep only their inputs for the
+            # backward pass and compute the rest again. Less memory, more compute, the same numbers.
+            "remat": (),
         }
     )
     config.model.backbone = ConfigDict(
@@ -132,6 +135,8 @@ def base_config() -> ConfigDict:
         {
             "duration": "50 epochs",
             "batch_size": 16,  # global: over all devices and processes
+            "accumulate_steps": 1,  # parts into which a step splits its batch, one after the other
+            "ema_decay": 0.0,  # of the moving average of the parameters; 0: none
             "log_every": "50 steps",
             "eval_every": "1 epochs",
             "checkpoint_every": "1 epochs",
@@ -139,7 +144,12 @@ def base_config() -> ConfigDict:
     )
     # Compiled programs are kept there for the next run; empty: they are not.
     config.compile = ConfigDict({"cache_dir": "~/.cache/dn_detr_jax"})
-    config.mesh = ConfigDict({"data": -1})  # devices along the data axis; -1: all of them
+    config.mesh = ConfigDict(
+        {
+            "data": -1,  # devices along the data axis; -1: all of them
+            "shard_optimizer": False,  # True: split the optimizer's state and the average over them
+        }
+    )
 
     config.eval = ConfigDict(
         {
@@ -356,6 +366,9 @@ def _check_model(checker: _Checker) -> None:
     )
     checker.one_of("model.activation", "prelu", "relu")
     checker.one_of("model.dtype", "float32", "bfloat16")
+    remat, parts = checker["model.remat"], ("backbone", "encoder", "decoder")
+    right = isinstance(remat, tuple | list) and all(part in parts for part in remat)
+    checker.check("model.remat", right, f'some of {parts}, for example ("encoder",)')
     checker.number(lambda value: 0 <= value < 1, "from 0 to below 1", "model.dropout")
     above_zero = (lambda value: value > 0), "above 0"
     temperatures = [f"model.pe_temperature_{part}" for part in ("h", "w", "box")]
@@ -441,6 +454,13 @@ def _check_run(checker: _Checker) -> None:
     for key in ("train.batch_size", "eval.batch_size"):
         fits = devices == -1 or checker[key] % devices == 0
         checker.check(key, fits, f"a multiple of mesh.data = {devices}")
+    checker.one_of("mesh.shard_optimizer", True, False)
+    checker.whole(1, "train.accumulate_steps")
+    rows = checker["train.batch_size"] // max(devices, 1)
+    fits = rows % checker["train.accumulate_steps"] == 0
+    expected = f"a divisor of the pictures per device: train.batch_size / devices = {rows}"
+    checker.check("train.accumulate_steps", fits, expected)
+    checker.number(lambda value: 0 <= value < 1, "from 0 to below 1", "train.ema_decay")
     queries = checker["model.num_queries"] * max(1, checker["model.num_patterns"])
     most = queries * checker["model.num_classes"]
     checker.check(

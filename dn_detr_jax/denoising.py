@@ -95,6 +95,11 @@ class Denoising:
         """Denoising slots per picture, S."""
         return self.valid.shape[-1]
 
+    @property
+    def num_targets(self) -> jax.Array:
+        """Slots of the whole batch with an object to reconstruct, int32: divides the losses."""
+        return jnp.sum(self.valid & ~self.negative, dtype=jnp.int32)
+
 
 def draw_noise(
     key: jax.Array, shape: tuple[int, int], num_classes: int, *, contrastive: bool = False
@@ -288,6 +293,7 @@ def reconstruction_loss(
     *,
     alpha: float = 0.25,
     gamma: float = 2.0,
+    num_targets: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
     """Focal, L1 and GIoU loss of the reconstruction, for every decoder layer (section 4.3).
 
@@ -297,6 +303,7 @@ def reconstruction_loss(
       dn: from `prepare`.
       alpha: of the focal loss.
       gamma: of the focal loss.
+      num_targets: of the batch that `dn` is a part of; None: its own.
 
     Returns:
       `loss_ce`, `loss_bbox`, `loss_giou` and the metric `class_error` (percent), each float32 [L].
@@ -305,7 +312,8 @@ def reconstruction_loss(
       enter `loss_ce` alone, and do not count.
     """
     positive = dn.valid & ~dn.negative
-    count = jnp.maximum(jnp.sum(positive), 1).astype(jnp.float32)
+    num_targets = dn.num_targets if num_targets is None else num_targets
+    count = jnp.maximum(num_targets, 1).astype(jnp.float32)
     pred_logits = pred_logits.astype(jnp.float32)
     focal = losses.sigmoid_focal_loss(pred_logits, dn.target_labels, alpha=alpha, gamma=gamma)
     l1, giou = losses.box_losses(pred_boxes.astype(jnp.float32), dn.target_boxes)

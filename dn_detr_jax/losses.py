@@ -5,7 +5,8 @@ criterion: Carion et al., "End-to-End Object Detection with Transformers", ECCV 
 with the sigmoid focal class loss of Deformable DETR and DN-DETR.
 
 Losses are sums over the batch divided by counts over the batch. Under `jax.jit` with a sharded
-batch both are global, so nothing here knows of devices. Everything is computed in float32.
+batch both are global, so nothing here knows of devices. With the counts of a larger batch given
+instead, the results of its parts add up to those of the whole. Everything is computed in float32.
 """
 
 import jax
@@ -86,6 +87,8 @@ def set_criterion(
     *,
     alpha: float = 0.25,
     gamma: float = 2.0,
+    num_objects: jax.Array | None = None,
+    num_images: int | None = None,
 ) -> dict[str, jax.Array]:
     """Losses of matched predictions, for every decoder layer.
 
@@ -98,19 +101,22 @@ def set_criterion(
       assignment: int [B, L, M], query of every object or -1.
       alpha: of the focal loss.
       gamma: of the focal loss.
+      num_objects: to divide by; None: those of this batch.
+      num_images: the same for what is a mean over pictures.
 
     Returns:
       The losses `loss_ce`, `loss_bbox`, `loss_giou` and the metrics `loss_xy`, `loss_hw` (parts of
       loss_bbox), `class_error` (percent of matched queries whose best class is wrong) and
       `cardinality_error` (published as the mean difference between the number of objects and of
       queries whose best class is not the last one), each float32 [L], divided by the number of
-      objects in the batch, at least 1. `class_error` is 100 for a batch without objects.
+      objects, at least 1. `class_error` is 100 for a batch without objects.
     """
     num_queries, num_classes = pred_logits.shape[2:]
     pred_logits = pred_logits.astype(jnp.float32)
     pred_boxes = pred_boxes.astype(jnp.float32)
-    num_objects = jnp.sum(valid, dtype=jnp.float32)
+    num_objects = jnp.sum(valid, dtype=jnp.float32) if num_objects is None else num_objects
     count = jnp.maximum(num_objects, 1.0)
+    images = num_images or len(valid)
 
     target_class = classes_of_queries(assignment, labels, num_queries, num_classes)
     focal = sigmoid_focal_loss(pred_logits, target_class, alpha=alpha, gamma=gamma)
@@ -133,8 +139,8 @@ def set_criterion(
         "loss_giou": jnp.sum(giou, axis=(1, 2)) / count,
         "loss_xy": jnp.sum(l1[..., :2], axis=(1, 2, 3)) / count,
         "loss_hw": jnp.sum(l1[..., 2:], axis=(1, 2, 3)) / count,
-        "class_error": 100.0 - 100.0 * accuracy,
-        "cardinality_error": jnp.mean(cardinality, axis=1),
+        "class_error": 100.0 * (len(valid) / images) - 100.0 * accuracy,
+        "cardinality_error": jnp.sum(cardinality, axis=1) / images,
     }
 
 

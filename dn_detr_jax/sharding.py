@@ -1,6 +1,7 @@
 """The device mesh, and how batches and states lie on it.
 
-One mesh axis, `data`: batches are split over it, everything else has a copy on every device.
+One mesh axis, `data`: batches are split over it, everything else has a copy on every device, except
+the optimizer's state where it is split too.
 """
 
 from typing import Any
@@ -38,6 +39,23 @@ def over_data(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of states and results: every device has a copy."""
     return NamedSharding(mesh, P())
+
+
+def largest_axis_over_data(shapes: PyTree, mesh: Mesh) -> PyTree:
+    """The shardings of arrays of which every device keeps a part.
+
+    Each array is split along the largest of its axes that the number of devices divides, the first
+    of equals; where there is none, every device has a copy.
+    """
+
+    def sharding(x):
+        fitting = [axis for axis, size in enumerate(x.shape) if size and size % mesh.size == 0]
+        if not fitting:
+            return replicated(mesh)
+        largest = max(fitting, key=lambda axis: x.shape[axis])
+        return NamedSharding(mesh, P(*[None] * largest, "data"))
+
+    return jax.tree.map(sharding, shapes)
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -105,6 +105,25 @@ def test_round_trip_is_bit_exact(saved):
         assert_same_bits(params, make_state(1).params)
 
 
+def test_parameters_to_evaluate_with_are_the_average(tmp_path):
+    """Catches an evaluation or an export of the last parameters where there is an average."""
+    states = {
+        step: {"params": {"w": jnp.full(3, 1.0 * step)}, "ema": ema, "step": jnp.int32(step)}
+        for step, ema in ((1, None), (2, {"w": jnp.full(3, 0.5)}))
+    }
+    with Checkpoints(tmp_path, None) as checkpoints:
+        for step, state in states.items():
+            checkpoints.save(step, state)
+        for step, state in states.items():
+            assert_same_bits(checkpoints.restore(abstract(state), step)[0], state)
+            params = checkpoints.restore_params(abstract(state["params"]), step)
+            assert_same_bits(params, state["ema"] or state["params"])
+            assert checkpoints.has_average(step) == (step == 2)
+        shutil.rmtree(checkpoints.directory / "2" / "ema")
+        with pytest.raises(CheckpointError, match="damaged"):
+            checkpoints.restore_params(abstract(states[2]["params"]), 2)
+
+
 def test_checkpoint_is_self_contained(saved):
     config, categories = read_config(saved)
     assert config == json.loads(json.dumps(base_config().to_dict()))
@@ -253,6 +272,8 @@ def test_harmless_keys_may_change_and_are_stored(copied):
     config.data.dir = "/elsewhere"
     config.data.workers = 3
     config.mesh.data = 1
+    config.train.accumulate_steps = 4
+    config.model.remat = ("encoder",)
     config.checkpoint.keep_latest = 9
     with Checkpoints(copied, config, categories=CATEGORIES) as checkpoints:
         assert checkpoints.latest_step() == 2

@@ -16,6 +16,7 @@ from dn_detr_jax.models import attention, position
 from dn_detr_jax.models.backbone import ResNet
 from dn_detr_jax.models.dn_dab_detr import IMAGE_MEAN, IMAGE_STD, normalize_images
 from dn_detr_jax.models.registry import abstract_params, build_model, parameter_table, trainable
+from dn_detr_jax.training.step import compute_losses
 
 
 def count(shapes):
@@ -211,6 +212,54 @@ def test_bfloat16_gives_float32_outputs_near_those_of_float32(tiny):
     # Numbers rounded to bfloat16 at the end would have 16 empty bits.
     bits = np.asarray(got["pred_boxes"]).view(np.uint32) & 0xFFFF
     assert np.mean(bits != 0) > 0.9
+
+
+def rematerialised(tiny, parts):
+    """The loss as a function of parameters, batch and noise, with these parts rematerialised."""
+    config = tiny_config()
+    config.model.remat = parts
+    model = build_model(config.model)
+    assert jax.tree.structure(abstract_params(model)) == jax.tree.structure(tiny.shapes)
+
+    def loss(params, batch, noise):
+        rest = {"model": model, "config": config, "mesh": tiny.mesh}
+        return compute_losses(params, batch, jax.random.key(0), noise=noise, **rest)
+
+    return loss
+
+
+def test_rematerialisation_does_not_change_the_numbers(tiny):
+    loss = rematerialised(tiny, ("backbone", "encoder", "decoder"))
+    arguments = tiny.params, picture_batch(), object_noise()
+    (want, want_terms), want_gradient = tiny.loss_and_gradient(*arguments)
+    (got, got_terms), gradient = fast_jit(jax.value_and_grad(loss, has_aux=True))(*arguments)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    for name, value in want_terms.items():
+        np.testing.assert_allclose(got_terms[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+    for name, value in flat(want_gradient).items():
+        atol = 1e-5 * (np.abs(value).max() + 1e-3)
+        np.testing.assert_allclose(flat(gradient)[name], value, atol=atol, err_msg=name)
+
+
+def test_rematerialisation_keeps_less_for_the_backward_pass(tiny):
+    """Bytes from the forward to the backward pass; catches a name that reaches no part."""
+    arguments = tiny.params, picture_batch(), object_noise()
+
+    def kept(parts):
+        loss = rematerialised(tiny, parts)
+
+        def backward(params, batch, noise):
+            return jax.vjp(lambda p: loss(p, batch, noise)[0], params)[1]
+
+        arrays = jax.tree.leaves(jax.eval_shape(backward, *arguments))
+        return sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
+
+    everything = kept(())
+    saved = {part: everything - kept((part,)) for part in ("backbone", "encoder", "decoder")}
+    # Tokens x tokens x heads x pictures of float32: the least that an attention keeps.
+    assert saved["encoder"] > (CANVAS // 4) ** 4 * 2 * 3 * 4
+    assert saved["decoder"] > 2 * 20 * (CANVAS // 4) ** 2 * 2 * 3 * 4
+    assert saved["backbone"] > 4 * (CANVAS // 4) ** 2 * 8 * 3 * 4
 
 
 # --- independence from the canvas -----------------------------------------------------------------

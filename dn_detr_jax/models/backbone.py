@@ -84,8 +84,7 @@ class _Masks:
     def __init__(self, size: jax.Array, canvas: tuple[int, int]):
         self._size, self._canvas, self._cache = size, canvas, {}
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        shape = x.shape[1:3]
+    def __call__(self, shape: tuple[int, int]) -> jax.Array:
         if shape not in self._cache:
             self._cache[shape] = valid_tokens(self._size, self._canvas, shape)[..., None]
         return self._cache[shape]
@@ -103,7 +102,12 @@ class _Block(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, masks: _Masks) -> jax.Array:
+    def __call__(self, x: jax.Array, valid: jax.Array, valid_out: jax.Array) -> jax.Array:
+        """Maps [B, H, W, C]; masks [B, ., ., 1] of its valid pixels and of those of the result."""
+
+        def masks(x):
+            return valid if x.shape[1:3] == valid.shape[1:3] else valid_out
+
         def conv(x, features, size, name, stride=1, dilation=1):
             if size > 1 and self.mask_padding:
                 x = jnp.where(masks(x), x, 0)
@@ -152,6 +156,7 @@ class ResNet(nn.Module):
       dilation: last stage at the stride of the one before, dilated instead (DC5).
       mask_padding: results do not depend on the canvas, see the module's head.
       dtype: of the compute.
+      remat: compute blocks again in the backward pass, see `config.model.remat`.
     """
 
     depth: int = 50
@@ -162,6 +167,7 @@ class ResNet(nn.Module):
     dilation: bool = False
     mask_padding: bool = True
     dtype: jnp.dtype = jnp.float32
+    remat: bool = False
 
     @nn.compact
     def __call__(self, image: jax.Array, size: jax.Array) -> jax.Array:
@@ -188,24 +194,28 @@ class ResNet(nn.Module):
             dtype=self.dtype,
             name="stem_conv",
         )(image)
-        x = nn.relu(norm(name="stem_norm", dtype=self.dtype)(x, masks(x)))
+        x = nn.relu(norm(name="stem_norm", dtype=self.dtype)(x, masks(x.shape[1:3])))
         if self.stem == "standard":
             if self.mask_padding:  # zero is neutral for the maximum, after the ReLU
-                x = jnp.where(masks(x), x, 0)
+                x = jnp.where(masks(x.shape[1:3]), x, 0)
             x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
 
+        block = nn.remat(_Block) if self.remat else _Block
         for stage, blocks in enumerate(BLOCKS[self.depth][: self.stages]):
             dilated = self.dilation and stage == self.stages - 1
             strided = (stage > 0 or self.stem == "light") and not dilated
             for index in range(blocks):
-                x = _Block(
+                stride = 2 if index == 0 and strided else 1
+                height, width = x.shape[1:3]
+                out = -(-height // stride), -(-width // stride)
+                x = block(
                     features=self.width * 2**stage,
                     bottleneck=self.depth in BOTTLENECK_DEPTHS,
-                    stride=2 if index == 0 and strided else 1,
+                    stride=stride,
                     dilation=2 if dilated and index > 0 else 1,
                     norm=norm,
                     mask_padding=self.mask_padding,
                     dtype=self.dtype,
                     name=f"layer{stage + 1}_block{index}",
-                )(x, masks)
+                )(x, masks((height, width)), masks(out))
         return x

@@ -70,7 +70,6 @@ class DecoderLayer(nn.Module):
         memory: jax.Array,
         memory_position: jax.Array,
         memory_valid: jax.Array,
-        *,
         train: bool,
     ) -> jax.Array:
         """One layer.
@@ -128,6 +127,7 @@ class Decoder(nn.Module):
         position query at one. It needs the temperature of the features' encoding. 0: Xavier
         weights everywhere, as published.
       dtype: of the compute; anchors stay in float32.
+      remat: compute layers again in the backward pass, see `config.model.remat`.
     """
 
     num_layers: int
@@ -138,6 +138,7 @@ class Decoder(nn.Module):
     temperature: float
     position_gain: float
     dtype: jnp.dtype
+    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -181,6 +182,7 @@ class Decoder(nn.Module):
         size_head = MLP((features, 2), **mlp, name="reference_size_head")
         norm = layer_norm("norm", self.dtype)
 
+        layer = nn.remat(DecoderLayer, static_argnums=(8,)) if self.remat else DecoderLayer
         x = content
         reference = jax.nn.sigmoid(anchors)
         references, states = [reference], []
@@ -193,7 +195,7 @@ class Decoder(nn.Module):
             # Width modulates the x half, height the y half, which comes first.
             size = jax.nn.sigmoid(size_head(x).astype(jnp.float32)) / reference[..., 2:]
             modulation = jnp.repeat(size[..., ::-1], features // 2, axis=-1)
-            x = DecoderLayer(
+            x = layer(
                 self.num_heads,
                 self.ffn_dim,
                 self.activation,
@@ -210,7 +212,7 @@ class Decoder(nn.Module):
                 memory,
                 memory_position,
                 memory_valid,
-                train=train,
+                train,
             )
             self.sow("intermediates", f"dec{i}", x)
             states.append(norm(x))

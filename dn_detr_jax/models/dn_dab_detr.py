@@ -78,6 +78,7 @@ class DNDabDetr(nn.Module):
       position_gain: how the position part of the cross-attention starts, see `Decoder`.
       random_refpoints_xy: anchors start with centres uniform over the picture.
       dtype: of the compute.
+      remat: parts whose layers are computed again in the backward pass, "encoder" and "decoder".
     """
 
     backbone: ResNet
@@ -97,6 +98,7 @@ class DNDabDetr(nn.Module):
     position_gain: float
     random_refpoints_xy: bool
     dtype: jnp.dtype
+    remat: tuple[str, ...] = ()
 
     @nn.compact
     def __call__(
@@ -138,9 +140,9 @@ class DNDabDetr(nn.Module):
 
         shared = (self.num_heads, self.ffn_dim, self.activation, self.dropout)
         position, valid = tokens(position).astype(self.dtype), tokens(valid)
-        memory = Encoder(self.encoder_layers, *shared, self.dtype, name="encoder")(
-            tokens(projected), position, valid, train=train
-        )
+        memory = Encoder(
+            self.encoder_layers, *shared, self.dtype, "encoder" in self.remat, name="encoder"
+        )(tokens(projected), position, valid, train=train)
 
         content, anchors, mask = self._queries(image.shape[0], dn, attend_padding)
         box_head = MLP(
@@ -156,6 +158,7 @@ class DNDabDetr(nn.Module):
             temperature=self.pe_temperature_box,
             position_gain=self.position_gain,
             dtype=self.dtype,
+            remat="decoder" in self.remat,
             name="decoder",
         )
         content = content.astype(self.dtype)

@@ -31,7 +31,7 @@ class EncoderLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, position: jax.Array, valid: jax.Array, *, train: bool
+        self, x: jax.Array, position: jax.Array, valid: jax.Array, train: bool
     ) -> jax.Array:
         """Maps tokens [B, K, D] with position [B, K, D] and valid [B, K] to [B, K, D]."""
 
@@ -65,6 +65,7 @@ class Encoder(nn.Module):
       activation: "prelu" or "relu".
       dropout: rate.
       dtype: of the compute.
+      remat: compute layers again in the backward pass, see `config.model.remat`.
     """
 
     num_layers: int
@@ -73,6 +74,7 @@ class Encoder(nn.Module):
     activation: str
     dropout: float
     dtype: jnp.dtype
+    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -91,14 +93,15 @@ class Encoder(nn.Module):
         """
         features = x.shape[-1]
         scale = MLP((features, features), xavier_uniform, dtype=self.dtype, name="query_scale")
+        layer = nn.remat(EncoderLayer, static_argnums=(4,)) if self.remat else EncoderLayer
         for i in range(self.num_layers):
-            x = EncoderLayer(
+            x = layer(
                 self.num_heads,
                 self.ffn_dim,
                 self.activation,
                 self.dropout,
                 self.dtype,
                 name=f"layer{i}",
-            )(x, position * scale(x), valid, train=train)
+            )(x, position * scale(x), valid, train)
             self.sow("intermediates", f"enc{i}", x)
         return x

@@ -18,8 +18,11 @@ def _dn_dab_detr(config: ConfigDict) -> DNDabDetr:
     dtype = jnp.dtype(config.dtype)
     sizes = config.backbone.to_dict()
     sizes.pop("frozen_stages")
-    options = {k: v for k, v in config.items() if k not in ("name", "backbone", "dtype")}
-    return DNDabDetr(backbone=ResNet(**sizes, dtype=dtype), **options, dtype=dtype)
+    remat = tuple(config.remat)
+    given = ("name", "backbone", "dtype", "remat")
+    options = {k: v for k, v in config.items() if k not in given}
+    backbone = ResNet(**sizes, dtype=dtype, remat="backbone" in remat)
+    return DNDabDetr(backbone=backbone, **options, dtype=dtype, remat=remat)
 
 
 MODELS = {"dn_dab_detr": _dn_dab_detr}

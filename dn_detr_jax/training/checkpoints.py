@@ -4,6 +4,7 @@ A work directory holds `config.json` (the config, and id and name of every label
 `checkpoints/STEP/` with the items
 
 - `params`: the parameters, a nested dictionary of arrays;
+- `ema`: the moving average of the parameters, where the run keeps one;
 - `state`: everything else of the train state, as nested dictionaries of arrays;
 - `host`: what the loop keeps on the host, JSON;
 - `config`: the same as `config.json`, so that a checkpoint can travel alone;
@@ -60,6 +61,8 @@ _HARMLESS = (
     "eval.batch_size",
     "eval.pictures",
     "mesh.",
+    "model.remat",
+    "train.accumulate_steps",
     "train.checkpoint_every",
     "train.eval_every",
     "train.log_every",
@@ -70,7 +73,8 @@ class Checkpoints:
     """The checkpoints of one work directory.
 
     Every process of a run makes one and calls its methods in the same order. A state is a mapping
-    or a dataclass of pytrees with the parameters under `params`.
+    or a dataclass of pytrees with the parameters under `params`, and their moving average, if any,
+    under `ema`.
     """
 
     def __init__(
@@ -117,7 +121,7 @@ class Checkpoints:
 
     def _open_manager(self, keep_latest: int, keep_best: int) -> ocp.CheckpointManager:
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-        for item in ("params", "state"):
+        for item in ("params", "ema", "state"):
             handler = ocp.StandardCheckpointHandler()
             registry.add(item, ocp.args.StandardSave, handler)
             registry.add(item, ocp.args.StandardRestore, handler)
@@ -166,13 +170,9 @@ class Checkpoints:
             raise CheckpointError(
                 f"{self.directory / str(step)}: exists already and is not overwritten"
             )
-        fields = _fields(state)
-        items = {
-            "params": ocp.args.StandardSave(_nested(fields.pop("params"))),
-            "host": ocp.args.JsonSave(_to_json(host_state or {})),
-        }
-        if jax.tree.leaves(fields):
-            items["state"] = ocp.args.StandardSave(_nested(fields))
+        items = {"host": ocp.args.JsonSave(_to_json(host_state or {}))}
+        for item, tree in _items(state).items():
+            items[item] = ocp.args.StandardSave(_nested(tree))
         if self._document is not None:
             items["config"] = ocp.args.JsonSave(self._document)
         if metrics is not None:
@@ -287,12 +287,11 @@ class Checkpoints:
           CheckpointError: there is no such checkpoint, it is damaged, or its arrays are not
             those of `abstract_state`.
         """
-        fields = _fields(abstract_state)
-        params = fields.pop("params")
-        targets = {"params": params} | ({"state": fields} if jax.tree.leaves(fields) else {})
+        targets = _items(abstract_state)
         number = self.find(step)
         restored = self._restore_items(number, targets, ["host"])
-        values = restored.get("state", {}) | {"params": restored["params"]}
+        values = restored.get("state", {})
+        values |= {k: restored.get(k) for k in ("params", "ema") if k in _fields(abstract_state)}
         if dataclasses.is_dataclass(abstract_state) and not isinstance(abstract_state, type):
             state: PyTree = dataclasses.replace(abstract_state, **values)
         else:
@@ -300,8 +299,21 @@ class Checkpoints:
         return state, _from_json(restored["host"])
 
     def restore_params(self, abstract_params: PyTree, step: str | int = "latest") -> PyTree:
-        """Restores the parameters only; arguments, result and errors are as for `restore`."""
-        return self._restore_items(self.find(step), {"params": abstract_params}, [])["params"]
+        """Restores the parameters to evaluate with: their moving average where the run keeps one.
+
+        Arguments, result and errors are as for `restore`.
+        """
+        number = self.find(step)
+        item = "ema" if self.has_average(number) else "params"
+        return self._restore_items(number, {item: abstract_params}, [])[item]
+
+    def has_average(self, step: int) -> bool:
+        """Whether the checkpoint of a step holds a moving average of the parameters."""
+        try:
+            files = json.loads((self.directory / str(step) / _CHECKSUMS).read_text())
+        except (OSError, ValueError):
+            return False  # damaged: whoever reads it is told
+        return any(file.startswith("ema/") for file in files)
 
     def find(self, step: str | int) -> int:
         """The number of the checkpoint "latest", "best" or of a step, which must exist."""
@@ -455,6 +467,13 @@ def _fields(state: PyTree) -> dict[str, PyTree]:
     return dict(state)
 
 
+def _items(state: PyTree) -> dict[str, PyTree]:
+    """What becomes items of a checkpoint; those without any array are left out."""
+    fields = _fields(state)
+    items = {item: fields.pop(item, None) for item in ("params", "ema")} | {"state": fields}
+    return {item: tree for item, tree in items.items() if jax.tree.leaves(tree)}
+
+
 def _flat(tree: PyTree) -> dict[tuple[str, ...], Any]:
     return {
         tuple(jax.tree_util.keystr((key,), simple=True) for key in keys): leaf
@@ -556,7 +575,7 @@ def _write_json(path: Path, value: Any) -> None:
 
 def _may_change(key: str, read_only: bool) -> bool:
     if read_only:
-        return not key.startswith("model.") or key == "model.dtype"
+        return not key.startswith("model.") or key in ("model.dtype", "model.remat")
     return key.startswith(_HARMLESS)
 
 

@@ -32,7 +32,14 @@ from dn_detr_jax.training.errors import TrainingError
 from dn_detr_jax.training.optimizer import describe, make_optimizer
 from dn_detr_jax.training.report import draw, report
 from dn_detr_jax.training.setup import Plan, Setup, compile_programs, set_up
-from dn_detr_jax.training.step import TrainState, abstract_state, init_state, jit_train_step
+from dn_detr_jax.training.state import (
+    TrainState,
+    abstract_state,
+    evaluation_params,
+    init_state,
+    start_from,
+)
+from dn_detr_jax.training.step import jit_train_step
 from dn_detr_jax.training.writers import MetricWriter, Progress
 
 PyTree = Any
@@ -87,11 +94,12 @@ def train(config: ConfigDict, workdir: Path) -> Evaluation | None:
             config=config,
             mesh=setup.mesh,
         )
-        shapes = abstract_state(setup.model, optimizer, setup.mesh)
+        shapes = abstract_state(setup.model, optimizer, config, setup.mesh)
         host_state: dict[str, Any] = {}
         if checkpoints.latest_step() is None:
-            state = init_state(setup.model, optimizer, config.seed, setup.mesh)
-            state = state.replace(params=load_initial(state.params, config))
+            state = init_state(setup.model, optimizer, config, setup.mesh)
+            if config.init.checkpoint or config.init.backbone:
+                state = start_from(state, load_initial(state.params, config))
         else:
             state, host_state = checkpoints.restore(shapes)
             logger.info("continuing from step %d", int(state.step))
@@ -128,7 +136,8 @@ def _finish(setup: Setup, run: "_Run", detect: Callable, shapes: PyTree) -> Eval
         evaluator = Evaluator(setup.validation, setup.config, detect, setup.mesh)
         run.last_evaluation = (step, evaluator(params))
     folder = draw(setup, detect, params, run.workdir)
-    report(run.last_evaluation[1], run.checkpoints.directory / str(step), folder)
+    average = run.checkpoints.has_average(step)
+    report(run.last_evaluation[1], run.checkpoints.directory / str(step), folder, average)
     return run.last_evaluation[1]
 
 
@@ -323,14 +332,15 @@ class _Run:
     def _evaluate(self, step: int, state: TrainState) -> Evaluation:
         self._log(step)  # what is not finite must neither be evaluated nor saved
         start = time.monotonic()
-        evaluation = self.evaluator(state.params)
+        evaluation = self.evaluator(evaluation_params(state, self.setup.mesh))
         seconds = time.monotonic() - start
         record = {f"eval/{name}": value for name, value in evaluation.metrics.items()}
         record |= {f"eval_class/{name}": value for name, value in evaluation.per_class.items()}
         self._writer.scalars(step, record | {"time/eval_seconds": seconds})
         instability = evaluation.metrics.get("instability")
         self._progress.message(
-            f"step {step}: AP {evaluation.metrics['AP']:.3f}, AP50 {evaluation.metrics['AP50']:.3f}"
+            f"step {step}{'' if state.ema is None else ' (moving average)'}: "
+            f"AP {evaluation.metrics['AP']:.3f}, AP50 {evaluation.metrics['AP50']:.3f}"
             + (f", instability {instability:.2f}" if instability is not None else "")
             + f" ({seconds:.1f} s)"
         )

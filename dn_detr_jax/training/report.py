@@ -42,17 +42,27 @@ def evaluate(config: ConfigDict, workdir: Path, step: str | int = "best") -> Eva
             step = "latest"
         number = checkpoints.find(step)
         params = checkpoints.restore_params(shapes, number)
+        average = checkpoints.has_average(number)
     _, detect = compile_programs(setup)
     evaluation = Evaluator(setup.validation, config, detect, setup.mesh)(params)
     folder = draw(setup, detect, params, workdir)
-    report(evaluation, Path(workdir) / "checkpoints" / str(number), folder)
+    report(evaluation, Path(workdir) / "checkpoints" / str(number), folder, average)
     return evaluation
 
 
-def report(evaluation: Evaluation, checkpoint: Path, folder: Path | None) -> None:
-    """Prints the COCO table, and where checkpoint and pictures are."""
+def report(evaluation: Evaluation, checkpoint: Path, folder: Path | None, average: bool) -> None:
+    """Prints the COCO table, and where checkpoint and pictures are.
+
+    Args:
+      evaluation: what was found.
+      checkpoint: folder of the step.
+      folder: of the pictures, if there are any.
+      average: whether the moving average of the parameters was evaluated.
+    """
     if jax.process_index() == 0:
         print(f"\n{evaluation.table()}\n", flush=True)
+        if average:
+            print("parameters  the moving average of train.ema_decay")
         print(f"checkpoint  {checkpoint}")
         print(f"pictures    {folder or 'none: eval.pictures is 0'}", flush=True)
 

@@ -20,7 +20,8 @@ from dn_detr_jax.data.plan import steps_per_epoch
 from dn_detr_jax.models.registry import abstract_params, build_model
 from dn_detr_jax.sharding import make_mesh, replicated, with_sharding
 from dn_detr_jax.training import schedules
-from dn_detr_jax.training.step import TrainState, abstract_batch, jit_detect
+from dn_detr_jax.training.state import TrainState
+from dn_detr_jax.training.step import abstract_batch, jit_detect
 
 PyTree = Any
 logger = logging.getLogger(__name__)
@@ -67,6 +68,13 @@ def set_up(config: ConfigDict, training: Dataset | None = None) -> Setup:
             raise ConfigError(
                 f"{key}.batch_size", config[key].batch_size, f"a multiple of {mesh.size} devices"
             )
+    rows = config.train.batch_size // mesh.size
+    if rows % config.train.accumulate_steps:
+        raise ConfigError(
+            "train.accumulate_steps",
+            config.train.accumulate_steps,
+            f"a divisor of the {rows} pictures per device: train.batch_size / {mesh.size} devices",
+        )
     validation = open_dataset(config.data, "validation")
     config = resolve(config, validation if training is None else training)
     for dataset in (validation, training):

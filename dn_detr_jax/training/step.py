@@ -5,6 +5,10 @@ metrics are replicated, and losses are sums over the global batch divided by glo
 compiler puts in the gradient's all-reduce; nothing in the losses knows of devices. Random numbers
 come from the seed and the step by `jax.random.fold_in`, so they depend neither on the number of
 devices nor on where a run was interrupted.
+
+With `train.accumulate_steps` a device takes its pictures in several parts, one after the other.
+Noise is drawn and counts are taken before the batch is split, so that the parts' losses, and their
+gradients, add up to those of the batch at once.
 """
 
 from collections.abc import Callable
@@ -16,75 +20,48 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from dn_detr_jax import denoising, losses, matching
 from dn_detr_jax.evaluation.postprocess import select_detections
 from dn_detr_jax.models.dn_dab_detr import normalize_images
-from dn_detr_jax.sharding import over_data, replicated, with_sharding
+from dn_detr_jax.sharding import (
+    largest_axis_over_data,
+    over_data,
+    replicated,
+    with_sharding,
+)
+from dn_detr_jax.training.state import TrainState, abstract_state, moving_average, shardings
 
 PyTree = Any
 Batch = dict[str, jax.Array]
 
 
 @flax.struct.dataclass
-class TrainState:
-    """What a training step maps to its successor.
+class Totals:
+    """Counts of a global batch, which the losses of its parts are divided by.
 
     Attributes:
-      step: int32 scalar, steps done.
-      params: nested dictionary of float32 arrays.
-      opt_state: of the optax transformation.
+      num_images: B.
+      num_objects: float32 scalar.
+      num_targets: of the denoising queries, int32 scalar; None without denoising.
     """
 
-    step: jax.Array
-    params: PyTree
-    opt_state: PyTree
+    num_images: int = flax.struct.field(pytree_node=False)
+    num_objects: jax.Array
+    num_targets: jax.Array | None
 
-
-def abstract_state(
-    model: nn.Module, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> TrainState:
-    """Shapes and shardings of the train state; computes nothing."""
-    shapes = jax.eval_shape(_init_function(model, optimizer), jax.random.key(0))
-    return with_sharding(shapes, replicated(mesh))
-
-
-def init_state(
-    model: nn.Module, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh
-) -> TrainState:
-    """Initialises the state on the mesh.
-
-    Args:
-      model: detector.
-      optimizer: its state goes into the train state.
-      seed: of the parameters.
-      mesh: with an axis `data`.
-    """
-    # It runs once: all that counts is the time to compile it.
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    init = jax.jit(
-        _init_function(model, optimizer),
-        out_shardings=replicated(mesh),
-        compiler_options={"xla_backend_optimization_level": 0} if on_cpu else None,
-    )
-    return init(jax.random.key(seed))
-
-
-def _init_function(
-    model: nn.Module, optimizer: optax.GradientTransformation
-) -> Callable[[jax.Array], TrainState]:
-    def init(key):
-        # Parameters do not depend on the size of the picture.
-        variables = model.init(key, jnp.zeros((1, 64, 64, 3)), jnp.full((1, 2), 64))
-        params = variables["params"]
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-
-    return init
+    @classmethod
+    def of(cls, batch: Batch, dn: denoising.Denoising | None) -> "Totals":
+        """Counts a whole batch."""
+        valid = batch["valid"]
+        num_objects = jnp.sum(valid, dtype=jnp.float32)
+        return cls(len(valid), num_objects, None if dn is None else dn.num_targets)
 
 
 def _match(
-    outputs: dict[str, jax.Array], batch: Batch, config: ConfigDict, mesh: Mesh
+    outputs: dict[str, jax.Array], batch: Batch, config: ConfigDict, mesh: Mesh | None
 ) -> tuple[jax.Array, jax.Array]:
     """Assignment int32 [B, L, M] of all layers, and the number of costs that were not finite."""
     cost = matching.matching_cost(
@@ -169,6 +146,21 @@ def compute_losses(
     """
     noise_key, dropout_key = jax.random.split(key)
     dn = denoising_queries(batch, noise_key, config, noise)
+    return _losses(params, batch, dn, dropout_key, model=model, config=config, mesh=mesh)
+
+
+def _losses(
+    params: PyTree,
+    batch: Batch,
+    dn: denoising.Denoising | None,
+    dropout_key: jax.Array,
+    *,
+    model: nn.Module,
+    config: ConfigDict,
+    mesh: Mesh | None,
+    totals: Totals | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """`compute_losses` with its denoising queries made, of a batch or of a part of one."""
     outputs = model.apply(
         {"params": params},
         normalize_images(batch["image"], batch["size"]),
@@ -178,7 +170,7 @@ def compute_losses(
         train=True,
         rngs={"dropout": dropout_key},
     )
-    total, terms, _ = criterion(outputs, dn, batch, config=config, mesh=mesh)
+    total, terms, _ = criterion(outputs, dn, batch, config=config, mesh=mesh, totals=totals)
     return total, terms
 
 
@@ -188,8 +180,9 @@ def criterion(
     batch: Batch,
     *,
     config: ConfigDict,
-    mesh: Mesh,
+    mesh: Mesh | None,
     assignment: jax.Array | None = None,
+    totals: Totals | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
     """The training loss of a model's outputs.
 
@@ -198,12 +191,14 @@ def criterion(
       dn: the denoising queries among them, or None.
       batch: `labels`, `boxes` and `valid`.
       config: whole configuration.
-      mesh: for the matching.
+      mesh: for the matching; None if the batch is on one device.
       assignment: int [B, L, M] to use in place of the matching.
+      totals: of the batch that this one is a part of; the results of all parts add up to its own.
 
     Returns:
       The loss and the terms of `compute_losses`, and the assignment int32 [B, L, M].
     """
+    totals = Totals.of(batch, dn) if totals is None else totals
     # Split before matching: a denoising query must never be matched.
     parts = {name: denoising.split(x, dn) for name, x in outputs.items()}
     matched = {name: part[1] for name, part in parts.items()}
@@ -218,19 +213,88 @@ def criterion(
         boxes=batch["boxes"],
         valid=batch["valid"],
         assignment=assignment,
+        num_objects=totals.num_objects,
+        num_images=totals.num_images,
         **focal,
     )
     total = losses.weighted_total(terms, **weights)
     named = _by_layer(terms, "")
     if dn is not None:
         terms = denoising.reconstruction_loss(
-            parts["pred_logits"][0], parts["pred_boxes"][0], dn, **focal
+            parts["pred_logits"][0],
+            parts["pred_boxes"][0],
+            dn,
+            num_targets=totals.num_targets,
+            **focal,
         )
         total = total + losses.weighted_total(terms, **weights)
         named |= _by_layer(terms, "dn_")
     named["num_objects"] = jnp.sum(batch["valid"], dtype=jnp.float32)
     named["nonfinite_costs"] = nonfinite.astype(jnp.float32)
     return total, named, assignment
+
+
+def compute_gradients(
+    params: PyTree,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    trainable: PyTree,
+    model: nn.Module,
+    config: ConfigDict,
+    mesh: Mesh,
+) -> tuple[tuple[jax.Array, dict[str, jax.Array]], PyTree]:
+    """The results of `compute_losses`, and the gradient of the loss.
+
+    Args:
+      params, batch, key, model, config, mesh: as for `compute_losses`. With
+        `config.train.accumulate_steps` above 1 every device takes its part of the batch in so many
+        steps; the results are the same, except for which values dropout sets to zero.
+      trainable: bool for every parameter; gradients of the others are zero.
+    """
+    parts = {"model": model, "config": config}
+
+    def frozen(params):
+        # Without this, the backward pass of frozen layers would be computed and thrown away.
+        return jax.tree.map(
+            lambda p, train: p if train else jax.lax.stop_gradient(p), params, trainable
+        )
+
+    if config.train.accumulate_steps == 1:
+
+        def loss_of_batch(params):
+            return compute_losses(frozen(params), batch, key, **parts, mesh=mesh)
+
+        return jax.value_and_grad(loss_of_batch, has_aux=True)(params)
+
+    noise_key, dropout_key = jax.random.split(key)
+    dn = denoising_queries(batch, noise_key, config)
+    steps = config.train.accumulate_steps
+
+    def of_device(params, rows, totals, dropout_key):
+        # From here on every device has its own copy, whose gradient is summed once, at the end.
+        params = jax.lax.pcast(params, "data", to="varying")
+        dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index("data"))
+        rows = jax.tree.map(lambda x: x.reshape(steps, -1, *x.shape[1:]), rows)
+
+        def add(sums, part_and_key):
+            part, key = part_and_key
+
+            def loss_of_part(params):
+                return _losses(frozen(params), *part, key, **parts, mesh=None, totals=totals)
+
+            result, grads = jax.value_and_grad(loss_of_part, has_aux=True)(params)
+            return jax.tree.map(jnp.add, sums, grads), result
+
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        keys = jax.random.split(dropout_key, steps)
+        grads, results = jax.lax.scan(add, zeros, (rows, keys))
+        results = jax.tree.map(lambda x: jnp.sum(x, axis=0), results)
+        return jax.lax.psum((results, grads), "data")
+
+    # Within `shard_map` the gradients are summed over the devices once, not once in every part.
+    summed = jax.shard_map(of_device, mesh=mesh, in_specs=(P(), P("data"), P(), P()), out_specs=P())
+    return summed(params, (batch, dn), Totals.of(batch, dn), dropout_key)
 
 
 def train_step(
@@ -243,22 +307,20 @@ def train_step(
     config: ConfigDict,
     mesh: Mesh,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimizer step. `trainable` has a bool for every parameter; see `compute_losses`.
+    """One optimizer step. `trainable` has a bool for every parameter; see `compute_gradients`.
 
     Returns:
       The new state and the metrics: `loss`, its terms, and the global norms `grad_norm` (before
       clipping), `update_norm` and `param_norm`.
     """
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-
-    def loss_of(params):
-        # Without this, the backward pass of frozen layers would be computed and thrown away.
-        params = jax.tree.map(
-            lambda p, train: p if train else jax.lax.stop_gradient(p), params, trainable
-        )
-        return compute_losses(params, batch, key, model=model, config=config, mesh=mesh)
-
-    (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+    (loss, metrics), grads = compute_gradients(
+        state.params, batch, key, trainable=trainable, model=model, config=config, mesh=mesh
+    )
+    if config.mesh.shard_optimizer:
+        # Every device goes on with its part of the gradients, to update its part of the moments.
+        split = largest_axis_over_data(grads, mesh)
+        grads = jax.lax.with_sharding_constraint(grads, split)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics |= {
@@ -267,7 +329,10 @@ def train_step(
         "update_norm": optax.tree.norm(updates),
         "param_norm": optax.tree.norm(params),
     }
-    return TrainState(state.step + 1, params, opt_state), metrics
+    ema = state.ema
+    if ema is not None:
+        ema = moving_average(ema, params, state.step, config.train.ema_decay)
+    return TrainState(state.step + 1, params, opt_state, ema), metrics
 
 
 def detect(
@@ -322,18 +387,18 @@ def jit_train_step(
             mesh=mesh,
         )
 
-    shapes = abstract_state(model, optimizer, mesh), abstract_batch(config, "train", mesh)
-    names = sorted(jax.eval_shape(step, *shapes)[1])
+    state_shapes = abstract_state(model, optimizer, config, mesh)
+    names = sorted(jax.eval_shape(step, state_shapes, abstract_batch(config, "train", mesh))[1])
 
     def packed(state, batch):
         state, metrics = step(state, batch)
         return state, jnp.stack([metrics[name].astype(jnp.float32) for name in names])
 
-    everywhere = replicated(mesh)
+    state_shardings = shardings(state_shapes)
     jitted = jax.jit(
         packed,
-        in_shardings=(everywhere, over_data(mesh)),
-        out_shardings=(everywhere, everywhere),
+        in_shardings=(state_shardings, over_data(mesh)),
+        out_shardings=(state_shardings, replicated(mesh)),
         donate_argnums=0,
     )
     return jitted, names

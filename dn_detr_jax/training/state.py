@@ -1,0 +1,127 @@
+"""The train state: parameters, optimizer, moving average, and how they lie on the devices.
+
+Parameters have a copy on every device. What is only updated, the optimizer's moments and the moving
+average, may be split over the devices instead (Rajbhandari et al., "ZeRO", SC 2020, stage 1): every
+device then updates its part, and the new parameters are gathered once per step.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dn_detr_jax.sharding import largest_axis_over_data, replicated, with_sharding
+
+PyTree = Any
+
+
+@flax.struct.dataclass
+class TrainState:
+    """What a training step maps to its successor.
+
+    Attributes:
+      step: int32 scalar, steps done.
+      params: nested dictionary of float32 arrays.
+      opt_state: of the optax transformation.
+      ema: moving average of `params`, shaped like them; None with `train.ema_decay` of 0.
+    """
+
+    step: jax.Array
+    params: PyTree
+    opt_state: PyTree
+    ema: PyTree = None
+
+
+def abstract_state(
+    model: nn.Module, optimizer: optax.GradientTransformation, config: ConfigDict, mesh: Mesh
+) -> TrainState:
+    """Shapes and shardings of the train state; computes nothing."""
+    shapes = jax.eval_shape(_init_function(model, optimizer, config), jax.random.key(0))
+    state = with_sharding(shapes, replicated(mesh))
+    if not config.mesh.shard_optimizer:
+        return state
+    split = largest_axis_over_data((shapes.opt_state, shapes.ema), mesh)
+    opt_state, ema = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        (shapes.opt_state, shapes.ema),
+        split,
+    )
+    return state.replace(opt_state=opt_state, ema=ema)
+
+
+def init_state(
+    model: nn.Module, optimizer: optax.GradientTransformation, config: ConfigDict, mesh: Mesh
+) -> TrainState:
+    """Initialises the state on the mesh.
+
+    Args:
+      model: detector.
+      optimizer: its state goes into the train state.
+      config: whole configuration.
+      mesh: with an axis `data`.
+    """
+    # It runs once: all that counts is the time to compile it.
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    init = jax.jit(
+        _init_function(model, optimizer, config),
+        out_shardings=shardings(abstract_state(model, optimizer, config, mesh)),
+        compiler_options={"xla_backend_optimization_level": 0} if on_cpu else None,
+    )
+    return init(jax.random.key(config.seed))
+
+
+def _init_function(
+    model: nn.Module, optimizer: optax.GradientTransformation, config: ConfigDict
+) -> Callable[[jax.Array], TrainState]:
+    def init(key):
+        # Parameters do not depend on the size of the picture.
+        variables = model.init(key, jnp.zeros((1, 64, 64, 3)), jnp.full((1, 2), 64))
+        params = variables["params"]
+        ema = params if config.train.ema_decay else None
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
+
+    return init
+
+
+def shardings(state: TrainState) -> TrainState:
+    """The shardings of a state, or of what `abstract_state` says of it."""
+    return jax.tree.map(lambda x: x.sharding, state)
+
+
+def start_from(state: TrainState, params: PyTree) -> TrainState:
+    """A fresh state with other parameters; the moving average starts at them too."""
+    if state.ema is None:
+        return state.replace(params=params)
+    # A copy: the step takes over all buffers of a state, so that none may be there twice.
+    copy = jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=shardings(state.ema))
+    return state.replace(params=params, ema=copy(params))
+
+
+def evaluation_params(state: TrainState, mesh: Mesh) -> PyTree:
+    """What is evaluated: the moving average where there is one, with a copy on every device."""
+    if state.ema is None:
+        return state.params
+    return jax.jit(lambda p: p, out_shardings=replicated(mesh))(state.ema)
+
+
+def moving_average(ema: PyTree, params: PyTree, step: jax.Array, decay: float) -> PyTree:
+    """The exponential moving average, with the new parameters taken in.
+
+    `ema <- ema + (1 - d) * (params - ema)` with `d = min(decay, (1 + step) / (10 + step))`: early
+    on the average is short, so that it does not hold on to the start.
+
+    Args:
+      ema: average so far.
+      params: new parameters.
+      step: updates before this one.
+      decay: in [0, 1).
+    """
+    warming = (1.0 + step) / (10.0 + step)
+    share = 1.0 - jnp.minimum(decay, warming).astype(jnp.float32)
+    return jax.tree.map(lambda e, p: e + share * (p - e), ema, params)
