@@ -214,6 +214,44 @@ def test_bfloat16_gives_float32_outputs_near_those_of_float32(tiny):
     assert np.mean(bits != 0) > 0.9
 
 
+def operations(jaxpr):
+    """(name, dtypes of the floating operands) of everything in a traced program."""
+    for equation in jaxpr.eqns:
+        dtypes = {v.aval.dtype.name for v in equation.invars if hasattr(v.aval, "dtype")}
+        yield equation.primitive.name, dtypes & {"float32", "bfloat16"}
+        for value in jax.tree.leaves(list(equation.params.values())):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from operations(inner)
+
+
+def test_bfloat16_is_for_convolutions_and_matrices_alone(tiny):
+    """Of the whole loss: softmax, norms, boxes, costs and losses in float32, by what they consist
+    of, and gradients too; all convolutions and matrix products in bfloat16.
+
+    Catches a softmax or a cost in bfloat16, and a product that float32 constants made slow.
+    """
+    config = tiny_config()
+    config.model.dtype = "bfloat16"
+    model, batch = build_model(config.model), picture_batch()
+
+    def loss(params):
+        rest = {"model": model, "config": config, "mesh": tiny.mesh}
+        return compute_losses(params, batch, jax.random.key(0), **rest)[0]
+
+    used = list(operations(jax.make_jaxpr(loss)(tiny.shapes).jaxpr))
+    exact = {"exp", "log", "log1p", "pow", "logistic", "sin", "cos", "rsqrt", "div", "sub", "abs"}
+    exact |= {"square", "reduce_sum", "reduce_max", "cumsum", "pure_callback"}
+    assert exact <= {name for name, _ in used}
+    assert {(name, *dtypes) for name, dtypes in used if name in exact and dtypes} == {
+        (name, "float32") for name in exact
+    }
+    large = [dtypes for name, dtypes in used if name in ("dot_general", "conv_general_dilated")]
+    assert len(large) > 50 and all(dtypes == {"bfloat16"} for dtypes in large)
+    gradient = jax.eval_shape(jax.grad(loss), tiny.shapes)
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
+
+
 def rematerialised(tiny, parts):
     """The loss as a function of parameters, batch and noise, with these parts rematerialised."""
     config = tiny_config()
