@@ -27,7 +27,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from dn_detr_jax.command_line import define_step_flag, run_main
+from dn_detr_jax.command_line import define_step_flag, log_to_terminal, run_main
 from dn_detr_jax.config import ConfigError
 from dn_detr_jax.data.errors import DataError
 from dn_detr_jax.predictor import Detections, Predictor, load, read_picture
@@ -35,6 +35,7 @@ from dn_detr_jax.training.errors import TrainingError
 from dn_detr_jax.visualize import draw_detections, save_jpeg
 
 FLAGS = flags.FLAGS
+logger = logging.getLogger("dn_detr_jax.predict")  # as a command, this module has another name
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
@@ -159,15 +160,14 @@ def _write_json(path: Path, lines: list[dict]) -> None:
 
 def main(argv: Sequence[str]) -> None:
     """Runs what the flags say."""
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("dn_detr_jax").setLevel(logging.INFO)
+    log_to_terminal()
     paths = find_pictures(argv[1:])
     # A batch that is not full takes as long as a full one.
     batch_size = min(FLAGS.batch_size, len(paths))
     predictor = load(FLAGS.workdir, FLAGS.step, batch_size=batch_size)
     failures = run(predictor, paths, Path(FLAGS.out), FLAGS.threshold, FLAGS.draw)
     for failure in failures:
-        logging.error("can't be read: %s", failure)
+        logger.error("can't be read: %s", failure)
     print(f"Wrote {len(paths) - len(failures)} pictures' detections to {FLAGS.out}")
     if failures:
         raise DataError(f"{len(failures)} of {len(paths)} files can't be read, named above")

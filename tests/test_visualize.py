@@ -252,3 +252,30 @@ def test_global_state_of_matplotlib_is_left_alone(tmp_path):
     visualize.render_curves({"run": path})
     visualize.render_attention_mask(*attention(np.ones(2, bool), 2, 3))
     assert dict(matplotlib.rcParams) == before
+
+
+def test_detections_are_drawn_at_the_pictures_own_resolution():
+    """Catches boxes off by one, colours that don't follow the label, the order of drawing."""
+    black = np.zeros((400, 500, 3), np.uint8)
+    boxes = np.array([[100, 100, 300, 200], [200, 150, 450, 390], [-20, 350, 40, 900]])
+    drawn = visualize.draw_detections(black, boxes, [0, 2, 2], [0.9, 0.8, 0.7], ["a", "b", "c"])
+    assert drawn.shape == black.shape and not black.any()
+    first, other = visualize.ORANGE, visualize.GREEN
+    below_text = np.where(np.arange(400)[:, None, None] < 101, 0, drawn)
+    assert extent(below_text, first)[::2] == (100, 299) and extent(drawn, first)[3] == 199
+    assert extent(drawn[220:, 200:], other)[2:] == (449 - 200, 389 - 220)
+    assert (drawn[150:152, 205:295] == rgb(other)).all()
+    assert (drawn[160:199, 298:300] == rgb(first)).all()
+    assert (drawn[198:200, 202:298] == rgb(first)).all()  # the surer box is on top
+    assert (drawn[399, 5:35] == rgb(other)).all()  # cut off at the edge
+    wide = visualize.draw_detections(np.zeros((400, 2000, 3), np.uint8), boxes[:1], [0], [1], "a")
+    assert (wide[150, 100:105] == rgb(first)).all() and not wide[150, 105].any()
+
+
+def test_a_jpeg_is_whole_and_near(tmp_path):
+    image = np.zeros((64, 64, 3), np.uint8)
+    image[20:22] = rgb(visualize.ORANGE)  # a line as thin as those of the boxes
+    visualize.save_jpeg(image, tmp_path / "new" / "a.jpg")
+    with Image.open(tmp_path / "new" / "a.jpg") as saved:
+        assert np.abs(np.asarray(saved, int) - image).max() < 40
+    assert len(list((tmp_path / "new").iterdir())) == 1
