@@ -10,7 +10,7 @@ from coco_directory import photograph
 from PIL import ExifTags, Image, ImageOps
 
 from dn_detr_jax.data.errors import DataError
-from dn_detr_jax.data.images import decode, read_header
+from dn_detr_jax.data.images import decode, decode_upright, read_header
 
 
 def encoded(picture: Image.Image, kind: str, **options) -> bytes:
@@ -119,8 +119,8 @@ def test_orientation_is_applied_exactly_where_the_annotated_size_says_so(orienta
     data = with_orientation(PHOTO, orientation, kind)
     stored = np.asarray(opened(data))
     shown = np.asarray(ImageOps.exif_transpose(opened(data)))
-    assert read_header(data) == ((37, 50), orientation)
-    assert read_header(data).shown_size == shown.shape[:2]
+    assert read_header(io.BytesIO(data)) == ((37, 50), orientation)
+    assert read_header(io.BytesIO(data)).shown_size == shown.shape[:2]
     np.testing.assert_array_equal(decode(data), stored)
     np.testing.assert_array_equal(decode(data, (37, 50)), stored)
     if orientation >= 5:
@@ -132,6 +132,19 @@ def test_orientation_is_applied_exactly_where_the_annotated_size_says_so(orienta
             decode(data, (50, 37))
     with pytest.raises(DataError, match=r"is 50 x 37 pixels .* annotated as 60 x 37"):
         decode(data, (37, 60))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_tiff_is_turned_like_any_other(orientation):
+    """Pillow turns TIFF by itself, and tells the size as shown."""
+    data = with_orientation(PHOTO, orientation, "TIFF")
+    stored = np.asarray(PHOTO)
+    shown = np.asarray(ImageOps.exif_transpose(opened(with_orientation(PHOTO, orientation, "PNG"))))
+    assert read_header(io.BytesIO(data)) == ((37, 50), orientation)
+    np.testing.assert_array_equal(decode(data, (37, 50)), stored)
+    np.testing.assert_array_equal(decode_upright(data), shown)
+    if orientation >= 5:
+        np.testing.assert_array_equal(decode(data, (50, 37)), shown)
 
 
 def test_a_square_picture_stays_as_stored():
@@ -164,7 +177,7 @@ def test_rubbish_is_refused(data):
     with pytest.raises(DataError, match=r"no readable picture|damaged"):
         decode(data)
     with pytest.raises(DataError, match=r"no readable picture|damaged"):
-        read_header(data)
+        read_header(io.BytesIO(data))
 
 
 def test_noise_in_a_file_is_refused_or_decoded_but_nothing_else():

@@ -69,7 +69,7 @@ class Findings:
         finding = found.setdefault(kind, Finding())
         finding.count += 1
         if len(finding.examples) < _EXAMPLES:
-            finding.examples.append(_shortened(str(example)))
+            finding.examples.append(_shortened(str(example), 1000))
 
     def raise_errors(self, source: str, advice: str) -> None:
         """Raises a DataError that names all the errors, if there are any."""
@@ -95,8 +95,10 @@ def find_split(directory: Path, split: str, split_config: ConfigDict) -> SplitFi
     """
     annotations = find_annotations(directory, split, split_config)
     if annotations is None:
-        names = _annotation_names(split)
-        raise DataError(_nothing_found(directory, names, f"data.{split}.annotations"))
+        year, _, plain, *_ = _FOLDERS[split]
+        usual = [f"annotations/instances_{name}.json" for name in (year, plain)]
+        usual += [f"{plain}.json", f"{plain}/_annotations.coco.json and the like"]
+        raise DataError(_nothing_found(directory, usual, f"data.{split}.annotations"))
     if split_config.images:
         images = directory / split_config.images
         if not images.is_dir():
@@ -393,8 +395,8 @@ def _bbox(entry: Any) -> list[float]:
 
 def _text(entry: Any, key: str) -> str:
     value = _value(entry, key)
-    if not isinstance(value, str) or not value:
-        raise _MalformedError(f"{key} is {_shown(value)}, expected text")
+    if not isinstance(value, str) or not value.isprintable() or not value:
+        raise _MalformedError(f"{key} is {_shown(value)}, expected printable text")
     return value
 
 
@@ -409,8 +411,8 @@ def _shown(value: Any) -> str:
         return _kind(value)
 
 
-def _shortened(text: str) -> str:
-    return text if len(text) <= 100 else text[:97] + "..."
+def _shortened(text: str, length: int = 100) -> str:
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def missing_files(images: Path, file_names: Iterable[str]) -> list[str]:

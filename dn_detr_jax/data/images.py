@@ -8,7 +8,7 @@ as shown, and files don't say which. The annotated size does, where a rotation c
 """
 
 import io
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import cv2
 import numpy as np
@@ -39,16 +39,13 @@ class Header(NamedTuple):
         return self.size[::-1] if self.orientation >= 5 else self.size
 
 
-def read_header(data: bytes) -> Header:
-    """The header of a picture.
-
-    Args:
-      data: the file; its pixels are not decoded.
+def read_header(file: BinaryIO) -> Header:
+    """The header of a picture, the only part of the file that is read.
 
     Raises:
       DataError: it is no picture of a known kind.
     """
-    with _open(data) as picture:
+    with _open(file) as picture:
         return _header(picture)
 
 
@@ -66,10 +63,10 @@ def decode(data: bytes, size: tuple[int, int] | None = None) -> np.ndarray:
     Raises:
       DataError: no picture, damaged, cut off, too large to be one, or not of the annotated size.
     """
-    with _open(data) as picture:
+    with _open(io.BytesIO(data)) as picture:
         header = _header(picture)
-        turn = _needs_turn(header, size)
-        image = _pixels(picture, data)
+        turn = needs_turn(header, size)
+        image = _pixels(picture, header.orientation, data)
     return np.ascontiguousarray(_turned(image, header.orientation)) if turn else image
 
 
@@ -87,22 +84,23 @@ def decode_upright(source: bytes | Image.Image) -> np.ndarray:
     """
     if isinstance(source, Image.Image):
         return _upright(source, b"")
-    with _open(source) as picture:
+    with _open(io.BytesIO(source)) as picture:
         return _upright(picture, source)
 
 
 def _upright(picture: Image.Image, data: bytes) -> np.ndarray:
-    image = _pixels(picture, data)
-    # Asked after the pixels: those of a TIFF are turned by Pillow, which then forgets the tag.
-    return np.ascontiguousarray(_turned(image, _header(picture).orientation))
+    header = _header(picture)
+    image = _pixels(picture, header.orientation, data)
+    return np.ascontiguousarray(_turned(image, header.orientation))
 
 
-def _open(data: bytes) -> Image.Image:
+def _open(file: BinaryIO) -> Image.Image:
     try:
-        return Image.open(io.BytesIO(data), formats=_FORMATS)
+        return Image.open(file, formats=_FORMATS)
     except Image.UnidentifiedImageError:
         kinds = ", ".join(_FORMATS)
-        raise DataError(f"{len(data)} bytes that are no readable picture: {kinds}") from None
+        size = file.seek(0, io.SEEK_END)
+        raise DataError(f"{size} bytes that are no readable picture: {kinds}") from None
     except Exception as error:  # Pillow's readers raise whatever a damaged file leads them to
         raise DataError(_damage(error)) from error
 
@@ -118,11 +116,21 @@ def _header(picture: Image.Image) -> Header:
         orientation = 1
     if not isinstance(orientation, int) or not 1 <= orientation <= 8:
         orientation = 1
-    return Header((picture.height, picture.width), orientation)
+    size = picture.height, picture.width
+    turned = picture.format == "TIFF" and orientation >= 5  # Pillow says the size as shown
+    return Header(size[::-1] if turned else size, orientation)
 
 
-def _needs_turn(header: Header, size: tuple[int, int] | None) -> bool:
-    """Whether a picture of the annotated size is the stored one with its orientation applied."""
+def needs_turn(header: Header, size: tuple[int, int] | None) -> bool:
+    """Whether a picture of the annotated size is the stored one with its orientation applied.
+
+    Args:
+      header: of the file.
+      size: annotated height and width; None: as stored.
+
+    Raises:
+      DataError: neither the stored picture nor the turned one has that size.
+    """
     if size is None or tuple(size) == header.size:
         return False
     if tuple(size) == header.shown_size:
@@ -134,9 +142,12 @@ def _needs_turn(header: Header, size: tuple[int, int] | None) -> bool:
     )
 
 
-def _pixels(picture: Image.Image, data: bytes) -> np.ndarray:
-    """RGB as stored. OpenCV fills what a file that is cut off lacks, without a word: only files
-    that end as they should are left to it."""
+def _pixels(picture: Image.Image, orientation: int, data: bytes) -> np.ndarray:
+    """RGB as stored, whatever the orientation, which was read before.
+
+    OpenCV fills what a file that is cut off lacks, without a word: only files that end as they
+    should are left to it.
+    """
     if picture.format in _JPEG and picture.mode in ("RGB", "L") and data.endswith(_END_OF_JPEG):
         flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
@@ -144,11 +155,14 @@ def _pixels(picture: Image.Image, data: bytes) -> np.ndarray:
             return image
     try:
         picture.load()
-        return _to_rgb(picture)
+        image = _to_rgb(picture)
     except DataError:
         raise
     except Exception as error:  # as in _open
         raise DataError(_damage(error)) from error
+    if picture.format == "TIFF":  # which Pillow has turned
+        return _turned(image, {6: 8, 8: 6}.get(orientation, orientation))
+    return image
 
 
 def _to_rgb(picture: Image.Image) -> np.ndarray:

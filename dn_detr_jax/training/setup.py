@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import logging
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from ml_collections import ConfigDict
 
 from dn_detr_jax.config import ConfigError, validate
 from dn_detr_jax.data.datasets import Dataset, open_dataset
+from dn_detr_jax.data.errors import DataError
 from dn_detr_jax.data.loader import eval_batches
 from dn_detr_jax.data.plan import steps_per_epoch
 from dn_detr_jax.models.registry import abstract_params, build_model
@@ -76,6 +78,8 @@ def set_up(config: ConfigDict, training: Dataset | None = None) -> Setup:
             f"a divisor of the {rows} pictures per device: train.batch_size / {mesh.size} devices",
         )
     validation = open_dataset(config.data, "validation")
+    if training is not None:
+        check_same_classes(training, validation)
     config = resolve(config, validation if training is None else training)
     for dataset in (validation, training):
         if dataset is not None:
@@ -96,6 +100,22 @@ def resolve(config: ConfigDict, dataset: Dataset) -> ConfigDict:
         config.data.max_objects = max(int(dataset.annotations.counts.max(initial=0)), 1)
     validate(config)
     return config
+
+
+def check_same_classes(training: Dataset, validation: Dataset) -> None:
+    """Raises DataError unless a label means the same in both splits."""
+    pairs = itertools.zip_longest(training.categories, validation.categories)
+    for label, (one, other) in enumerate(pairs):
+        if one != other:
+            in_training, in_validation = (
+                f"{category.name!r} (id {category.id})" if category else "nothing"
+                for category in (one, other)
+            )
+            raise DataError(
+                f"label {label} of {training.name!r} is {in_training} in the training data, "
+                f"{in_validation} in the validation data: both annotation files must list the "
+                "same categories"
+            )
 
 
 def check_classes(config: ConfigDict, dataset: Dataset) -> None:

@@ -1,0 +1,400 @@
+"""The report on a directory: every kind of defect is named, and nothing in a file makes it fail."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from coco_directory import document, photograph, write_coco, write_split
+from coco_sample import COCO_SAMPLE, needs_coco_sample
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import ExifTags, Image
+
+from dn_detr_jax.config import base_config
+from dn_detr_jax.data import images
+from dn_detr_jax.data.check import check, check_split, report
+from dn_detr_jax.data.datasets import open_dataset
+from dn_detr_jax.data.errors import DataError
+
+TRAIN = "annotations/instances_train2017.json"
+
+
+def data_config(directory):
+    config = base_config().data
+    config.dir = str(directory)
+    return config
+
+
+def train_findings(directory, decode=False):
+    """Kinds of errors and of warnings of the training split, with their text."""
+    train, _ = check(data_config(directory), decode)
+    errors = {kind: str(finding) for kind, finding in train.findings.errors.items()}
+    return errors, {kind: str(finding) for kind, finding in train.findings.warnings.items()}
+
+
+def change(directory, function):
+    path = directory / TRAIN
+    content = json.loads(path.read_text())
+    function(content)
+    path.write_text(json.dumps(content))
+
+
+def test_a_directory_without_fault(tmp_path):
+    splits = check(data_config(write_coco(tmp_path)), decode=True)
+    text = report(splits)
+    assert not any(split.findings.errors for split in splits)
+    assert "0 errors" in text and "This can be trained on." in text
+    assert "model.num_classes=8 with data.labels=category_ids" in text
+    assert "model.num_classes=3 with data.labels=contiguous" in text
+    counts = splits[0].annotations.counts
+    content = json.loads((tmp_path / TRAIN).read_text())
+    assert counts.sum() == sum(not a["iscrowd"] for a in content["annotations"])
+    assert f"all up to {counts.max()}" in text and "6 images" in text
+
+
+def exif_of(path, orientation):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    with Image.open(path) as picture:
+        picture.load()
+        picture.save(path, exif=exif)
+
+
+def rotate_file(directory, name):
+    exif_of(directory / "train2017" / name, 6)
+
+
+ERRORS = {
+    "unknown category": (
+        lambda c: c["annotations"][2].update(category_id=12),
+        "annotation of an unknown category",
+        "category_id 12",
+    ),
+    "unknown image": (
+        lambda c: c["annotations"][2].update(image_id=12),
+        "annotation of an unknown image",
+        "image_id 12",
+    ),
+    "image twice": (
+        lambda c: c["images"].append(dict(c["images"][1], file_name="b.jpg")),
+        "image id that comes twice",
+        "493 (0493.jpg and b.jpg)",
+    ),
+    "category twice": (
+        lambda c: c["categories"].append({"id": 7, "name": "crab"}),
+        "category id that comes twice",
+        "7 ('fish' and 'crab')",
+    ),
+    "missing file": (
+        lambda c: c["images"].append({"id": 1, "file_name": "no.jpg", "height": 1, "width": 1}),
+        "image that is not on disk",
+        "no.jpg",
+    ),
+    "wrong size": (
+        lambda c: c["images"][0].update(height=999),
+        "image that can't be used",
+        "0500.jpg: is ",
+    ),
+    "text for a number": (
+        lambda c: c["annotations"][3].update(bbox=[1, 2, "3", 4]),
+        "malformed annotation",
+        'annotations[3]: bbox is [1, 2, "3", 4]',
+    ),
+    "three numbers": (
+        lambda c: c["annotations"][3].update(bbox=[1, 2, 3]),
+        "malformed annotation",
+        "expected [left, top, width, height]",
+    ),
+    "no bbox": (
+        lambda c: c["annotations"][3].pop("bbox"),
+        "malformed annotation",
+        "annotations[3]: bbox is missing",
+    ),
+    "crowd of 2": (
+        lambda c: c["annotations"][3].update(iscrowd=2),
+        "malformed annotation",
+        "iscrowd is 2, expected 0 or 1",
+    ),
+    "no height": (
+        lambda c: c["images"][3].pop("height"),
+        "malformed image",
+        "images[3]: height is missing",
+    ),
+    "id of an image as text": (
+        lambda c: c["images"][3].update(id="3"),
+        "malformed image",
+        'id is "3", expected a whole number of at least 0',
+    ),
+    "nameless category": (
+        lambda c: c["categories"][0].pop("name"),
+        "malformed category",
+        "categories[0]: name is missing",
+    ),
+    "no images": (lambda c: c.update(images=[]), "no images", "empty"),
+    "no list": (
+        lambda c: c.update(categories={"7": "fish"}),
+        "no COCO format",
+        "expected a list of categories, got a dict",
+    ),
+    "part is missing": (
+        lambda c: c.pop("annotations"),
+        "no COCO format",
+        "expected a list of annotations, got nothing",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_are_named_and_stop_a_training(tmp_path, name):
+    defect, kind, example = ERRORS[name]
+    change(write_coco(tmp_path), defect)
+    errors, _ = train_findings(tmp_path)
+    assert example in errors[kind]
+    with pytest.raises(DataError):
+        dataset = open_dataset(data_config(tmp_path), "train")
+        for i in range(len(dataset)):
+            images.decode(dataset.source[i].image, tuple(dataset.sizes[i].tolist()))
+
+
+WARNINGS = {
+    "beyond": (
+        lambda c: c["annotations"][2].update(bbox=[-9, 1, 20, 20]),
+        "box beyond its image, cut in training",
+        "[-9, 1, 20, 20], annotation",
+    ),
+    "outside": (
+        lambda c: c["annotations"][2].update(bbox=[900, 1, 20, 20]),
+        "box without extent in its image, no training target",
+        "[900, 1, 20, 20], annotation",
+    ),
+    "no width": (
+        lambda c: c["annotations"][2].update(bbox=[9, 1, 0, 20]),
+        "box without extent in its image, no training target",
+        "[9, 1, 0, 20], annotation",
+    ),
+    "nan": (
+        lambda c: c["annotations"][2].update(bbox=[float("nan"), 1, 2, 20]),
+        "box without extent in its image, no training target",
+        "[nan, 1, 2, 20], annotation",
+    ),
+    "area": (
+        lambda c: c["annotations"][2].update(area=-1),
+        "area that is negative or not finite, of no size in the evaluation",
+        "annotation",
+    ),
+    "annotation twice": (
+        lambda c: c["annotations"][2].update(id=c["annotations"][1]["id"]),
+        "annotation id that comes twice",
+        "10",
+    ),
+    "unlisted": (
+        lambda c: (
+            c["images"].pop(),
+            c.update(annotations=[a for a in c["annotations"] if a["image_id"] != 465]),
+        ),
+        "image that no annotation file lists, not used",
+        "0465.jpg",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WARNINGS)
+def test_warnings_are_named_and_stop_nothing(tmp_path, name):
+    defect, kind, example = WARNINGS[name]
+    change(write_coco(tmp_path), defect)
+    errors, warnings = train_findings(tmp_path)
+    assert not errors and example in warnings[kind]
+    dataset = open_dataset(data_config(tmp_path), "train")
+    for i in range(len(dataset)):
+        assert np.isfinite(dataset.source[i].boxes).all()
+
+
+def test_a_class_without_objects_is_a_warning(tmp_path):
+    write_coco(tmp_path)
+    for path in (tmp_path / "annotations").iterdir():
+        content = json.loads(path.read_text())
+        content["categories"].append({"id": 9, "name": "whale"})
+        path.write_text(json.dumps(content))
+    errors, warnings = train_findings(tmp_path)
+    assert not errors and warnings["class without any object"] == "whale (9)"
+
+
+def test_sizes_are_compared_with_the_orientation(tmp_path):
+    """Turned by EXIF, a file fits its annotation as stored and as shown, and no other."""
+    write_coco(tmp_path)
+    exif_of(tmp_path / "train2017/0500.jpg", 6)
+    assert not train_findings(tmp_path)[0]
+
+    def turn(content):
+        image = content["images"][0]
+        image["height"], image["width"] = image["width"], image["height"]
+
+    change(tmp_path, turn)
+    assert not train_findings(tmp_path)[0]
+    exif_of(tmp_path / "train2017/0500.jpg", 1)
+    assert "0500.jpg: is " in train_findings(tmp_path)[0]["image that can't be used"]
+
+
+def test_damaged_images(tmp_path):
+    """A header that is rubbish is seen at once, pixels that are cut off with --decode."""
+    write_coco(tmp_path)
+    (tmp_path / "train2017/0500.jpg").write_bytes(b"rubbish")
+    whole = (tmp_path / "train2017/0493.jpg").read_bytes()
+    (tmp_path / "train2017/0493.jpg").write_bytes(whole[: len(whole) * 2 // 3])
+    (problem,) = train_findings(tmp_path)[0].values()
+    assert "0500.jpg: 7 bytes that are no readable" in problem and "0493" not in problem
+    (problem,) = train_findings(tmp_path, decode=True)[0].values()
+    assert "0493.jpg: a damaged picture" in problem
+
+
+def test_headers_are_all_that_is_read(tmp_path, monkeypatch):
+    write_coco(tmp_path)
+    monkeypatch.setattr(images.Image.Image, "load", None)
+    assert not train_findings(tmp_path)[0]
+
+
+def test_splits_are_compared(tmp_path):
+    write_split(tmp_path / "train.json", tmp_path / "images", document(3))
+    content = document(2)
+    content["categories"] = [
+        {"id": 7, "name": "fish"},
+        {"id": 3, "name": "hat"},
+        *content["categories"][2:],
+    ]
+    write_split(tmp_path / "val.json", tmp_path / "images", content)
+    _, validation = check(data_config(tmp_path))
+    (error,) = validation.findings.errors.values()
+    assert error.count == 2 and "'cat' (3) is in the training file" in str(error)
+    assert "'hat' (3) is in the validation file" in str(error)
+    (kind,) = (kind for kind in validation.findings.warnings if "in the training split" in kind)
+    assert str(validation.findings.warnings[kind]) == "0500.jpg; 0493.jpg"
+    assert not any("lists" in kind for kind in validation.findings.warnings)
+
+
+def test_examples_are_limited(tmp_path):
+    write_coco(tmp_path, train=12)
+    for image in json.loads((tmp_path / TRAIN).read_text())["images"]:
+        (tmp_path / "train2017" / image["file_name"]).unlink()
+    text = report(check(data_config(tmp_path)))
+    assert "image that is not on disk (12)" in text and "and 7 more" in text
+    assert text.count(".jpg") < 12
+
+
+def run_command(*arguments):
+    command = [sys.executable, "-m", "dn_detr_jax.data.check", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_command(tmp_path):
+    write_coco(tmp_path)
+    (tmp_path / TRAIN).rename(tmp_path / "mine.json")
+    run = run_command(tmp_path, "--config.data.train.annotations=mine.json")
+    assert run.returncode == 0 and "This can be trained on." in run.stdout and not run.stderr
+    run = run_command(tmp_path)
+    assert run.returncode == 1 and "error: files not found (1)" in run.stdout and not run.stderr
+    assert "mine.json" in run.stdout  # what is there instead
+
+
+def test_what_is_no_such_directory(tmp_path, digits_dir):
+    with pytest.raises(DataError, match="there is no such folder"):
+        check(data_config(tmp_path / "nothing"))
+    with pytest.raises(DataError, match="is prepared by TFDS"):
+        check(data_config(digits_dir / "digit_scenes" / "tiny"))
+
+
+@needs_coco_sample
+def test_the_sample_of_coco():
+    """It has a photograph in both splits, and two without objects."""
+    train, validation = check(data_config(COCO_SAMPLE))
+    assert not train.findings.errors and not validation.findings.errors
+    assert not train.findings.warnings
+    assert (train.annotations.counts == 0).sum() == 2
+    (finding,) = validation.findings.warnings.values()
+    assert str(finding) == "000000184321.jpg"
+
+
+RUBBISH = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 3),
+    st.sampled_from([10**6, 2**31, 2**63, 10**400, -(10**30)]),
+    st.floats(allow_nan=True, allow_infinity=True),
+    st.sampled_from(["", "a", "0001.jpg", "../x", "/", "\0", "a\nb", "\ud800", "1"]),
+    st.just([]),
+    st.just({}),
+    st.lists(st.floats(-50, 80), min_size=4, max_size=4),
+)
+
+
+def paths_in(value, path=()):
+    """The path of everything in a JSON value."""
+    entries = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, entry in entries:
+        yield (*path, key)
+        if isinstance(entry, dict | list):
+            yield from paths_in(entry, (*path, key))
+
+
+@pytest.fixture(scope="module")
+def fuzzed(tmp_path_factory):
+    """A directory whose annotation file is changed, and what it was."""
+    directory = tmp_path_factory.mktemp("fuzzed")
+    content = document(3)
+    write_split(directory / "train.json", directory / "train", content)
+    return directory, content
+
+
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_whatever_a_file_says_is_reported_and_stops_a_training_or_does_not(fuzzed, data):
+    """No traceback; and a directory without errors can be opened, one with errors can't."""
+    directory, original = fuzzed
+    content = copy.deepcopy(original)
+    for _ in range(data.draw(st.integers(1, 3))):
+        *above, last = data.draw(st.sampled_from(list(paths_in(content))))
+        place = content
+        for key in above:
+            place = place[key]
+        if data.draw(st.booleans()):
+            place[last] = data.draw(RUBBISH)
+        else:
+            place.pop(last)
+        if not content:
+            break
+    (directory / "train.json").write_text(json.dumps(content))
+    config = data_config(directory)
+    split = check_split(directory, "train", config.train)
+    report([split]).encode()
+    try:
+        dataset = open_dataset(config, "train")
+        for i in range(len(dataset)):
+            example = dataset.source[i]
+            assert np.isfinite(example.boxes).all() and (example.labels >= 0).all()
+            images.decode(example.image, tuple(dataset.sizes[i].tolist()))
+        assert dataset.coco_ground_truth()["images"]
+        usable = True
+    except DataError as error:
+        assert "\n" not in str(error)
+        usable = "category_ids" in str(error)  # right as such, but not as labels
+    assert usable == (not split.findings.errors)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "3", '"text"', "null", "[" * 100_000, "1" * 5000, '{"images": NaN}']
+)
+def test_what_is_no_annotation_file_at_all(tmp_path, text):
+    write_coco(tmp_path)
+    (tmp_path / TRAIN).write_text(text)
+    errors, _ = train_findings(tmp_path)
+    assert errors
+    with pytest.raises(DataError, match=r"instances_train2017\.json: no (JSON|COCO format)"):
+        open_dataset(data_config(tmp_path), "train")
+
+
+def test_bytes_that_are_no_text(tmp_path):
+    write_coco(tmp_path)
+    (tmp_path / TRAIN).write_bytes(photograph(8, 8).tobytes())
+    assert "no JSON" in train_findings(tmp_path)[0]
