@@ -1,24 +1,36 @@
 """Times the compiled training step on made-up pictures: no data set, no loader.
 
-    python benchmarks/train_step.py --config configs/digits.py
-    python benchmarks/train_step.py --config configs/coco_r50.py --config.model.dtype=bfloat16
+    python -m benchmarks.train_step --canvas 800x1344 --batch_size 16,64 --dtype bfloat16
+    python -m benchmarks.train_step --config configs/digits.py
+    python -m benchmarks.train_step --canvas 256x320 --batch_size 1 --rounds 3 --steps 1  # on a CPU
 
-Prints one JSON object: version, device, canvas, seconds to compile, median, fastest and slowest
-step, pictures per second, the share of the step that the matching on the host takes, and GFLOP as
-the compiler counts them. Options of the config apply, `data.canvases` too (the first is used).
+A row for every combination of canvas, batch size and dtype, with
+
+- seconds to trace and to compile, and of a step: median, fastest and slowest round;
+- the flops of the model in one step: those that the compiler's cost analysis finds in the program
+  as traced, before it is optimised and without what rematerialisation adds; MFU divides them by the
+  step's time and by the peak of the devices, and is empty where `common.PEAK_TFLOPS` does not know
+  the device;
+- memory: what the compiler planned for a device (arguments, results and temporaries), and the
+  peak that the device reports, where it does (a CPU does not);
+- the share of the step during which the host solves assignments.
+
+A second table says where the time goes, from programs of their own, see `step_parts`; `--noparts`
+saves the time to compile them. Values of the config can be overridden: `--config.dn.groups=0`.
 """
 
-import json
-import statistics
-import time
+import copy
+import math
+import sys
 from collections.abc import Sequence
+from typing import Any
 
 import jax
-import numpy as np
 from absl import flags
 from flax import traverse_util
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
+from benchmarks import common, step_parts
 from dn_detr_jax.command_line import run_main
 from dn_detr_jax.config import ConfigError, validate
 from dn_detr_jax.matching import host_timer
@@ -30,79 +42,177 @@ from dn_detr_jax.training.state import init_state
 from dn_detr_jax.training.step import jit_train_step
 
 FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file("config", None, "The experiment, a file in configs/.")
-flags.DEFINE_integer("steps", 20, "Steps to time, after three that are not.", lower_bound=1)
-flags.mark_flag_as_required("config")
 
 
-def made_up_batch(config: ConfigDict, seed: int = 0) -> dict[str, np.ndarray]:
-    """Noise as pictures that fill nine tenths of the canvas, with 0 to `data.max_objects` boxes."""
-    rng = np.random.default_rng(seed)
-    (height, width), objects = config.data.canvases[0], config.data.max_objects
-    batch = config.train.batch_size
-    centres, sides = rng.uniform(0.3, 0.7, (2, batch, objects, 2))
-    return {
-        "image": rng.integers(0, 256, (batch, height, width, 3), dtype=np.uint8),
-        "size": np.tile(np.array([height * 9 // 10, width], np.int32), (batch, 1)),
-        "labels": rng.integers(0, config.model.num_classes, (batch, objects), dtype=np.int32),
-        "boxes": np.concatenate([centres, sides / 4], axis=-1).astype(np.float32),
-        "valid": np.arange(objects) < rng.integers(0, objects + 1, (batch, 1)),
-        "image_id": np.arange(batch, dtype=np.int32),
+class Step:
+    """The compiled training step of a config, its state and a batch.
+
+    Attributes:
+      config: whole configuration.
+      mesh: devices.
+      model: detector.
+      optimizer: of the state.
+      mask: bool for every parameter, whether it is trained.
+      state: after the steps so far.
+      batch: on the devices.
+      lowered: the program before compilation.
+      program: compiled.
+      trace_seconds: to trace and lower it.
+      compile_seconds: to compile it.
+    """
+
+    def __init__(self, config: ConfigDict, objects: float | None = None):
+        """Compiles it; `objects` as for `common.made_up_batch`."""
+        validate(config)
+        self.config = config
+        self.mesh, self.model = make_mesh(config.mesh.data), build_model(config.model)
+        shapes = abstract_params(self.model)
+        is_trained = trainable(shapes, config.model)
+        total = 100_000  # steps; only the schedule of the learning rate depends on it
+        self.optimizer, _ = make_optimizer(config, shapes, total // 50, total, is_trained)
+        self.mask = traverse_util.unflatten_dict(is_trained, sep="/")
+        self.state = init_state(self.model, self.optimizer, config, self.mesh)
+        self.batch = self.put(common.made_up_batch(config, objects))
+        self.trace_seconds = common.timed(self._lower)
+        self.compile_seconds = common.timed(self._compile)
+
+    def _lower(self) -> None:
+        step, self._names = jit_train_step(
+            model=self.model,
+            optimizer=self.optimizer,
+            trainable=self.mask,
+            config=self.config,
+            mesh=self.mesh,
+        )
+        self.lowered = step.lower(self.state, self.batch)
+
+    def _compile(self) -> None:
+        self.program = self.lowered.compile(COMPILER_OPTIONS.get(jax.devices()[0].platform))
+
+    def put(self, batch: dict) -> dict:
+        """Sends a batch to the devices."""
+        return put_batch(batch, self.mesh)
+
+    def run(self, steps: int) -> None:
+        """So many steps, waiting for the last."""
+        for _ in range(steps):
+            self.state, metrics = self.program(self.state, self.batch)
+        metrics = jax.block_until_ready((self.state, metrics))[1]
+        loss = float(metrics[self._names.index("loss")])
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss}: times of such steps mean nothing")
+
+    def flops(self) -> float:
+        """Of the model in one step, over all devices, see the module's text."""
+        if not self.config.model.remat and self.config.train.accumulate_steps == 1:
+            return self.lowered.cost_analysis()["flops"]
+        config = copy.deepcopy(self.config)
+        config.model.remat, config.train.accumulate_steps = (), 1  # loops are counted once
+        step, _ = jit_train_step(
+            model=build_model(config.model),
+            optimizer=self.optimizer,
+            trainable=self.mask,
+            config=config,
+            mesh=self.mesh,
+        )
+        return step.lower(self.state, self.batch).cost_analysis()["flops"]
+
+    def planned_bytes(self) -> int:
+        """Memory of a device that the program needs, as the compiler planned it."""
+        plan = self.program.memory_analysis()
+        kept = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
+        return kept + plan.temp_size_in_bytes
+
+    def parameters(self) -> int:
+        """Their number."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
+
+
+def device() -> dict[str, Any]:
+    """What the report's head says of the devices."""
+    devices = jax.devices()
+    found = {"kind": devices[0].device_kind, "count": len(devices)}
+    return {"platform": devices[0].platform} | found
+
+
+def peak_bytes() -> int | None:
+    """The largest amount of memory that this process has used of the first device, if it says."""
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def gigabytes(count: float | None) -> float | None:
+    """Rounded to MB."""
+    return None if count is None else round(count / 1e9, 3)
+
+
+def measure(config: ConfigDict, *, rounds: int, steps: int, parts: bool) -> dict[str, Any]:
+    """The figures of one setting.
+
+    Args:
+      config: whole configuration.
+      rounds: to time, after one that is not.
+      steps: of a round.
+      parts: also where the time goes.
+    """
+    step = Step(config)
+    step.run(steps)
+    host_timer.take()
+    seconds = [common.timed(lambda: step.run(steps)) / steps for _ in range(rounds)]
+    matching, total = host_timer.take(), sum(seconds) * steps
+    times = common.summary(seconds)
+    flops, found = step.flops(), device()
+    peak = common.peak_flops(found["kind"], config.model.dtype)
+    row = {
+        "device": found,
+        "compile_s": round(step.trace_seconds + step.compile_seconds, 1),
+        "step_s": times,
+        "images_per_s": round(config.train.batch_size / times["median"], 2),
+        "gflop_per_step": round(flops / 1e9, 3),
+        "mfu": peak and round(flops / times["median"] / peak / step.mesh.size, 4),
+        "planned_gb": gigabytes(step.planned_bytes()),
+        "peak_gb": gigabytes(peak_bytes()),
+        "matching_share": round(matching / total / step.mesh.size, 4),
+        "parameters": step.parameters(),
+        "trace_s": round(step.trace_seconds, 1),
     }
+    if parts:
+        row["parts"] = step_parts.measure(step, rounds=rounds, steps=steps)
+    return row
+
+
+def parts_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Where the time of each setting goes: a row for each, seconds of each part."""
+    shown = []
+    for row in rows:
+        if "parts" in row:
+            medians = {name: times["median"] for name, times in row["parts"].items()}
+            whole = {"all parts": sum(medians.values()), "the step": row["step_s"]["median"]}
+            first = {name: row[name] for name in ("canvas", "batch_size", "dtype")}
+            shown.append(first | medians | whole)
+    return common.table(shown) if shown else ""
 
 
 def main(argv: Sequence[str]) -> None:
     """Runs the benchmark."""
     del argv
     config = FLAGS.config
+    if FLAGS.worker:
+        common.apply_setting(config, common.Setting.from_json(FLAGS.worker))
+        options = {"rounds": FLAGS.rounds, "steps": FLAGS.steps, "parts": FLAGS.parts}
+        common.answer(lambda: measure(config, **options), None)
+        return
     validate(config)
-    mesh, model = make_mesh(config.mesh.data), build_model(config.model)
-    shapes = abstract_params(model)
-    is_trained = trainable(shapes, config.model)
-    total = 100_000  # steps; only the schedule of the learning rate depends on it
-    optimizer, _ = make_optimizer(config, shapes, total // 50, total, is_trained)
-    mask = traverse_util.unflatten_dict(is_trained, sep="/")
-    step, _ = jit_train_step(
-        model=model, optimizer=optimizer, trainable=mask, config=config, mesh=mesh
-    )
-    state = init_state(model, optimizer, config, mesh)
-    batch = put_batch(made_up_batch(config), mesh)
-
-    platform = jax.devices()[0].platform
-    start = time.perf_counter()
-    program = step.lower(state, batch).compile(COMPILER_OPTIONS.get(platform))
-    compiled = time.perf_counter() - start
-
-    seconds = []
-    for i in range(FLAGS.steps + 3):
-        if i == 3:
-            host_timer.take()
-        start = time.perf_counter()
-        state, metrics = program(state, batch)
-        metrics.block_until_ready()
-        seconds.append(time.perf_counter() - start)
-    seconds = seconds[3:]
-    median = statistics.median(seconds)
-    cost = program.cost_analysis() or {}
-    result = {
-        "jax": jax.__version__,
-        "device": jax.devices()[0].device_kind,
-        "devices": mesh.size,
-        "canvas": list(config.data.canvases[0]),
-        "batch_size": config.train.batch_size,
-        "dtype": config.model.dtype,
-        "compile_seconds": round(compiled, 1),
-        "step_seconds": {
-            "median": round(median, 5),
-            "min": round(min(seconds), 5),
-            "max": round(max(seconds), 5),
-        },
-        "images_per_second": round(config.train.batch_size / median, 2),
-        "matching_share": round(host_timer.take() / sum(seconds), 4),
-        "gflop_per_step": round(cost.get("flops", 0) / 1e9, 2),
-    }
-    print(json.dumps(result, indent=2))
+    report = common.Report("train_step")
+    for setting in common.settings_of_flags(config):
+        report.add(setting.columns() | common.measured_alone("train_step", setting, report))
+    report.show()
+    if where := parts_table(report.rows()):
+        print(f"\nSeconds of the parts, each a program of its own:\n\n{where}")
+    if not any("step_s" in row for row in report.rows()):
+        sys.exit(1)
 
 
 if __name__ == "__main__":
-    run_main(main, (ConfigError, OSError))
+    common.define_flags()
+    flags.DEFINE_bool("parts", True, "Also where the time goes.")
+    run_main(main, (ConfigError, OSError, ValueError))

@@ -1,0 +1,392 @@
+"""What the benchmarks share: made-up batches, workers, timing by rounds, tables and JSON.
+
+Every setting (a canvas, a batch size, a dtype, a framework) is measured by a process of its own, a
+worker, for three reasons: the peak of the device's memory is that of one setting, frameworks do not
+fight for the device, and a setting that runs out of memory or time becomes a row that says so. A
+worker answers lines on its standard input by lines of JSON; everything that libraries print goes
+to standard error. Nothing here imports a framework.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+ROOT = Path(__file__).parent.parent
+FLAGS = flags.FLAGS
+MODULES = "jax", "jaxlib", "flax", "torch", "transformers", "scipy", "numpy"
+
+# Dense peaks in TFLOP/s from the makers' data sheets: of bfloat16, and of what float32 matrix
+# products run in by default in JAX (TensorFloat-32 on NVIDIA, bfloat16 passes on TPU).
+PEAK_TFLOPS = {
+    "NVIDIA H200": (989.0, 494.5),
+    "NVIDIA H100 PCIe": (756.0, 378.0),
+    "NVIDIA H100": (989.0, 494.5),
+    "NVIDIA A100": (312.0, 156.0),
+    "TPU v6 lite": (918.0, 918.0),
+    "TPU v5 lite": (197.0, 197.0),
+    "TPU v5": (459.0, 459.0),
+    "TPU v4": (275.0, 275.0),
+}
+
+
+def peak_flops(device_kind: str, dtype: str) -> float | None:
+    """Peak of one device in flop/s for that dtype of the compute; None where it is not known."""
+    for kind, (bfloat16, float32) in PEAK_TFLOPS.items():
+        if device_kind.startswith(kind):
+            return (bfloat16 if dtype == "bfloat16" else float32) * 1e12
+    return None
+
+
+def define_flags(batch_size: Sequence[str] = (), dtype: Sequence[str] = ()) -> None:
+    """Defines the flags of every benchmark; the defaults of two of them are arguments."""
+    config = str(ROOT / "configs" / "coco_r50.py")
+    config_flags.DEFINE_config_file("config", config, "The experiment, a file in configs/.")
+    flags.DEFINE_list("canvas", [], "HEIGHTxWIDTH, several by commas; default: the config's first.")
+    flags.DEFINE_list("batch_size", list(batch_size), "Pictures per step, several by commas.")
+    flags.DEFINE_list("dtype", list(dtype), "float32, bfloat16, or both by a comma.")
+    flags.DEFINE_float("objects", 7.3, "Mean number of objects of a picture; COCO has 7.3.")
+    flags.DEFINE_integer("rounds", 5, "Rounds to time, after one that is not.", lower_bound=1)
+    flags.DEFINE_integer("steps", 4, "Steps of a round.", lower_bound=1)
+    flags.DEFINE_float("timeout", 300, "Seconds for one setting, the compiler included.")
+    flags.DEFINE_float("time_limit", 570, "Seconds for the command; what is left then is not run.")
+    flags.DEFINE_string("json", "", "Write the rows to this file, too.")
+    flags.DEFINE_string("worker", "", "For the benchmarks' own use: the setting to measure.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What a worker measures.
+
+    Attributes:
+      canvas: (height, width).
+      batch_size: over all devices.
+      dtype: of the compute.
+      contender: who runs it, where there are several.
+    """
+
+    canvas: tuple[int, int]
+    batch_size: int
+    dtype: str
+    contender: str = "dn_detr_jax"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Setting":
+        """The setting in a worker's flag."""
+        values = json.loads(text)
+        return cls(**values | {"canvas": tuple(values["canvas"])})
+
+    def as_json(self) -> str:
+        """The reverse of `from_json`."""
+        return json.dumps(dataclasses.asdict(self))
+
+    def columns(self) -> dict[str, Any]:
+        """The first columns of the table."""
+        canvas = "{}x{}".format(*self.canvas)
+        return {"canvas": canvas, "batch_size": self.batch_size, "dtype": self.dtype}
+
+
+def settings_of_flags(
+    config: ConfigDict, contenders: Sequence[str] = (), batch_sizes: Sequence[str] | None = None
+) -> list[Setting]:
+    """Every combination of the flags; what they leave out is the config's.
+
+    Args:
+      config: whole configuration.
+      contenders: those of every combination; none: one without a name.
+      batch_sizes: in place of the flag's.
+
+    Raises:
+      ValueError: a canvas or a batch size that can't be read.
+    """
+    canvases = [_canvas(text) for text in FLAGS.canvas] or [tuple(config.data.canvases[0])]
+    texts = FLAGS.batch_size if batch_sizes is None else batch_sizes
+    sizes = [positive("--batch_size", text) for text in texts]
+    return [
+        Setting(canvas, batch_size, dtype, contender)
+        for canvas in canvases
+        for batch_size in sizes or [config.train.batch_size]
+        for dtype in FLAGS.dtype or [config.model.dtype]
+        for contender in contenders or [Setting.contender]
+    ]
+
+
+def _canvas(text: str) -> tuple[int, int]:
+    sides = text.split("x")
+    if len(sides) != 2:
+        raise ValueError(f"--canvas={text}: HEIGHTxWIDTH is meant, for example 800x1344")
+    return positive("--canvas", sides[0]), positive("--canvas", sides[1])
+
+
+def positive(flag: str, text: str) -> int:
+    """A positive integer from a flag's text; ValueError for any other text."""
+    if not text.isdecimal() or not int(text):
+        raise ValueError(f"{flag}: {text!r} is no positive integer")
+    return int(text)
+
+
+def apply_setting(config: ConfigDict, setting: Setting) -> None:
+    """Puts a setting into the config."""
+    config.data.canvases = (setting.canvas,)
+    config.model.dtype = setting.dtype
+    config.train.batch_size = config.eval.batch_size = setting.batch_size
+
+
+def made_up_batch(
+    config: ConfigDict, objects: float | None = None, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """Noise as pictures that fill nine tenths of the canvas, with random boxes.
+
+    Args:
+      config: whole configuration; its first canvas, `train.batch_size` and `data.max_objects`.
+      objects: their mean number per picture, drawn from a geometric distribution and cut at
+        `data.max_objects`; None: the flag `--objects`.
+      seed: of the noise.
+    """
+    rng = np.random.default_rng(seed)
+    (height, width), slots = config.data.canvases[0], config.data.max_objects
+    batch = config.train.batch_size
+    centres, sides = rng.uniform(0.3, 0.7, (2, batch, slots, 2))
+    mean = FLAGS.objects if objects is None else objects
+    counts = rng.geometric(1 / (mean + 1), (batch, 1)) - 1
+    return {
+        "image": rng.integers(0, 256, (batch, height, width, 3), dtype=np.uint8),
+        "size": np.tile(np.array([height * 9 // 10, width], np.int32), (batch, 1)),
+        "labels": rng.integers(0, config.model.num_classes, (batch, slots), dtype=np.int32),
+        "boxes": np.concatenate([centres, sides / 4], axis=-1).astype(np.float32),
+        "valid": np.arange(slots) < counts,
+        "image_id": np.arange(batch, dtype=np.int32),
+    }
+
+
+def timed(call: Callable[[], Any]) -> float:
+    """Seconds of a call that returns when its work is done."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def summary(seconds: Sequence[float]) -> dict[str, float]:
+    """Median, fastest and slowest, rounded to 10 microseconds."""
+    figures = {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds)}
+    return {name: round(value, 5) for name, value in figures.items()}
+
+
+class WorkerError(Exception):
+    """A worker that gave no answer; the message is the row's."""
+
+
+class Worker:
+    """A process that measures one setting.
+
+    Attributes:
+      ready: its first answer.
+    """
+
+    def __init__(self, command: Sequence[str], deadline: float):
+        """Starts it and waits for the first answer.
+
+        Args:
+          command: program and arguments.
+          deadline: value of `time.monotonic` after which an answer is not waited for.
+
+        Raises:
+          WorkerError: it failed, or took too long.
+        """
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by close()
+        environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            cwd=ROOT,
+            env=environment,
+        )
+        try:
+            self.ready = self._answer(deadline)
+        except BaseException:
+            self.close()
+            raise
+
+    def ask(self, deadline: float) -> dict[str, Any]:
+        """One more answer; arguments and errors as above."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write("\n")
+            self._process.stdin.flush()
+        return self._answer(deadline)
+
+    def _answer(self, deadline: float) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        late = threading.Event()
+
+        def stop():
+            late.set()
+            self._process.kill()
+
+        timer = threading.Timer(max(deadline - time.monotonic(), 0), stop)
+        timer.start()
+        line = self._process.stdout.readline()
+        timer.cancel()
+        if late.is_set():
+            raise WorkerError("out of time")
+        if not line:
+            self._process.wait()
+            raise WorkerError(self._reason())
+        return json.loads(line)
+
+    def _reason(self) -> str:
+        """Why the process ended, from its status and the last lines that it printed."""
+        self._log.seek(0)
+        lines = [line.strip() for line in self._log.read().splitlines() if line.strip()]
+        text = "\n".join(lines).lower()
+        if "resource_exhausted" in text or "out of memory" in text or "outofmemory" in text:
+            return "out of memory"
+        if self._process.returncode == -9:
+            return "killed, perhaps for its memory"
+        return lines[-1] if lines else f"ended with status {self._process.returncode}"
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.kill()
+        self._process.communicate()
+        self._log.close()
+
+
+def answer(first: Callable[[], dict[str, Any]], more: Callable[[], dict[str, Any]] | None) -> None:
+    """The main function of a worker.
+
+    Args:
+      first: gives the answer to the start.
+      more: gives the answer to every line of the standard input; None: there are no more.
+    """
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def send(values):
+        answers.write(json.dumps(values) + "\n")
+        answers.flush()
+
+    send(first())
+    for _ in sys.stdin if more is not None else ():
+        send(more())
+
+
+def measured_alone(benchmark: str, setting: Setting, report: "Report") -> dict[str, Any]:
+    """The only answer of a worker, or the reason why there is none as the column `failed`."""
+    if not report.in_time():
+        return {"failed": f"not run: over {FLAGS.time_limit:.0f} s"}
+    try:
+        worker = Worker(worker_command(benchmark, setting), report.deadline())
+    except WorkerError as error:
+        return {"failed": str(error)}
+    worker.close()
+    return worker.ready
+
+
+def worker_command(benchmark: str, setting: Setting) -> list[str]:
+    """The command that ran this program, for one setting."""
+    module = f"benchmarks.{benchmark}"
+    return [sys.executable, "-m", module, *sys.argv[1:], "--worker", setting.as_json()]
+
+
+class Report:
+    """The rows of a benchmark: printed as they come, then as a table; written as JSON."""
+
+    def __init__(self, benchmark: str):
+        """Prints nothing yet."""
+        self._head: dict[str, Any] = {
+            "benchmark": benchmark,
+            "date": datetime.date.today().isoformat(),
+            "command": " ".join(["python -m benchmarks." + benchmark, *sys.argv[1:]]),
+            "python": platform.python_version(),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+            "versions": _versions(),
+        }
+        self._rows: list[dict[str, Any]] = []
+        self._start = time.monotonic()
+
+    def deadline(self) -> float:
+        """When a setting that starts now has to be done, as `time.monotonic`."""
+        return min(time.monotonic() + FLAGS.timeout, self._start + FLAGS.time_limit)
+
+    def in_time(self) -> bool:
+        """Whether the command has time left."""
+        return time.monotonic() < self._start + FLAGS.time_limit
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Adds a row, and writes the file, so that a killed command leaves what it had."""
+        device = row.pop("device", None)
+        if device is not None:
+            self._head["device"] = device
+        self._rows.append(row)
+        words = (f"{name} {_cell(value)}" for name, value in row.items() if not _nested(value))
+        print(", ".join(words), file=sys.stderr, flush=True)
+        if FLAGS.json:
+            Path(FLAGS.json).write_text(json.dumps(self._head | {"rows": self._rows}, indent=2))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows, to be changed before `show`."""
+        return self._rows
+
+    def show(self, split_by: str = "") -> None:
+        """Prints what was run, where, and the table, or one for each value of a column."""
+        for name, value in self._head.items():
+            if isinstance(value, dict):
+                value = ", ".join(f"{key} {version}" for key, version in value.items())
+            print(f"{name}: {value}")
+        for value in dict.fromkeys(row.get(split_by) for row in self._rows):
+            rows = [row for row in self._rows if row.get(split_by) == value]
+            print(f"\n{table(rows)}")
+        if FLAGS.json:
+            Path(FLAGS.json).write_text(json.dumps(self._head | {"rows": self._rows}, indent=2))
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for module in MODULES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[module] = metadata.version(module)
+    return found
+
+
+def _nested(value: Any) -> bool:
+    return isinstance(value, list | dict) and "median" not in value
+
+
+def _cell(value: Any) -> str:
+    """A value as text; summaries as median (fastest to slowest)."""
+    if isinstance(value, dict):
+        return f"{value['median']:.4g} ({value['min']:.4g} to {value['max']:.4g})"
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return "" if value is None else str(value)
+
+
+def table(rows: Iterable[dict[str, Any]]) -> str:
+    """Rows as a Markdown table of all their columns; columns with nested values are left out."""
+    rows = list(rows)
+    names = dict.fromkeys(key for row in rows for key, value in row.items() if not _nested(value))
+    lines = [list(names), *([_cell(row.get(name)) for name in names] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
+    lines.insert(1, ["-" * width for width in widths])
+    padded = ([c.ljust(w) for c, w in zip(line, widths, strict=True)] for line in lines)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in padded)

@@ -1,0 +1,170 @@
+"""Where the time of a training step goes: its parts as programs of their own.
+
+- backbone: from the uint8 pictures to the features, and back to the gradients of its parameters;
+- encoder: input projection, position encoding and encoder, forwards and backwards to the features;
+- decoder: queries, denoising ones too, decoder and heads, forwards and backwards to the memory;
+- matching: costs on the device, their way to the host, the assignments, and the way back;
+- losses: all losses with their gradients to the outputs, for a given assignment;
+- optimizer: clipping, AdamW, the new parameters, and the norms that are logged.
+
+Each gets inputs, and gradients of its outputs, of the right shapes and random values. In the step
+the compiler sees everything at once, so that it may overlap and fuse what is apart here: the sum of
+the parts is close to the step but not the same, and should be reported beside it. Every part takes
+the whole batch at once, also where `train.accumulate_steps` splits that of the step.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from benchmarks import common
+from dn_detr_jax import denoising, matching
+from dn_detr_jax.models.dn_dab_detr import normalize_images
+from dn_detr_jax.training.setup import COMPILER_OPTIONS
+from dn_detr_jax.training.step import criterion, denoising_queries
+
+PyTree = Any
+OWNERS = {"backbone": ("backbone",), "encoder": ("encoder", "input_proj")}
+
+
+def run_cut(
+    model: nn.Module, params: PyTree, batch: dict, dn: denoising.Denoising | None, given: dict
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Runs a detector with the results of some of its parts given.
+
+    What only leads to a given result is computed by nobody: the compiler drops it.
+
+    Args:
+      model: detector with submodules `backbone` and `encoder`.
+      params: of the whole model.
+      batch: `image` uint8 [B, H, W, 3] and `size`.
+      dn: denoising queries or None.
+      given: results by the name of the submodule.
+
+    Returns:
+      The model's outputs, and the results of the two submodules.
+    """
+    results = dict(given)
+
+    def intercept(call, args, kwargs, context):
+        path = context.module.path
+        if context.method_name != "__call__" or path not in (("backbone",), ("encoder",)):
+            return call(*args, **kwargs)
+        if path[0] not in given:
+            results[path[0]] = call(*args, **kwargs)
+        return results[path[0]]
+
+    with nn.intercept_methods(intercept):
+        images = normalize_images(batch["image"], batch["size"])
+        rngs = {"dropout": jax.random.key(0)}
+        outputs = model.apply({"params": params}, images, batch["size"], dn, train=True, rngs=rngs)
+    return outputs, results
+
+
+def measure(step: Any, *, rounds: int, steps: int) -> dict[str, dict[str, float]]:
+    """Seconds of each part, see the module's text.
+
+    Args:
+      step: a `train_step.Step`.
+      rounds: to time, after one that is not; every part once in each.
+      steps: how often a part runs in a round.
+    """
+    calls = programs(step)
+    for call in calls.values():
+        jax.block_until_ready(call())
+
+    def repeat(call):
+        for _ in range(steps):
+            result = call()
+        jax.block_until_ready(result)
+
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            seconds[name].append(common.timed(lambda call=call: repeat(call)) / steps)
+    return {name: common.summary(times) for name, times in seconds.items()}
+
+
+def programs(step: Any) -> dict[str, Callable[[], Any]]:
+    """The parts, compiled and with their arguments."""
+    model, config, mesh, batch = step.model, step.config, step.mesh, step.batch
+    params, state = step.state.params, step.state
+    options = COMPILER_OPTIONS.get(jax.devices()[0].platform)
+
+    def compiled(function, *arguments, donate=()):
+        jitted = jax.jit(function, donate_argnums=donate)
+        return jitted.lower(*arguments).compile(options)
+
+    def forward(params, given, batch):
+        dn = denoising_queries(batch, jax.random.key(0), config)
+        return run_cut(model, params, batch, dn, given)
+
+    outputs, results = jax.eval_shape(forward, params, {}, batch)
+    draw = jax.jit(_random, static_argnums=0)
+    given = {name: draw((leaf.shape, leaf.dtype)) for name, leaf in results.items()}
+    outputs = {name: jax.nn.sigmoid(draw((x.shape, x.dtype))) for name, x in outputs.items()}
+
+    owned = {name: {k: params[k] for k in keys if k in params} for name, keys in OWNERS.items()}
+    others = [key for key in params if not any(key in keys for keys in OWNERS.values())]
+    owned["decoder"] = {key: params[key] for key in others}
+    inputs = {"backbone": {}, "encoder": {"backbone": given["backbone"]}, "decoder": given}
+    cotangents = {**given, "decoder": outputs}
+
+    def part(name):
+        def run(own, inputs, cotangent, params, batch):
+            def out(own, inputs):
+                merged = jax.tree.map(_freeze, {**params, **own}, step.mask)
+                results = forward(merged, inputs, batch)
+                return results[0] if name == "decoder" else results[1][name]
+
+            result, backward = jax.vjp(out, own, inputs)
+            return result, backward(cotangent)
+
+        arguments = owned[name], inputs[name], cotangents[name], params, batch
+        program = compiled(run, *arguments)
+        return lambda: program(*arguments)
+
+    def losses(outputs, batch, assignment):
+        dn = denoising_queries(batch, jax.random.key(0), config)
+        options = {"config": config, "mesh": mesh, "assignment": assignment}
+        return criterion(outputs, dn, batch, **options)[0]
+
+    def match(outputs, batch):
+        dn = denoising_queries(batch, jax.random.key(0), config)
+        matched = {name: denoising.split(x, dn)[1] for name, x in outputs.items()}
+        focal = {"alpha": config.loss.focal_alpha, "gamma": config.loss.focal_gamma}
+        cost = matching.matching_cost(
+            **matched, labels=batch["labels"], boxes=batch["boxes"], **config.matcher, **focal
+        )
+        return matching.assign(matching.sanitize(cost, batch["valid"])[0], batch["valid"], mesh)
+
+    match_program = compiled(match, outputs, batch)
+    assignment = match_program(outputs, batch)
+    losses_program = compiled(jax.value_and_grad(losses), outputs, batch, assignment)
+    calls = {name: part(name) for name in ("backbone", "encoder", "decoder")}
+    calls["matching"] = lambda: match_program(outputs, batch)
+    calls["losses"] = lambda: losses_program(outputs, batch, assignment)
+
+    def update(params, opt_state, grads):
+        updates, opt_state = step.optimizer.update(grads, opt_state, params)
+        new = optax.apply_updates(params, updates)
+        norms = [optax.tree.norm(tree) for tree in (grads, updates, new)]
+        return new, opt_state, norms
+
+    grads = jax.tree.map(jnp.ones_like, params)
+    update_program = compiled(update, params, state.opt_state, grads)
+    calls["optimizer"] = lambda: update_program(params, state.opt_state, grads)
+    return calls
+
+
+def _random(shape_and_dtype: tuple) -> jax.Array:
+    shape, dtype = shape_and_dtype
+    return jax.random.normal(jax.random.key(1), shape, dtype)
+
+
+def _freeze(leaf: jax.Array, is_trained: bool) -> jax.Array:
+    return leaf if is_trained else jax.lax.stop_gradient(leaf)

@@ -1,0 +1,160 @@
+"""The benchmarks run, say what happened to a setting that can't, and cut the model where they say.
+
+No times are tested.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from fast_jit import fast_jit
+from tiny_detector import object_noise, picture_batch
+
+from benchmarks import common, matching, step_parts
+from dn_detr_jax import denoising
+
+_ROOT = Path(__file__).parent.parent
+_ENV = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+}
+
+
+def _run(benchmark, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{benchmark}", *arguments],
+        env=_ENV,
+        cwd=_ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_the_step_is_timed(tmp_path):
+    """Catches a benchmark that no longer fits the step, and figures that do not fit each other."""
+    out = tmp_path / "rows.json"
+    done = _run(
+        "train_step",
+        f"--config={_ROOT / 'tests' / 'data' / 'tiny.py'}",
+        "--config.model.decoder_layers=1",
+        "--config.model.backbone.stages=1",
+        "--canvas=32x32",
+        "--batch_size=2",
+        "--rounds=1",
+        "--steps=1",
+        "--noparts",
+        f"--json={out}",
+    )
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["step_s"]["median"] > 0
+    assert row["images_per_s"] == pytest.approx(2 / row["step_s"]["median"], rel=0.01)
+    assert row["gflop_per_step"] > 0 and row["planned_gb"] > 0
+    assert row["mfu"] is None  # the peak of this device is not known
+    assert 0 <= row["matching_share"] < 1
+    assert "| 32x32 " in done.stdout
+
+
+def test_the_parts_of_matching_are_timed():
+    """Catches arguments that no longer fit the matching; SciPy is a part of the whole callback."""
+    arguments = matching.predictions(2, 3, 9, objects=4, slots=5, classes=7)
+    assert arguments["valid"].sum(axis=1).tolist() == [4, 4]
+    assert arguments["pred_logits"].shape == (3, 2, 9, 7)
+    times = matching.measure_alone(arguments, repeats=1)
+    assert times.keys() == {"cost_ms", "solve_ms", "transfer_ms", "all_ms"}
+    assert min(times.values()) > 0
+
+
+def test_the_fixed_assignment_is_an_assignment():
+    """Catches queries out of range or given twice, and padding that gets one."""
+    valid = np.array([[True, True, False], [True, False, False]])
+    fixed = matching._fixed_assignment(np.zeros((2, 4, 5, 3), np.float32), valid)
+    assert np.asarray(fixed).tolist() == [[[0, 1, -1]] * 4, [[0, -1, -1]] * 4]
+
+
+def test_a_cut_model_gives_what_the_whole_one_gives(tiny):
+    """Catches a part whose time would be that of something else than a part of this model."""
+    batch = {name: jax.numpy.asarray(value) for name, value in picture_batch().items()}
+    options = {"groups": 3, "label_noise": 0.2, "box_noise": 0.4}
+    dn = denoising.prepare(
+        batch["labels"], batch["boxes"], batch["valid"], object_noise(), **options
+    )
+
+    @fast_jit
+    def run(params, given):
+        return step_parts.run_cut(tiny.model, params, batch, dn, given)
+
+    outputs, results = run(tiny.params, {})
+    whole = tiny.train(tiny.params, batch, object_noise())
+    got = denoising.split(outputs["pred_boxes"], dn)
+    np.testing.assert_allclose(got[1], whole.match["pred_boxes"], atol=1e-5)
+
+    without = {k: v for k, v in tiny.params.items() if k not in ("backbone", "encoder")}
+    zeros = jax.tree.map(np.zeros_like, {k: tiny.params[k] for k in ("backbone", "encoder")})
+    again, _ = run(without | zeros, results)
+    np.testing.assert_allclose(again["pred_logits"], outputs["pred_logits"], atol=1e-5)
+    changed, _ = run(without | zeros, {name: 0 * x for name, x in results.items()})
+    assert not np.allclose(changed["pred_logits"], outputs["pred_logits"], atol=1e-3)
+
+
+def _worker(code, seconds=60.0):
+    start = f"import sys; sys.path.insert(0, {str(_ROOT)!r}); from benchmarks import common\n"
+    return common.Worker([sys.executable, "-c", start + code], time.monotonic() + seconds)
+
+
+def test_a_worker_answers_through_what_libraries_print():
+    """Catches answers that a print of some library breaks, and rounds that get lost."""
+    worker = _worker(
+        "import itertools, os\n"
+        "count = itertools.count()\n"
+        "def more():\n"
+        "    print('noise'); os.system('echo noise'); return {'round': next(count)}\n"
+        "common.answer(lambda: print('noise') or {'ready': True}, more)"
+    )
+    try:
+        assert worker.ready == {"ready": True}
+        assert [worker.ask(time.monotonic() + 60) for _ in range(2)] == [{"round": 0}, {"round": 1}]
+    finally:
+        worker.close()
+
+
+@pytest.mark.parametrize(
+    ("code", "seconds", "reason"),
+    [
+        ("raise MemoryError('RESOURCE_EXHAUSTED: Out of memory allocating')", 60, "out of memory"),
+        ("raise ValueError('a wrong\\nvalue')", 60, "value"),
+        ("sys.exit(3)", 60, "ended with status 3"),
+        ("import time; time.sleep(60)", 0.5, "out of time"),
+    ],
+)
+def test_a_worker_that_fails_says_why(code, seconds, reason):
+    """Catches a benchmark that waits for ever, or dies with its worker."""
+    with pytest.raises(common.WorkerError, match=f"^{reason}$"):
+        _worker(code, seconds)
+
+
+def test_peaks_are_those_of_the_device():
+    """Catches a prefix that hides a longer one, and a made-up figure for an unknown device."""
+    assert common.peak_flops("NVIDIA H100 PCIe", "bfloat16") == 756e12
+    assert common.peak_flops("NVIDIA H100 80GB HBM3", "bfloat16") == 989e12
+    assert common.peak_flops("NVIDIA A100-SXM4-80GB", "float32") == 156e12
+    assert common.peak_flops("TPU v5 lite", "bfloat16") == 197e12
+    assert common.peak_flops("cpu", "float32") is None
+
+
+def test_a_table_has_the_columns_of_all_rows():
+    """Catches rows of failed settings that push cells into wrong columns."""
+    times = {"median": 0.12345, "min": 0.1, "max": 1.0}
+    rows = [{"a": 1, "s": times}, {"a": 2, "failed": "out of memory", "parts": {"x": 1}}]
+    lines = [[cell.strip() for cell in line.split("|")] for line in common.table(rows).splitlines()]
+    assert lines[0] == ["", "a", "s", "failed", ""]
+    assert lines[2] == ["", "1", "0.1235 (0.1 to 1)", "", ""]
+    assert lines[3] == ["", "2", "", "out of memory", ""]
