@@ -45,6 +45,8 @@ def test_the_step_is_timed(tmp_path):
         "train_step",
         f"--config={_ROOT / 'tests' / 'data' / 'tiny.py'}",
         "--config.model.decoder_layers=1",
+        "--config.model.encoder_layers=0",
+        "--config.dn.groups=0",
         "--config.model.backbone.stages=1",
         "--canvas=32x32",
         "--batch_size=2",
