@@ -95,9 +95,8 @@ def programs(step: Any) -> dict[str, Callable[[], Any]]:
     params, state = step.state.params, step.state
     options = COMPILER_OPTIONS.get(jax.devices()[0].platform)
 
-    def compiled(function, *arguments, donate=()):
-        jitted = jax.jit(function, donate_argnums=donate)
-        return jitted.lower(*arguments).compile(options)
+    def compiled(function, *arguments):
+        return jax.jit(function).lower(*arguments).compile(options)
 
     def forward(params, given, batch):
         dn = denoising_queries(batch, jax.random.key(0), config)
