@@ -142,7 +142,8 @@ def base_config() -> ConfigDict:
             "checkpoint_every": "1 epochs",
         }
     )
-    # Compiled programs are kept there for the next run; empty: they are not.
+    # Compiled programs are kept there for the next run; empty: they are not. JAX keeps none that
+    # call the host, as those of the training step do for the matching.
     config.compile = ConfigDict({"cache_dir": "~/.cache/dn_detr_jax"})
     config.mesh = ConfigDict(
         {

@@ -1,6 +1,9 @@
 """What several tests share."""
 
+import os
+
 import fast_jit
+import jax
 import pytest
 from data import tiny as tiny_config
 from hypothesis import settings
@@ -13,6 +16,10 @@ from dn_detr_jax.data.datasets import open_dataset
 from dn_detr_jax.models.registry import abstract_params, build_model
 from dn_detr_jax.training.checkpoints import Checkpoints
 from dn_detr_jax.training.setup import COMPILER_OPTIONS
+
+# Tests, and the processes that they start, neither use nor fill the user's compiled programs.
+jax.config.update("jax_enable_compilation_cache", False)
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 # The same examples every time; no deadline, since the first example compiles.
 settings.register_profile("tests", max_examples=25, deadline=None, derandomize=True, database=None)

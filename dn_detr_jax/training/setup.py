@@ -3,8 +3,6 @@
 import copy
 import dataclasses
 import itertools
-import logging
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -22,11 +20,11 @@ from dn_detr_jax.data.plan import steps_per_epoch
 from dn_detr_jax.models.registry import abstract_params, build_model
 from dn_detr_jax.sharding import make_mesh, replicated, with_sharding
 from dn_detr_jax.training import schedules
+from dn_detr_jax.training.compile_cache import compile_and_log, use_compile_cache
 from dn_detr_jax.training.state import TrainState
-from dn_detr_jax.training.step import abstract_batch, jit_detect
+from dn_detr_jax.training.step import abstract_batch, jit_detect, jit_match
 
 PyTree = Any
-logger = logging.getLogger(__name__)
 
 # By platform. On the CPU many operations are too small for all cores: run several at a time.
 COMPILER_OPTIONS = {"cpu": {"xla_cpu_enable_concurrency_optimized_scheduler": True}}
@@ -64,6 +62,7 @@ def set_up(config: ConfigDict, training: Dataset | None = None) -> Setup:
       training: the training split, where there is a training to come.
     """
     validate(config)
+    use_compile_cache(config.compile.cache_dir)
     mesh = make_mesh(config.mesh.data)
     for key in ("train", "eval"):
         if config[key].batch_size % mesh.size:
@@ -158,7 +157,9 @@ def compile_programs(
     """Compiles every program of the run ahead: one per canvas for training and for evaluation.
 
     Returns:
-      Train steps by canvas (none without `step_function`), and the `detect` for all canvases.
+      Train steps by canvas (none without `step_function`); and for all canvases a function
+      (params, batch) -> detections as `training.step.detect`, with `assignment` int32 [B, M], the
+      query matched to each object, -1 for padding, in place of the costs.
     """
     config, mesh = setup.config, setup.mesh
     params = with_sharding(abstract_params(setup.model), replicated(mesh))
@@ -167,14 +168,12 @@ def compile_programs(
     def compile_one(task):
         purpose, canvas = task
         batch = abstract_batch(config, purpose, mesh, canvas)
-        start = time.monotonic()
         if purpose == "train":
-            program = step_function.lower(state, batch).compile(options)
+            lowered = step_function.lower(state, batch)
         else:
-            program = setup.detect.lower(params, batch).compile(options)
-        seconds = time.monotonic() - start
-        logger.info("compiled %s for %d x %d in %.1f s", purpose, *canvas, seconds)
-        return task, program
+            lowered = setup.detect.lower(params, batch)
+        name = "{} for {} x {}".format(purpose, *canvas)
+        return task, compile_and_log(lowered, name, options)
 
     purposes = ["eval"] if step_function is None else ["train", "eval"]
     tasks = [(purpose, canvas) for purpose in purposes for canvas in canvases]
@@ -184,8 +183,10 @@ def compile_programs(
     workers = len(canvases) if platform == "cpu" else 1
     with ThreadPoolExecutor(workers) as pool:
         programs = dict(pool.map(compile_one, tasks))
+    match = jit_match(mesh)
 
     def detect(params, batch):
-        return programs["eval", batch["image"].shape[1:3]](params, batch)
+        found = programs["eval", batch["image"].shape[1:3]](params, batch)
+        return found | {"assignment": match(found.pop("cost"), batch["valid"])}
 
     return {canvas: programs.get(("train", canvas)) for canvas in canvases}, detect

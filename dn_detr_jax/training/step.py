@@ -60,10 +60,10 @@ class Totals:
         return cls(len(valid), num_objects, None if dn is None else dn.num_targets)
 
 
-def _match(
-    outputs: dict[str, jax.Array], batch: Batch, config: ConfigDict, mesh: Mesh | None
+def _costs(
+    outputs: dict[str, jax.Array], batch: Batch, config: ConfigDict
 ) -> tuple[jax.Array, jax.Array]:
-    """Assignment int32 [B, L, M] of all layers, and the number of costs that were not finite."""
+    """Matching costs [B, L, N, M] of all layers, and how many of them were not finite."""
     cost = matching.matching_cost(
         outputs["pred_logits"],
         outputs["pred_boxes"],
@@ -73,8 +73,7 @@ def _match(
         alpha=config.loss.focal_alpha,
         gamma=config.loss.focal_gamma,
     )
-    cost, nonfinite = matching.sanitize(cost, batch["valid"])
-    return matching.assign(cost, batch["valid"], mesh), nonfinite
+    return matching.sanitize(cost, batch["valid"])
 
 
 def _by_layer(terms: dict[str, jax.Array], prefix: str) -> dict[str, jax.Array]:
@@ -204,7 +203,8 @@ def criterion(
     matched = {name: part[1] for name, part in parts.items()}
     nonfinite = jnp.zeros((), jnp.int32)
     if assignment is None:
-        assignment, nonfinite = _match(matched, batch, config, mesh)
+        cost, nonfinite = _costs(matched, batch, config)
+        assignment = matching.assign(cost, batch["valid"], mesh)
     focal = {"alpha": config.loss.focal_alpha, "gamma": config.loss.focal_gamma}
     weights = {k: v for k, v in config.loss.items() if k.startswith("weight_")}
     terms = losses.set_criterion(
@@ -336,22 +336,25 @@ def train_step(
 
 
 def detect(
-    params: PyTree, batch: Batch, *, model: nn.Module, config: ConfigDict, mesh: Mesh
+    params: PyTree, batch: Batch, *, model: nn.Module, config: ConfigDict
 ) -> dict[str, jax.Array]:
-    """Detections of a batch, and the matching of the last decoder layer.
+    """Detections of a batch, and what matching the last decoder layer would cost.
+
+    The matching itself is not part of it (`jit_match`): a program that calls the host can't be kept
+    in JAX's cache of compiled programs.
 
     Returns:
-      `scores`, `labels` and `boxes` as `select_detections`; `assignment` int32 [B, M], the query
-      matched to each object, -1 for padding; and `image_id` int32 [B].
+      `scores`, `labels` and `boxes` as `select_detections`; `image_id` int32 [B]; and `cost`, the
+      argument of `matching.assign`, float32 [B, 1, N, M].
     """
     images = normalize_images(batch["image"], batch["size"])
     outputs = model.apply({"params": params}, images, batch["size"])
     outputs = {name: x[-1:] for name, x in outputs.items()}
-    assignment, _ = _match(outputs, batch, config, mesh)
+    cost, _ = _costs(outputs, batch, config)
     detections = select_detections(
         outputs["pred_logits"][0], outputs["pred_boxes"][0], config.eval.num_select
     )
-    return detections | {"assignment": assignment[:, 0], "image_id": batch["image_id"]}
+    return detections | {"image_id": batch["image_id"], "cost": cost}
 
 
 def jit_train_step(
@@ -407,13 +410,28 @@ def jit_train_step(
 def jit_detect(
     *, model: nn.Module, config: ConfigDict, mesh: Mesh
 ) -> Callable[[PyTree, Batch], dict[str, jax.Array]]:
-    """The jitted `detect`: (params, batch) -> detections, gathered on every device."""
+    """The jitted `detect`: (params, batch) -> detections, gathered on every device, and costs."""
 
     def step(params, batch):
-        return detect(params, batch, model=model, config=config, mesh=mesh)
+        return detect(params, batch, model=model, config=config)
 
-    everywhere = replicated(mesh)
-    return jax.jit(step, in_shardings=(everywhere, over_data(mesh)), out_shardings=everywhere)
+    everywhere, over = replicated(mesh), over_data(mesh)
+    detections = dict.fromkeys(("scores", "labels", "boxes", "image_id"), everywhere)
+    return jax.jit(step, in_shardings=(everywhere, over), out_shardings=detections | {"cost": over})
+
+
+def jit_match(mesh: Mesh) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """The jitted matching of detections.
+
+    Returns:
+      A function of `cost` float32 [B, 1, N, M] of `detect` and `valid` bool [B, M], which gives the
+      query matched to each object, -1 for padding, int32 [B, M], gathered on every device.
+    """
+
+    def match(cost, valid):
+        return matching.assign(cost, valid, mesh)[:, 0]
+
+    return jax.jit(match, in_shardings=over_data(mesh), out_shardings=replicated(mesh))
 
 
 def abstract_batch(

@@ -1,0 +1,93 @@
+"""Compiled programs kept on disk for the next run, and a log of what compiling took.
+
+The cache is JAX's persistent compilation cache. JAX keeps no program in it that calls the host, as
+the training step does for its matching; the other programs of a run do not. An entry that can't be
+read, such as one that was being written when its process was killed, is a warning of JAX, and the
+program is compiled.
+"""
+
+import contextlib
+import hashlib
+import logging
+import platform
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.monitoring
+
+logger = logging.getLogger(__name__)
+
+
+def use_compile_cache(cache_dir: str) -> None:
+    """Keeps on disk what this process compiles from now on, and finds what others have kept.
+
+    Args:
+      cache_dir: `config.compile.cache_dir`; empty: no cache. One that can't be written is a
+        warning. One that JAX was given in another way, such as by JAX_COMPILATION_CACHE_DIR, stays
+        in use.
+    """
+    wanted = cache_dir and jax.config.jax_enable_compilation_cache
+    if not wanted or jax.config.jax_compilation_cache_dir:
+        return
+    folder = Path(cache_dir).expanduser() / _host()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        logger.warning(
+            "config.compile.cache_dir = %r: compiled programs are not kept: %s", cache_dir, error
+        )
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def _host() -> str:
+    """A name for machines with the same processor features.
+
+    Programs for CPUs use all the features there are, and several machines may share a home
+    directory.
+    """
+    features = set()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            name, _, values = line.partition(":")
+            if name.strip() in ("flags", "Features"):
+                features.update(values.split())
+    described = " ".join([platform.machine(), *sorted(features)])
+    return hashlib.sha256(described.encode()).hexdigest()[:12]
+
+
+class _CacheHits(threading.local):
+    """Counts the programs that each thread takes from the cache."""
+
+    count = 0
+
+    def __call__(self, event: str, **_: Any) -> None:
+        """Called by JAX, in the thread that compiles."""
+        self.count += event == "/jax/compilation_cache/cache_hits"
+
+
+_cache_hits = _CacheHits()
+jax.monitoring.register_event_listener(_cache_hits)
+
+
+def compile_and_log(
+    lowered: jax.stages.Lowered, name: str, options: dict[str, Any] | None = None
+) -> jax.stages.Compiled:
+    """Compiles a program, and logs how long that took and whether it came from the cache.
+
+    Args:
+      lowered: program.
+      name: for the log, such as "train for 800 x 1344".
+      options: of the compiler.
+    """
+    start, hits = time.monotonic(), _cache_hits.count
+    program = lowered.compile(options)
+    source = ", from the cache" if _cache_hits.count > hits else ""
+    logger.info("compiled %s in %.1f s%s", name, time.monotonic() - start, source)
+    return program
