@@ -62,8 +62,7 @@ def _corners(locations: jax.Array, shape: tuple[int, int]) -> tuple[jax.Array, j
     """
     height, width = shape
     position = locations.astype(jnp.float32) * jnp.array([width, height], jnp.float32) - 0.5
-    # Far outside all shares are 0; the bounds keep the integers in their range.
-    low = jnp.clip(jnp.floor(position), -2, max(height, width) + 1)
+    low = jnp.floor(position)
     pixels, shares = [], []
     for dy in (0, 1):
         for dx in (0, 1):
@@ -72,6 +71,7 @@ def _corners(locations: jax.Array, shape: tuple[int, int]) -> tuple[jax.Array, j
             x, y = corner[..., 0], corner[..., 1]
             inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
             shares.append(jnp.where(inside, share, 0.0))
+            # Chosen before they become integers, which far away they would not fit.
             pixels.append(jnp.where(inside, y * width + x, 0).astype(jnp.int32))
     flat = (*locations.shape[:-2], 4 * locations.shape[-2])
     return jnp.stack(pixels, -1).reshape(flat), jnp.stack(shares, -1).reshape(flat)
