@@ -235,6 +235,22 @@ def test_another_model_names_exactly_the_differing_keys(copied, read_only):
     assert message.count(" was ") == (1 if read_only else 3)
 
 
+def test_a_run_from_before_a_key_was_there_is_continued_with_its_default(copied):
+    """Catches an update of the package after which no run can be resumed."""
+    path = copied / "config.json"
+    document = json.loads(path.read_text())
+    del document["config"]["data"]["snap"]
+    for config_file in (path, *copied.glob("checkpoints/*/config/metadata")):
+        config_file.write_text(json.dumps(document))
+    with Checkpoints(copied, base_config(), categories=CATEGORIES) as checkpoints:
+        assert checkpoints.latest_step() == 2
+    path.write_text(json.dumps(document))
+    config = base_config()
+    config.data.snap = 0.1
+    with pytest.raises(CheckpointError, match=r"data\.snap was 0\.0, now 0\.1"):
+        Checkpoints(copied, config, categories=CATEGORIES)
+
+
 @pytest.mark.parametrize(
     ("categories", "difference"),
     [

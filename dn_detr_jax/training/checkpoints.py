@@ -38,6 +38,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
 
+from dn_detr_jax.config import base_config
 from dn_detr_jax.data.coco_classes import Category
 from dn_detr_jax.training.errors import CheckpointError
 
@@ -387,7 +388,10 @@ class Checkpoints:
             if not path.exists():
                 return
         stored = _load_document(path)
-        was = traverse_util.flatten_dict(stored["config"], sep=".")
+        # A key that is newer than the run had, in effect, its default.
+        defaults = _document(base_config(), ())["config"]
+        was = traverse_util.flatten_dict(defaults, sep=".")
+        was |= traverse_util.flatten_dict(stored["config"], sep=".")
         now = traverse_util.flatten_dict(present["config"], sep=".")
         differences = [] if self._read_only else _category_differences(stored, present)
         differences += [
