@@ -3,9 +3,12 @@
 import cv2
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from dn_detr_jax.config import base_config
+from dn_detr_jax.data.plan import plan_epoch
 from dn_detr_jax.data.transforms import (
     Geometry,
     apply,
@@ -139,6 +142,81 @@ def test_a_box_stays_around_its_object_through_every_chain():
             scale = max(geometry.size / geometry.crop[2:] * geometry.resized / (height, width))
             np.testing.assert_allclose(found[0], drawn, atol=0.51 + 0.5 * scale)
     assert dropped > 10 and flipped > 30
+
+
+def planned(sizes, epoch, snap):
+    """The geometry of each picture in a plan on canvases of which none has its shape."""
+    augment = small_augment(short_sides=(100, 120, 140), max_long_side=200)
+    canvases = ((144, 208), (208, 144), (128, 128), (112, 160), (160, 112))
+    result = plan_epoch(
+        seed=epoch,
+        epoch=epoch,
+        sizes=sizes,
+        augment=augment,
+        canvases=canvases,
+        batch_size=len(sizes) // 2,
+        shuffle_window=100,
+        snap=snap,
+    )
+    order = np.argsort(result.indices.ravel())
+    flat = Geometry(*(field.reshape(-1, *field.shape[2:]) for field in result.geometry))
+    return flat.at(order), np.repeat(np.array(canvases)[result.canvas], len(sizes) // 2, 0)[order]
+
+
+@settings(max_examples=15)
+@given(seed=st.integers(0, 10_000), snap=st.sampled_from([0.0, 0.1, 0.3]))
+def test_a_coloured_rectangle_is_where_its_box_is_after_any_planned_chain(seed, snap):
+    """Catches a scale of the plan that moves the picture and not its boxes, or one side alone."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(80, 200, (8, 2))
+    geometries, canvases = planned(sizes, seed, snap)
+    colour = np.array([30, 200, 90])
+    for i, (height, width) in enumerate(sizes.tolist()):
+        top, left = rng.integers(0, (height - 20, width - 20))
+        bottom, right = rng.integers((top + 20, left + 20), (height + 1, width + 1))
+        image = np.full((height, width, 3), (220, 40, 160), np.uint8)
+        image[top:bottom, left:right] = colour
+        geometry = geometries.at(i)
+        box = np.array([[left, top, right, bottom]], np.float32)
+        picture, boxes, labels = apply(image, box, np.array([3]), geometry)
+        assert picture.shape[:2] == tuple(geometry.size) and (geometry.size <= canvases[i]).all()
+        near = (np.abs(picture.astype(int) - colour) < 95).all(-1)  # more than half the colour
+        if not len(boxes):
+            assert not near.any()
+            continue
+        assert labels.tolist() == [3]
+        assert (boxes[0, :2] >= 0).all() and (boxes[0, 2:] <= geometry.size[::-1]).all()
+        extent = boxes[0, 2:] - boxes[0, :2]
+        assert (extent > 0).all()
+        if extent.min() < 2:  # a sliver at the border of the crop, mixed with what is beside it
+            continue
+        ys, xs = np.flatnonzero(near.any(1)), np.flatnonzero(near.any(0))
+        drawn = np.array([xs[0], ys[0], xs[-1] + 1, ys[-1] + 1])
+        scale = max(geometry.size / geometry.crop[2:] * geometry.resized / (height, width))
+        np.testing.assert_allclose(boxes[0], drawn, atol=0.51 + 0.5 * scale)
+
+
+@settings(max_examples=15)
+@given(seed=st.integers(0, 10_000))
+def test_a_flip_is_the_mirror_image_of_any_chain(seed):
+    """With it twice, pixels and boxes are those without: a flip is an involution."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(80, 200, (8, 2))
+    geometry = planned(sizes, seed, 0.1)[0].at(0)
+    image, boxes, labels = random_scene(rng, *sizes[0])
+    straight = apply(image, boxes, labels, geometry._replace(flip=np.bool_(False)))
+    flipped = apply(image, boxes, labels, geometry._replace(flip=np.bool_(True)))
+    np.testing.assert_array_equal(flipped[0], straight[0][:, ::-1])
+    width = geometry.size[1]
+    left, top, right, bottom = straight[1].T
+    mirrored = np.stack([width - right, top, width - left, bottom], axis=1)
+    np.testing.assert_allclose(flipped[1], mirrored, atol=1e-4)
+    np.testing.assert_array_equal(flipped[2], straight[2])
+    again = eval_geometry(geometry.size[None], min(geometry.size), None).at(0)
+    if (again.size == geometry.size).all():
+        back = apply(*flipped, again._replace(flip=np.bool_(True)))
+        np.testing.assert_array_equal(back[0], straight[0])
+        np.testing.assert_allclose(back[1], straight[1], atol=1e-4)
 
 
 def test_flipping_twice_changes_nothing():
