@@ -141,8 +141,8 @@ def peak_bytes() -> int | None:
 
 
 def gigabytes(count: float | None) -> float | None:
-    """Rounded to MB."""
-    return None if count is None else round(count / 1e9, 3)
+    """Rounded to kB."""
+    return None if count is None else round(count / 1e9, 6)
 
 
 def measure(config: ConfigDict, *, rounds: int, steps: int, parts: bool) -> dict[str, Any]:
