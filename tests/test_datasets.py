@@ -13,6 +13,7 @@ from dn_detr_jax.config import base_config
 from dn_detr_jax.data.datasets import open_dataset
 from dn_detr_jax.data.errors import DataError
 from dn_detr_jax.data.packing import SPLIT
+from dn_detr_jax.training.setup import check_same_classes
 
 
 def data_config(directory, **values):
@@ -196,3 +197,97 @@ def test_wrong_named_paths_are_named(tmp_path):
         open_dataset(config, "train")
     with pytest.raises(DataError, match=r"no such folder"):
         open_dataset(data_config(tmp_path / "nowhere"), "train")
+
+
+@pytest.fixture
+def tfds_dir(coco_dir, tmp_path):
+    """A folder of TFDS with the split `train`, made of a packed one."""
+    dataset = open_dataset(data_config(coco_dir), "train")
+    folder = tmp_path / "coco" / "2017" / "1.1.0"
+    folder.mkdir(parents=True)
+    (packed,) = (coco_dir / "packed").glob("instances_train2017-*")
+    for path in packed.iterdir():
+        if path.name not in ("annotations.npz", "source.json"):
+            name = path.name.replace(f"-{SPLIT}.", "-train.")
+            (folder / name).write_bytes(path.read_bytes())
+    info = json.loads((folder / "dataset_info.json").read_text())
+    info["splits"][0]["name"] = "train"
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    assert len(dataset) == 6
+    return tmp_path
+
+
+def test_a_folder_of_tfds_with_other_classes_than_coco(tfds_dir):
+    """Its labels stand for themselves, since it has no ids."""
+    for directory in (tfds_dir, tfds_dir / "coco/2017", tfds_dir / "coco/2017/1.1.0"):
+        dataset = open_dataset(data_config(directory), "train")
+        assert len(dataset) == 6 and len(dataset.source[2].image) > 0
+        assert [(c.id, c.name) for c in dataset.categories] == [(0, "fish"), (1, "cat"), (2, "dog")]
+
+
+def test_the_highest_version_is_opened(tfds_dir):
+    versions = tfds_dir / "coco" / "2017"
+    (versions / "1.1.0").rename(versions / "1.10.0")
+    (versions / "1.9.0").mkdir()
+    (versions / "1.9.0" / "dataset_info.json").write_text("{}")
+    assert len(open_dataset(data_config(tfds_dir), "train")) == 6
+
+
+def test_records_without_access_by_position_are_refused_with_advice(tfds_dir):
+    """TFDS writes tfrecord by default, which it reads through TensorFlow only."""
+    folder = tfds_dir / "coco/2017/1.1.0"
+    info = json.loads((folder / "dataset_info.json").read_text())
+    info["fileFormat"] = "tfrecord"
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    for path in folder.glob("*array_record*"):
+        path.rename(folder / path.name.replace("array_record", "tfrecord"))
+    with pytest.raises(DataError, match=r"in the format tfrecord.*file_format='array_record'"):
+        open_dataset(data_config(tfds_dir), "train")
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (lambda i, f: i["splits"][0].update(name="test"), "no split 'train', it has test"),
+        (lambda i, f: f["featuresDict"]["features"].pop("objects"), "features lack objects"),
+        (lambda i, f: i.clear(), "not readable as a folder of TFDS"),
+    ],
+)
+def test_other_folders_of_tfds_are_refused(tfds_dir, change, message):
+    folder = tfds_dir / "coco/2017/1.1.0"
+    files = [folder / "dataset_info.json", folder / "features.json"]
+    contents = [json.loads(path.read_text()) for path in files]
+    change(*contents)
+    for path, content in zip(files, contents, strict=True):
+        path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=message):
+        open_dataset(data_config(tfds_dir), "train")
+
+
+def test_a_damaged_table_is_named(coco_dir, tmp_path):
+    config = data_config(coco_dir, packed_dir=str(tmp_path))
+    open_dataset(config, "train")
+    (table,) = tmp_path.glob("*/annotations.npz")
+    table.write_bytes(table.read_bytes()[:-100])
+    with pytest.raises(DataError, match=r"annotations\.npz: damaged"):
+        open_dataset(config, "train")
+
+
+def test_category_ids_that_can_be_no_labels(tmp_path):
+    content = document(2)
+    content["categories"] = [{"id": 90_000, "name": "far"}, *content["categories"]]
+    write_split(tmp_path / "train.json", tmp_path / "train", content)
+    with pytest.raises(DataError, match=r"3 to 90000: set data\.labels=contiguous"):
+        open_dataset(data_config(tmp_path), "train")
+    assert len(open_dataset(data_config(tmp_path, labels="contiguous"), "train").categories) == 4
+
+
+def test_splits_with_other_classes_do_not_train_together(tmp_path):
+    write_coco(tmp_path)
+    content = annotations_of(tmp_path, "val2017")
+    content["categories"][1]["name"] = "hat"
+    (tmp_path / VAL).write_text(json.dumps(content))
+    splits = [open_dataset(data_config(tmp_path), split) for split in ("train", "validation")]
+    with pytest.raises(DataError, match=r"label 3 .* is 'cat' \(id 3\) .* 'hat' \(id 3\) in the v"):
+        check_same_classes(*splits)
+    check_same_classes(splits[0], splits[0])

@@ -4,10 +4,12 @@ The format: https://cocodataset.org/#format-data. An annotation file that others
 trusted: every value is checked, what is wrong is collected in `Findings`, and nothing of it raises.
 """
 
+import contextlib
+import gc
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -195,6 +197,26 @@ def read_annotations(
     Raises:
       OSError: the file can't be read.
     """
+    with _no_garbage_collection():
+        return _read_annotations(path, findings)
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """The millions of objects of a large file have no cycles; looking for some takes as long as
+    reading them."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _read_annotations(
+    path: Path, findings: Findings
+) -> tuple[Annotations, tuple[Category, ...]] | None:
     try:
         with path.open("rb") as file:
             # Outlines are most of such a file, and are not used here.
@@ -373,24 +395,28 @@ def _whole(entry: Any, key: str, least: int = -_LARGEST, most: int = _LARGEST) -
 
 def _number(entry: Any, key: str) -> float:
     value = _value(entry, key)
-    return _as_float(value, f"{key} is {_shown(value)}, expected a number")
-
-
-def _as_float(value: Any, message: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _MalformedError(message)
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
+    if not _is_number(value):
+        raise _MalformedError(f"{key} is {_shown(value)}, expected a number")
+    return _as_float(value)
 
 
 def _bbox(entry: Any) -> list[float]:
     value = _value(entry, "bbox")
-    message = f"bbox is {_shown(value)}, expected [left, top, width, height] in pixels"
-    if not isinstance(value, list) or len(value) != 4:
-        raise _MalformedError(message)
-    return [_as_float(number, message) for number in value]
+    if not isinstance(value, list) or len(value) != 4 or not all(map(_is_number, value)):
+        wanted = "[left, top, width, height] in pixels"
+        raise _MalformedError(f"bbox is {_shown(value)}, expected {wanted}")
+    return [_as_float(number) for number in value]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _as_float(value: int | float) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def _text(entry: Any, key: str) -> str:

@@ -19,7 +19,6 @@ import contextlib
 import errno
 import fcntl
 import hashlib
-import io
 import json
 import logging
 import os
@@ -205,6 +204,8 @@ def _write_shards(
         f"; {done} are there already" if done else "",
     )
     label_of = {category.id: label for label, category in enumerate(categories)}
+    # What FeaturesDict.serialize_example does besides takes longer, object by object.
+    serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
     with (
         ThreadPoolExecutor(_READERS) as pool,
         tqdm(
@@ -217,7 +218,7 @@ def _write_shards(
     ):
         for number in todo:
             records = (
-                features.serialize_example(_example(image, index, annotations, label_of))
+                serializer.serialize_example(_example(image, index, annotations, label_of))
                 for index, image in _read_ahead(pool, files.images, shards[number], annotations)
             )
             _write_shard(partial / names[number], records, len(shards[number]), progress)
@@ -248,34 +249,26 @@ def _read(path: Path) -> bytes:
 def _example(
     image: bytes, index: int, annotations: Annotations, label_of: dict[int, int]
 ) -> dict[str, Any]:
-    """The features of an image. TFDS has no room for boxes beyond the picture: these are clipped
-    and without the degenerate ones; the numbers of the annotation file are in the table."""
+    """The features of an image, encoded as TFDS serialises them.
+
+    TFDS has no room for boxes beyond the picture: these are clipped, and without the degenerate
+    ones. The numbers of the annotation file are in the table.
+    """
     rows = np.arange(annotations.offsets[index], annotations.offsets[index + 1])
     rows = rows[~annotations.degenerate[rows]]
     height, width = annotations.sizes[index].tolist()
     shares = annotations.corners(rows) / (width, height, width, height)
-    columns = zip(
-        annotations.ids[rows].tolist(),
-        annotations.areas[rows].tolist(),
-        np.clip(shares, 0.0, 1.0).tolist(),
-        annotations.category_ids[rows].tolist(),
-        annotations.crowd[rows].tolist(),
-        strict=True,
-    )
     return {
-        "image": io.BytesIO(image),
+        "image": image,
         "image/filename": annotations.file_names[index],
-        "image/id": int(annotations.image_ids[index]),
-        "objects": [
-            {
-                "id": object_id,
-                "area": area,
-                "bbox": tfds.features.BBox(ymin=top, xmin=left, ymax=bottom, xmax=right),
-                "label": label_of[category_id],
-                "is_crowd": crowd,
-            }
-            for object_id, area, (left, top, right, bottom), category_id, crowd in columns
-        ],
+        "image/id": annotations.image_ids[index],
+        "objects": {
+            "id": annotations.ids[rows],
+            "area": annotations.areas[rows].astype(np.float32),
+            "bbox": np.clip(shares, 0.0, 1.0)[:, [1, 0, 3, 2]].astype(np.float32),
+            "label": np.array([label_of[i] for i in annotations.category_ids[rows].tolist()], int),
+            "is_crowd": annotations.crowd[rows],
+        },
     }
 
 
