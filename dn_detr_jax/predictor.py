@@ -14,10 +14,8 @@ first picture needs it, and once.
 
 import collections
 import dataclasses
-import logging
 import os
 import threading
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar, overload
@@ -39,10 +37,9 @@ from dn_detr_jax.evaluation.postprocess import select_detections
 from dn_detr_jax.models.dn_dab_detr import normalize_images
 from dn_detr_jax.models.registry import abstract_params, build_model
 from dn_detr_jax.training.checkpoints import Checkpoints, read_config
+from dn_detr_jax.training.compile_cache import compile_and_log, use_compile_cache
 from dn_detr_jax.training.errors import CheckpointError
 from dn_detr_jax.training.setup import COMPILER_OPTIONS
-
-logger = logging.getLogger(__name__)
 
 Picture = str | os.PathLike | bytes | Image.Image | np.ndarray
 _SINGLE = (str, os.PathLike, bytes, Image.Image, np.ndarray)
@@ -145,6 +142,7 @@ def load(
       CheckpointError: no work directory, no such checkpoint, or a damaged one.
     """
     run = read_run(workdir, step)
+    use_compile_cache(run.config.compile.cache_dir)
     return Predictor(run.config, run.params, run.categories, batch_size=batch_size)
 
 
@@ -291,7 +289,6 @@ class Predictor:
     def _compiled(self, canvas: tuple[int, int]) -> jax.stages.Compiled:
         with self._lock:
             if canvas not in self._programs:
-                start = time.monotonic()
                 shape = (self.batch_size, *canvas, 3)
                 lowered = self._program.lower(
                     self._params,
@@ -299,9 +296,8 @@ class Predictor:
                     jax.ShapeDtypeStruct((self.batch_size, 2), jnp.int32, sharding=self._sharding),
                 )
                 options = COMPILER_OPTIONS.get(self._device.platform)
-                self._programs[canvas] = lowered.compile(options)
-                seconds = time.monotonic() - start
-                logger.info("compiled prediction for %d x %d in %.1f s", *canvas, seconds)
+                name = "prediction for {} x {}".format(*canvas)
+                self._programs[canvas] = compile_and_log(lowered, name, options)
             return self._programs[canvas]
 
     @property
