@@ -96,7 +96,6 @@ def measure_plan(
             augment=data_config.augment,
             canvases=canvases,
             batch_size=BATCH,
-            shuffle_window=data_config.shuffle_window,
             snap=snap,
         )
         for epoch in range(FLAGS.epochs)

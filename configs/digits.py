@@ -29,7 +29,6 @@ def get_config():
         canvases=((80, 112), (112, 80)),
         max_objects=8,
         threads=1,
-        shuffle_window=1024,
         eval_short_side=80,
         eval_max_long_side=112,
     )

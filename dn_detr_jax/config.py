@@ -37,7 +37,6 @@ def base_config() -> ConfigDict:
             "workers": 0,  # processes that read and augment; 0: threads of this process
             "threads": 4,  # reading threads of each of those processes
             "prefetch": 4,  # batches made ahead, per worker
-            "shuffle_window": 2048,  # images among which batches of one canvas are formed
         }
     )
     config.data.augment = ConfigDict(
@@ -335,7 +334,7 @@ def _check_data(checker: _Checker) -> None:
     checker.check("data.canvases", right, expected)
     checker.whole(0, "data.workers")
     checker.whole(0, "data.max_objects")
-    checker.whole(1, "data.threads", "data.prefetch", "data.shuffle_window")
+    checker.whole(1, "data.threads", "data.prefetch")
     checker.one_of("data.labels", "category_ids", "contiguous")
     checker.one_of("data.skip_bad", True, False)
     checker.number(lambda value: 0 <= value <= 0.5, "from 0 to 0.5", "data.snap")

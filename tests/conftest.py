@@ -52,7 +52,6 @@ def digits_config(digits_dir):
             "dir": str(digits_dir),
             "canvases": ((96, 128), (128, 96)),
             "max_objects": 8,
-            "shuffle_window": 32,
             "eval_short_side": 96,
             "eval_max_long_side": 128,
         }

@@ -47,7 +47,6 @@ def plan(sizes, **changes):
         "augment": augment(),
         "canvases": CANVASES,
         "batch_size": 16,
-        "shuffle_window": 200,
         **changes,
     }
     return plan_epoch(**arguments)
@@ -60,11 +59,10 @@ def assert_equal_plans(a, b):
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("window", [1, 50, 200, 5000])
 @pytest.mark.parametrize("canvases", [CANVASES, CANVASES[:2], ((160, 160),)])
-def test_every_epoch_has_the_same_steps_and_no_picture_twice(sizes, window, canvases):
+def test_every_epoch_has_the_same_steps_and_no_picture_twice(sizes, canvases):
     for epoch in range(4):
-        result = plan(sizes, epoch=epoch, shuffle_window=window, canvases=canvases)
+        result = plan(sizes, epoch=epoch, canvases=canvases)
         assert len(result) == 1003 // 16
         assert result.indices.shape == (62, 16)
         assert len(np.unique(result.indices)) == result.indices.size
@@ -231,7 +229,7 @@ def test_a_plan_is_a_pure_function_and_differs_between_epochs_and_seeds(sizes):
 
 
 def test_pictures_meet_others_in_the_next_epoch(sizes):
-    """With one canvas as likely as in a plain shuffle, so the window must not freeze the groups."""
+    """With one canvas as likely as in a plain shuffle, so canvases must not freeze the groups."""
 
     def pairs(result):
         rows = np.sort(result.indices, axis=1)
@@ -264,7 +262,6 @@ def test_the_step_alone_resumes(sizes):
             augment=augment(),
             canvases=CANVASES,
             batch_size=16,
-            shuffle_window=200,
         )
 
     walked, jumped = stream(), stream()
@@ -305,7 +302,6 @@ def test_canvases_that_are_too_small_are_refused_before_training():
             augment=augment(),
             canvases=((96, 96),),
             batch_size=1,
-            shuffle_window=10,
         )
 
 

@@ -155,7 +155,6 @@ def planned(sizes, epoch, snap):
         augment=augment,
         canvases=canvases,
         batch_size=len(sizes) // 2,
-        shuffle_window=100,
         snap=snap,
     )
     order = np.argsort(result.indices.ravel())

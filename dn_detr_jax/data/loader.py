@@ -117,7 +117,6 @@ def train_plan(dataset: Dataset, config: ConfigDict) -> TrainPlan:
         augment=config.data.augment,
         canvases=config.data.canvases,
         batch_size=config.train.batch_size,
-        shuffle_window=config.data.shuffle_window,
         snap=config.data.snap,
     )
 
@@ -151,7 +150,7 @@ def _check(
     canvases = data.canvases
     good = len(canvases) > 0 and all(len(c) == 2 and min(c) > 0 for c in canvases)
     require(good, "data.canvases", canvases, "pairs of (height, width) in pixels")
-    for name in ("max_objects", "threads", "prefetch", "shuffle_window"):
+    for name in ("max_objects", "threads", "prefetch"):
         require(data[name] > 0, f"data.{name}", data[name], "a positive number")
     require(data.workers >= 0, "data.workers", data.workers, "0 or more processes")
     for name in ("flip", "crop"):

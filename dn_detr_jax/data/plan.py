@@ -212,15 +212,14 @@ def plan_epoch(
     augment: ConfigDict,
     canvases: Sequence[Canvas],
     batch_size: int,
-    shuffle_window: int,
     snap: float = 0.0,
 ) -> EpochPlan:
     """Plans a training epoch of floor(N / batch_size) batches.
 
-    The pictures are shuffled, and those that don't fill a last batch are left out. Among each
-    `shuffle_window` of them, batches are formed of pictures of the same canvas; what is left goes
-    on to the next window. What is left at the end, less than a batch for each canvas, is joined
-    (`_join`). Then the batches are shuffled.
+    The pictures are shuffled, and those that don't fill a last batch are left out. Batches are
+    formed of pictures of the same canvas, in that order; what is left, less than a batch for each
+    canvas, is joined (`_join`). Then the batches are shuffled. So the whole epoch is the window in
+    which like sizes are looked for, which costs nothing: only sizes are looked at.
 
     Args:
       seed: not negative.
@@ -229,7 +228,6 @@ def plan_epoch(
       augment: `config.data.augment`.
       canvases: heights and widths; every picture must fit one (`check_canvases`).
       batch_size: of all the processes together.
-      shuffle_window: number of pictures.
       snap: share by which a picture's scale may move so that it touches its canvas; 0 leaves the
         published augmentation as it is (see `canvas_factors`).
 
@@ -242,16 +240,13 @@ def plan_epoch(
     num_steps = steps_per_epoch(len(sizes), batch_size)
     order = rng.permutation(len(sizes))[: num_steps * batch_size]
 
-    waiting = [order[:0]] * len(canvases)
-    batches, batch_canvas = [], []
-    for start in range(0, len(order), shuffle_window):
-        window = order[start : start + shuffle_window]
-        for c in range(len(canvases)):
-            queue = np.concatenate([waiting[c], window[canvas_of[window] == c]])
-            full = len(queue) // batch_size
-            batches.append(queue[: full * batch_size].reshape(full, batch_size))
-            batch_canvas += [c] * full
-            waiting[c] = queue[full * batch_size :]
+    batches, batch_canvas, waiting = [], [], []
+    for c in range(len(canvases)):
+        queue = order[canvas_of[order] == c]
+        full = len(queue) // batch_size
+        batches.append(queue[: full * batch_size].reshape(full, batch_size))
+        batch_canvas += [c] * full
+        waiting.append(queue[full * batch_size :])
 
     left = np.concatenate(waiting)
     joined = _join(
@@ -386,7 +381,6 @@ class TrainPlan:
         augment: ConfigDict,
         canvases: Sequence[Canvas],
         batch_size: int,
-        shuffle_window: int,
         snap: float = 0.0,
     ):
         """See `plan_epoch` for the arguments.
@@ -402,7 +396,6 @@ class TrainPlan:
             "augment": augment,
             "canvases": canvases,
             "batch_size": batch_size,
-            "shuffle_window": shuffle_window,
             "snap": snap,
         }
         self._forget()

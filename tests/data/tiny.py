@@ -11,7 +11,6 @@ def get_config():
         canvases=((128, 128),),
         max_objects=6,
         threads=1,
-        shuffle_window=64,
         eval_short_side=96,
         eval_max_long_side=128,
     )
