@@ -19,7 +19,6 @@ from dn_detr_jax.data.errors import DataError
 # What may be read. Others that Pillow knows start programs (EPS) or are no photographs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 _JPEG = ("JPEG", "MPO")  # of the latter, JPEG with more pictures behind it, the first
-_END_OF_JPEG = b"\xff\xd9"
 
 
 class Header(NamedTuple):
@@ -145,10 +144,9 @@ def needs_turn(header: Header, size: tuple[int, int] | None) -> bool:
 def _pixels(picture: Image.Image, orientation: int, data: bytes) -> np.ndarray:
     """RGB as stored, whatever the orientation, which was read before.
 
-    OpenCV fills what a file that is cut off lacks, without a word: only files that end as they
-    should are left to it.
+    What OpenCV refuses, a file that is cut off for one, is left to Pillow, which says why.
     """
-    if picture.format in _JPEG and picture.mode in ("RGB", "L") and data.endswith(_END_OF_JPEG):
+    if picture.format in _JPEG and picture.mode in ("RGB", "L"):
         flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
         if image is not None and image.shape[:2] == (picture.height, picture.width):
