@@ -3,11 +3,13 @@
 import copy
 import dataclasses
 import itertools
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -15,7 +17,7 @@ from ml_collections import ConfigDict
 from dn_detr_jax.config import ConfigError, validate
 from dn_detr_jax.data.datasets import Dataset, open_dataset
 from dn_detr_jax.data.errors import DataError
-from dn_detr_jax.data.loader import eval_batches
+from dn_detr_jax.data.loader import eval_batches, eval_plan
 from dn_detr_jax.data.plan import steps_per_epoch
 from dn_detr_jax.models.registry import abstract_params, build_model
 from dn_detr_jax.sharding import make_mesh, replicated, with_sharding
@@ -154,16 +156,21 @@ class Plan:
 def compile_programs(
     setup: Setup, step_function: Callable | None = None, state: TrainState | None = None
 ) -> tuple[dict[tuple[int, int], Callable], Callable]:
-    """Compiles every program of the run ahead: one per canvas for training and for evaluation.
+    """Compiles every program of the run ahead, one per canvas.
 
     Returns:
-      Train steps by canvas (none without `step_function`); and for all canvases a function
-      (params, batch) -> detections as `training.step.detect`, with `assignment` int32 [B, M], the
-      query matched to each object, -1 for padding, in place of the costs.
+      Train steps by canvas (none without `step_function`); and for the canvases that the validation
+      pictures lie on a function (params, batch) -> detections as `training.step.detect`, with
+      `assignment` int32 [B, M], the query matched to each object, -1 for padding, in place of the
+      costs.
     """
     config, mesh = setup.config, setup.mesh
     params = with_sharding(abstract_params(setup.model), replicated(mesh))
-    canvases = [tuple(canvas) for canvas in config.data.canvases]
+    evaluated = eval_plan(setup.validation, config)
+    canvases = {
+        "train": [] if step_function is None else [tuple(c) for c in config.data.canvases],
+        "eval": [evaluated.canvases[c] for c in np.unique(evaluated.canvas)],
+    }
 
     def compile_one(task):
         purpose, canvas = task
@@ -175,12 +182,11 @@ def compile_programs(
         name = "{} for {} x {}".format(purpose, *canvas)
         return task, compile_and_log(lowered, name, options)
 
-    purposes = ["eval"] if step_function is None else ["train", "eval"]
-    tasks = [(purpose, canvas) for purpose in purposes for canvas in canvases]
+    tasks = [(purpose, canvas) for purpose in canvases for canvas in canvases[purpose]]
     platform = mesh.devices.flat[0].platform
     options = COMPILER_OPTIONS.get(platform)
     # Accelerators time candidate kernels while compiling, which must not overlap.
-    workers = len(canvases) if platform == "cpu" else 1
+    workers = os.cpu_count() or 1 if platform == "cpu" else 1
     with ThreadPoolExecutor(workers) as pool:
         programs = dict(pool.map(compile_one, tasks))
     match = jit_match(mesh)
@@ -189,4 +195,4 @@ def compile_programs(
         found = programs["eval", batch["image"].shape[1:3]](params, batch)
         return found | {"assignment": match(found.pop("cost"), batch["valid"])}
 
-    return {canvas: programs.get(("train", canvas)) for canvas in canvases}, detect
+    return {canvas: programs["train", canvas] for canvas in canvases["train"]}, detect
