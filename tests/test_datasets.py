@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from coco_directory import CATEGORIES, document, write_coco, write_split
+from tensorboardX.record_writer import RecordWriter
 
 from dn_detr_jax.config import base_config
 from dn_detr_jax.data.datasets import open_dataset
 from dn_detr_jax.data.errors import DataError
 from dn_detr_jax.data.packing import SPLIT
+from dn_detr_jax.data.records import open_records
 from dn_detr_jax.training.setup import check_same_classes
 
 
@@ -233,15 +235,57 @@ def test_the_highest_version_is_opened(tfds_dir):
     assert len(open_dataset(data_config(tfds_dir), "train")) == 6
 
 
-def test_records_without_access_by_position_are_refused_with_advice(tfds_dir):
-    """TFDS writes tfrecord by default, which it reads through TensorFlow only."""
+@pytest.fixture
+def tfrecord_dir(tfds_dir):
+    """The same folder in TFDS' default format, in two shards, as another library writes them."""
     folder = tfds_dir / "coco/2017/1.1.0"
+    records, _ = open_records(folder, "train")
+    contents = [records[i] for i in range(len(records))]
+    for shard, part in enumerate((contents[:4], contents[4:])):
+        writer = RecordWriter(str(folder / f"coco_records-train.tfrecord-0000{shard}-of-00002"))
+        for content in part:
+            writer.write(content)
+        writer.close()
+    for path in folder.glob("*array_record*"):
+        path.unlink()
     info = json.loads((folder / "dataset_info.json").read_text())
     info["fileFormat"] = "tfrecord"
+    info["splits"][0]["shardLengths"] = ["4", "2"]
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    return tfds_dir
+
+
+def test_a_folder_of_tfds_in_its_default_format(tfrecord_dir, tfds_dir, coco_dir):
+    """The pictures and objects are those of the directory that it was made of."""
+    expected = open_dataset(data_config(coco_dir), "train")
+    for _ in range(2):  # the second time with the index that the first has kept
+        found = open_dataset(data_config(tfrecord_dir), "train")
+        source = pickle.loads(pickle.dumps(found.source))
+        assert len(found) == len(expected) == 6
+        for i in (5, 0, 4, 3):
+            assert source[i].image == expected.source[i].image
+            np.testing.assert_allclose(source[i].boxes, expected.source[i].boxes, atol=0.01)
+    assert list((tfrecord_dir / "coco/2017/1.1.0").glob("tfrecord-index-*.npy"))
+
+
+@pytest.mark.parametrize("kept", [0, 5, 12, -1])
+def test_a_tfrecord_file_that_is_cut_off_is_named(tfrecord_dir, kept):
+    """Also where an index of the whole file has been kept."""
+    open_dataset(data_config(tfrecord_dir), "train")
+    (path,) = (tfrecord_dir / "coco/2017/1.1.0").glob("*tfrecord-00001-of-00002")
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(DataError, match=f"{path.name}: (has 0 records|no TFRecord file)"):
+        open_dataset(data_config(tfrecord_dir), "train")
+
+
+def test_records_of_another_format_are_refused(tfds_dir):
+    folder = tfds_dir / "coco/2017/1.1.0"
+    info = json.loads((folder / "dataset_info.json").read_text())
+    info["fileFormat"] = "riegeli"
     (folder / "dataset_info.json").write_text(json.dumps(info))
     for path in folder.glob("*array_record*"):
-        path.rename(folder / path.name.replace("array_record", "tfrecord"))
-    with pytest.raises(DataError, match=r"in the format tfrecord.*file_format='array_record'"):
+        path.rename(folder / path.name.replace("array_record", "riegeli"))
+    with pytest.raises(DataError, match="in the format riegeli; array_record and tfrecord"):
         open_dataset(data_config(tfds_dir), "train")
 
 

@@ -1,6 +1,6 @@
 """Folders that TensorFlow Datasets has prepared with the features of `coco/2017`.
 
-Read without TensorFlow, by position, in TFDS' `array_record` format.
+Read without TensorFlow, by position, in TFDS' formats `array_record` and `tfrecord`, its default.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from tqdm import tqdm
 from dn_detr_jax.data.annotations import Annotations, load_table, save_table
 from dn_detr_jax.data.coco_classes import Category
 from dn_detr_jax.data.errors import DataError
+from dn_detr_jax.data.tfrecord import TFRecords
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +93,8 @@ def open_records(folder: Path, split: str) -> tuple[Sequence[bytes], tfds.featur
     """The serialised records of a split, and how they are read.
 
     Raises:
-      DataError: the folder has no such split, other features, or a format without random access.
+      DataError: the folder has no such split, other features, damaged records or another format.
+      OSError: a file can't be read.
     """
     try:
         builder = tfds.builder_from_directory(folder)
@@ -107,19 +109,22 @@ def open_records(folder: Path, split: str) -> tuple[Sequence[bytes], tfds.featur
         )
     if split not in info.splits:
         raise DataError(f"{folder}: no split {split!r}, it has {', '.join(info.splits)}")
-    array_record = tfds.core.FileFormat.ARRAY_RECORD
-    if array_record not in info.available_file_formats():
-        raise DataError(
-            f"{folder}: its records are in the format {info.file_format.value}, which has no "
-            "access by position without TensorFlow. Where TensorFlow is installed, prepare it as "
-            "tfds.builder('coco/2017', file_format='array_record').download_and_prepare(), or "
-            f"convert it: tfds convert_format --dataset_dir={folder} --out_file_format=array_record"
+    formats = tfds.core.FileFormat
+    if formats.ARRAY_RECORD in info.available_file_formats():
+        records = builder.as_data_source(
+            split,
+            deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,
+            file_format=formats.ARRAY_RECORD,
         )
-    records = builder.as_data_source(
-        split,
-        deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,
-        file_format=array_record,
-    )
+    elif info.file_format == formats.TFRECORD:
+        files = [Path(path) for path in info.splits[split].filepaths]
+        lengths = info.splits[split].shard_lengths
+        records = TFRecords(files, lengths, folder / f"tfrecord-index-1-{split}.npy")
+    else:
+        raise DataError(
+            f"{folder}: its records are in the format {info.file_format.value}; array_record and "
+            "tfrecord can be read"
+        )
     return records, info.features
 
 
