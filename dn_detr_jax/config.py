@@ -96,6 +96,10 @@ def base_config() -> ConfigDict:
     config.dn = ConfigDict(
         {
             "groups": 5,  # denoising groups; 0 trains plain DAB-DETR
+            # "packed": each picture gets as many whole groups as fit into `slots`; "paper": all the
+            # groups, with groups x data.max_objects slots for every picture (twice if contrastive).
+            "layout": "packed",
+            "slots": 200,  # denoising queries per picture of the packed layout
             "label_noise": 0.2,  # probability that a label is replaced
             "box_noise": 0.4,  # centre shift and scaling, as a share of the box size
             "contrastive": False,  # True: each object also has a negative, with more noise (DINO)
@@ -410,6 +414,13 @@ def _check_losses(checker: _Checker) -> None:
     checker.number(lambda value: 0 <= value < 1, "from 0 to below 1", "dn.box_noise")
     checker.one_of("dn.contrastive", True, False)
     checker.one_of("dn.attend_padding", True, False)
+    checker.one_of("dn.layout", "packed", "paper")
+    checker.whole(2 if checker["dn.contrastive"] else 1, "dn.slots")
+    checker.check(
+        "dn.attend_padding",
+        not checker["dn.attend_padding"] or checker["dn.layout"] == "paper",
+        "False, or dn.layout=paper: packed groups have no empty slots to attend to",
+    )
     costs = ["matcher.cost_class", "matcher.cost_bbox", "matcher.cost_giou"]
     weights = ["loss.weight_class", "loss.weight_bbox", "loss.weight_giou"]
     checker.number(lambda value: value >= 0, "of at least 0", *costs, *weights, "loss.focal_gamma")

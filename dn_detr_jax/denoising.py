@@ -14,6 +14,10 @@ All shapes are static. B pictures, M slots for objects, G groups, S = G * M deno
 M if contrastive), N matching queries, C classes, L decoder layers, D channels. A slot of an absent
 object is *empty*: it is never attended to and never enters a loss.
 
+Most pictures have far fewer objects than slots for them, so that most of these S slots are empty.
+`pack` moves the real ones together into a smaller number: each picture gets as many whole groups as
+fit.
+
 Everything around a decoder of your own, in the order of the calls:
 
 >>> import jax, jax.numpy as jnp
@@ -59,12 +63,15 @@ class Noise:
       label_new: int32 [B, S] replacement labels, used where the label flips.
       box_u: float32 [B, S, 4] uniform in [0, 1).
       box_sign: float32 [B, S, 4], 1 or -1, for contrastive denoising alone.
+      priority: float32 [B, M] uniform in [0, 1), for packing alone: of more objects than fit, the
+        lowest are kept.
     """
 
     label_u: jax.Array
     label_new: jax.Array
     box_u: jax.Array
     box_sign: jax.Array | None = None
+    priority: jax.Array | None = None
 
 
 @flax.struct.dataclass
@@ -102,7 +109,12 @@ class Denoising:
 
 
 def draw_noise(
-    key: jax.Array, shape: tuple[int, int], num_classes: int, *, contrastive: bool = False
+    key: jax.Array,
+    shape: tuple[int, int],
+    num_classes: int,
+    *,
+    contrastive: bool = False,
+    num_objects: int = 0,
 ) -> Noise:
     """Draws the noise of a global batch.
 
@@ -111,14 +123,17 @@ def draw_noise(
       shape: (B, S).
       num_classes: C; replacements are uniform over the C real classes and may hit the true label.
       contrastive: with the signs of contrastive denoising; the other draws stay the same.
+      num_objects: M, to draw priorities for packing; the other draws stay the same. 0: none.
     """
     flip_key, label_key, box_key = jax.random.split(key, 3)
-    sign_key = jax.random.fold_in(key, 3)
+    sign_key, priority_key = jax.random.fold_in(key, 3), jax.random.fold_in(key, 4)
+    objects = (shape[0], num_objects)
     return Noise(
         label_u=jax.random.uniform(flip_key, shape),
         label_new=jax.random.randint(label_key, shape, 0, num_classes, dtype=jnp.int32),
         box_u=jax.random.uniform(box_key, (*shape, 4)),
         box_sign=jax.random.rademacher(sign_key, (*shape, 4), jnp.float32) if contrastive else None,
+        priority=jax.random.uniform(priority_key, objects) if num_objects else None,
     )
 
 
@@ -229,6 +244,45 @@ def prepare(
 def slots_needed(num_objects: int, groups: int, contrastive: bool = False) -> int:
     """Denoising slots per picture, S, for M slots for objects and G groups."""
     return num_objects * groups * (2 if contrastive else 1)
+
+
+def limit_objects(valid: jax.Array, priority: jax.Array, most: int) -> jax.Array:
+    """Of pictures with more objects than `most`, keeps those with the lowest priorities.
+
+    Args:
+      valid: bool [B, M], True for real objects.
+      priority: float [B, M], see `Noise`.
+      most: objects to keep in a picture.
+
+    Returns:
+      bool [B, M].
+    """
+    rank = jnp.argsort(jnp.argsort(jnp.where(valid, priority, jnp.inf), axis=1), axis=1)
+    return valid & (rank < most)
+
+
+def pack(dn: Denoising, slots: int) -> Denoising:
+    """Moves the real slots of each picture together: as many whole groups as fit, in their order.
+
+    What a slot holds stays the same, so that a picture whose groups all fit has the same losses as
+    before. Masks and losses need no change: they go by the groups and the validity of slots.
+
+    Args:
+      dn: from `prepare`, without more real slots in a group than `slots`, see `limit_objects`.
+      slots: per picture.
+
+    Returns:
+      The same with at most `slots` slots; the empty ones are at the end, of no group.
+    """
+    group_size = jnp.sum(dn.valid & (dn.group == 0), axis=1, keepdims=True)
+    kept = dn.valid & (dn.group < slots // jnp.maximum(group_size, 1))
+    order = jnp.argsort(~kept, axis=1, stable=True)[:, :slots]
+
+    def move(x):  # [B, S, ...]
+        return jnp.take_along_axis(x, order.reshape(*order.shape, *[1] * (x.ndim - 2)), axis=1)
+
+    moved = jax.tree.map(move, dn.replace(valid=kept))
+    return moved.replace(group=jnp.where(moved.valid, moved.group, -1))
 
 
 def query_content(label_table: jax.Array, dn: Denoising) -> jax.Array:

@@ -66,6 +66,9 @@ def test_the_defaults_are_valid():
         ("dn.label_noise", 1.5),
         ("dn.box_noise", -0.4),
         ("dn.attend_padding", 1.5),
+        ("dn.attend_padding", True),  # of the packed layout
+        ("dn.layout", "dense"),
+        ("dn.slots", 0),
         ("matcher.cost_class", -2.0),
         ("loss.weight_bbox", float("inf")),
         ("loss.focal_alpha", 2.0),

@@ -16,6 +16,8 @@ from hypothesis.extra import numpy as hnp
 from tiny_detector import GROUPS, by_group, object_noise, picture_batch
 
 from dn_detr_jax import denoising
+from dn_detr_jax.models.dn_dab_detr import normalize_images
+from dn_detr_jax.training.step import criterion
 
 # --- layout and noise -----------------------------------------------------------------------------
 
@@ -206,6 +208,98 @@ def test_draws_are_uniform_independent_and_repeatable():
     again, other = (draw(jax.random.key(k), (4, 5000), 3) for k in (1, 2))
     np.testing.assert_array_equal(noise.box_u, again.box_u)
     assert np.mean(noise.box_u == other.box_u) < 0.01
+
+
+# --- packing --------------------------------------------------------------------------------------
+
+PLACES = 6  # slots for objects
+
+
+@fast_jit
+def _in_both_layouts(counts, key):
+    """Prepared queries of both kinds, and packed ones by (contrastive, slots)."""
+    rng = np.random.default_rng(0)
+    valid = np.arange(PLACES)[::-1] < counts[:, None]  # real objects are not always the first
+    labels, boxes = rng.integers(0, CLASSES, valid.shape), oracle.random_boxes(rng, *valid.shape)
+    options = {"groups": GROUPS, "label_noise": 0.5, "box_noise": 0.4}
+    found = {}
+    for contrastive in (False, True):
+        shape = (len(valid), denoising.slots_needed(PLACES, GROUPS, contrastive))
+        noise = denoising.draw_noise(
+            key, shape, CLASSES, contrastive=contrastive, num_objects=PLACES
+        )
+        paper = denoising.prepare(labels, boxes, valid, noise, **options, contrastive=contrastive)
+        for slots in (4, 9, 100):
+            kept = denoising.limit_objects(valid, noise.priority, slots // (1 + contrastive))
+            dn = denoising.prepare(labels, boxes, kept, noise, **options, contrastive=contrastive)
+            found[contrastive, slots] = paper, kept, denoising.pack(dn, slots)
+    return found
+
+
+@pytest.mark.parametrize("slots", [4, 9, 100])
+@pytest.mark.parametrize("contrastive", [False, True])
+def test_packed_slots_hold_whole_groups_with_the_noise_they_had(contrastive, slots):
+    """Catches a group cut in two, slots of another picture, and a copy that changes its noise.
+
+    0 to 6 objects in 4, 9 or any number of slots: 3 groups, fewer, and more objects than slots.
+    """
+    counts, copies = np.array([0, 1, 2, 3, 4, 6]), 2 if contrastive else 1
+    paper, kept, packed = _in_both_layouts(counts, jax.random.key(2))[contrastive, slots]
+    assert packed.num_slots == min(slots, GROUPS * PLACES * copies)
+    fields = ("labels", "boxes", "group", "target_labels", "target_boxes", "negative")
+    targets = 0
+    for b, count in enumerate(counts):
+        objects = np.flatnonzero(kept[b])
+        assert len(objects) == min(count, slots // copies)
+        groups = min(GROUPS, slots // max(copies * len(objects), 1))
+        assert groups >= 1
+        targets += groups * len(objects)
+        want = [
+            (g * copies + copy) * PLACES + m
+            for g in range(groups)
+            for copy in range(copies)
+            for m in objects
+        ]
+        used = np.arange(packed.num_slots) < len(want)
+        np.testing.assert_array_equal(packed.valid[b], used)
+        np.testing.assert_array_equal(packed.group[b][~used], -1)
+        for name in fields:
+            got = getattr(packed, name)[b][used]
+            np.testing.assert_array_equal(got, getattr(paper, name)[b][np.array(want, int)])
+    assert packed.num_targets == targets
+
+
+def test_objects_that_do_not_fit_are_left_out_at_random():
+    """Catches the same objects left out in every step, and padding taken for an object."""
+    valid = np.arange(8) < np.array([[8], [5], [0]])
+    priority = jax.random.uniform(jax.random.key(0), (2000, 3, 8))
+    kept = np.asarray(
+        fast_jit(denoising.limit_objects, static_argnums=2)(
+            np.tile(valid, (2000, 1)), priority.reshape(-1, 8), 5
+        )
+    ).reshape(2000, 3, 8)
+    np.testing.assert_array_equal(kept.sum(axis=2), np.tile([5, 5, 0], (2000, 1)))
+    np.testing.assert_allclose(kept[:, 0].mean(axis=0), 5 / 8, atol=0.05)
+    np.testing.assert_array_equal(kept[:, 1:], np.tile(valid[1:], (2000, 1, 1)))
+
+
+def test_packed_and_paper_layout_have_the_same_loss(tiny):
+    """For pictures whose groups all fit, with the same noise: 12 slots in place of 21."""
+    batch, noise = picture_batch(7), object_noise(7)
+
+    def losses(params, batch, noise):
+        options = {"groups": GROUPS, "label_noise": 0.2, "box_noise": 0.4}
+        dn = denoising.prepare(batch["labels"], batch["boxes"], batch["valid"], noise, **options)
+        dn = denoising.pack(dn, 12)
+        images = normalize_images(batch["image"], batch["size"])
+        outputs = tiny.model.apply({"params": params}, images, batch["size"], dn)
+        assert outputs["pred_logits"].shape[2] == 12 + 8
+        return criterion(outputs, dn, batch, config=tiny.config, mesh=tiny.mesh)[:2]
+
+    total, terms = fast_jit(losses)(tiny.params, batch, noise)
+    want = tiny.train(tiny.params, batch, noise)
+    np.testing.assert_allclose(total, want.total, rtol=1e-5)
+    assert_close(terms, want.terms)
 
 
 # --- queries and mask -----------------------------------------------------------------------------

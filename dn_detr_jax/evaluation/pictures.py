@@ -78,7 +78,6 @@ def denoising_groups(
       config: whole configuration.
       class_names: by label.
     """
-    labels, boxes, valid = (batch[name] for name in ("labels", "boxes", "valid"))
     num_queries = num_matching_queries(config.model)
     mask = denoising.attention_mask(dn, num_queries, attend_padding=config.dn.attend_padding)
     drawn = {
@@ -86,18 +85,18 @@ def denoising_groups(
             np.asarray(mask[0]), np.asarray(dn.group[0]), np.asarray(dn.valid[0])
         )
     }
-    real, size = valid[0], batch["size"][0]
-    if real.any():
+    shown = np.asarray(dn.valid[0] & ~dn.negative[0])
+    if shown.any():
+        size, groups = batch["size"][0], len(np.unique(np.asarray(dn.group[0])[shown]))
 
         def by_group(x):  # [1, S, ...] -> [G, n, ...]
-            groups = np.asarray(x[0]).reshape(config.dn.groups, -1, *x.shape[2:])
-            return groups[:, : len(real)][:, real]  # the first are the positives
+            return np.asarray(x[0])[shown].reshape(groups, -1, *x.shape[2:])
 
         drawn["noised_boxes"] = visualize.render_noised_boxes(
             _valid_part(batch, 0),
-            _in_pixels(boxes[0, real], size),
+            _in_pixels(by_group(dn.target_boxes)[0], size),
             _in_pixels(by_group(dn.boxes), size),
-            labels[0, real],
+            by_group(dn.target_labels)[0],
             by_group(dn.labels),
             class_names,
         )

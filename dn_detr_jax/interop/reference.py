@@ -208,6 +208,7 @@ def case_config(case: Case, overrides: Mapping[str, str] | None = None) -> Confi
         groups=args["scalar"] if args["use_dn"] else 0,
         label_noise=args["label_noise_scale"],
         box_noise=args["box_noise_scale"],
+        layout="paper",
         attend_padding=True,
     )
     config.matcher.update(

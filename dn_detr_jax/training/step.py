@@ -99,21 +99,32 @@ def denoising_queries(
     """
     if not config.dn.groups:
         return None
-    labels, contrastive = batch["labels"], config.dn.contrastive
+    labels, valid, contrastive = batch["labels"], batch["valid"], config.dn.contrastive
+    batch_size, num_objects = labels.shape
     if noise is None:
-        slots = denoising.slots_needed(labels.shape[1], config.dn.groups, contrastive)
-        shape = (labels.shape[0], slots)
-        noise = denoising.draw_noise(key, shape, config.model.num_classes, contrastive=contrastive)
-    return denoising.prepare(
+        slots = denoising.slots_needed(num_objects, config.dn.groups, contrastive)
+        noise = denoising.draw_noise(
+            key,
+            (batch_size, slots),
+            config.model.num_classes,
+            contrastive=contrastive,
+            num_objects=num_objects,
+        )
+    packed = config.dn.layout == "packed"
+    most = config.dn.slots // (2 if contrastive else 1)
+    if packed and num_objects > most:
+        valid = denoising.limit_objects(valid, noise.priority, most)
+    dn = denoising.prepare(
         labels,
         batch["boxes"],
-        batch["valid"],
+        valid,
         noise,
         groups=config.dn.groups,
         label_noise=config.dn.label_noise,
         box_noise=config.dn.box_noise,
         contrastive=contrastive,
     )
+    return denoising.pack(dn, config.dn.slots) if packed else dn
 
 
 def compute_losses(
