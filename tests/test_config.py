@@ -66,7 +66,6 @@ def test_the_defaults_are_valid():
         ("dn.label_noise", 1.5),
         ("dn.box_noise", -0.4),
         ("dn.attend_padding", 1.5),
-        ("dn.attend_padding", True),  # of the packed layout
         ("dn.layout", "dense"),
         ("dn.slots", 0),
         ("matcher.cost_class", -2.0),
@@ -125,6 +124,12 @@ def test_a_wrong_value_is_named_in_one_line(key, value):
 )
 def test_the_limits_are_valid(changes):
     validate(_with(changes))
+
+
+def test_packed_groups_have_no_empty_slots_to_attend_to():
+    validate(_with({"dn.layout": "paper", "dn.attend_padding": True}))
+    with pytest.raises(ConfigError, match=r"attend_padding = True: .*dn\.layout=paper"):
+        validate(_with({"dn.layout": "packed", "dn.attend_padding": True}))
 
 
 def test_group_norm_needs_channels_that_its_groups_divide():

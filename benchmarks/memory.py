@@ -1,0 +1,65 @@
+"""What a training step keeps from its forward to its backward pass, by what it computes again.
+
+    python -m benchmarks.memory --canvas 800x1344 --batch_size 2 --dtype bfloat16
+
+A row for every choice of `model.remat` and every layout of the denoising queries: the bytes that
+wait for the backward pass, parameters included, on one device. The loss is traced and neither
+compiled nor run, so that this takes any device's place; a compiler may keep a little less, by
+fusion, and its temporaries come on top.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict
+
+from benchmarks import common
+from dn_detr_jax.command_line import run_main
+from dn_detr_jax.config import ConfigError, validate
+from dn_detr_jax.models.registry import abstract_params, build_model
+from dn_detr_jax.sharding import make_mesh
+from dn_detr_jax.training.step import abstract_batch, compute_losses
+
+FLAGS = flags.FLAGS
+PARTS = "backbone", "encoder", "decoder"
+
+
+def kept_bytes(config: ConfigDict) -> int:
+    """Bytes that the forward pass leaves for the backward pass, by tracing, on one device."""
+    model, mesh = build_model(config.model), make_mesh(1)
+
+    def backward(params, batch):
+        def loss(params):
+            key = jax.random.key(0)
+            return compute_losses(params, batch, key, model=model, config=config, mesh=mesh)[0]
+
+        return jax.vjp(loss, params)[1]
+
+    batch = abstract_batch(config, "train", mesh)
+    arrays = jax.tree.leaves(jax.eval_shape(backward, abstract_params(model), batch))
+    return sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the benchmark."""
+    del argv
+    validate(FLAGS.config)
+    report = common.Report("memory")
+    for setting in common.settings_of_flags(FLAGS.config):
+        for layout in ("paper", "packed"):
+            for remat in ((), *((part,) for part in PARTS), PARTS):
+                config = copy.deepcopy(FLAGS.config)
+                common.apply_setting(config, setting)
+                config.dn.layout, config.model.remat = layout, remat
+                row = {"layout": layout, "remat": ", ".join(remat) or "nothing"}
+                kept = round(kept_bytes(config) / 1e9, 3)
+                report.add(setting.columns() | row | {"kept_gb": kept})
+    report.show()
+
+
+if __name__ == "__main__":
+    common.define_flags(batch_size=["2"], dtype=["bfloat16"])
+    run_main(main, (ConfigError, OSError, ValueError))
