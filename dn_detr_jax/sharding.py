@@ -4,6 +4,7 @@ One mesh axis, `data`: batches are split over it, everything else has a copy on 
 the optimizer's state where it is split too.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,13 +17,13 @@ from dn_detr_jax.config import ConfigError
 PyTree = Any
 
 
-def make_mesh(num_devices: int = -1) -> Mesh:
-    """A mesh over the first `num_devices` devices, -1: all of them.
+def make_mesh(num_devices: int = -1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over the first `num_devices` of the devices, by default jax's; -1: all of them.
 
     Raises:
       ConfigError: there are not that many devices.
     """
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     if num_devices != -1 and not 1 <= num_devices <= len(devices):
         raise ConfigError(
             "mesh.data", num_devices, f"1 to {len(devices)} ({devices[0].platform}), or -1 for all"

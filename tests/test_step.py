@@ -1,23 +1,28 @@
 """The sharded step: one program on any number of devices, and nothing of the batch in one place."""
 
 import os
-import re
 import subprocess
 import sys
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 
-# Runs in a process of its own: the number of simulated devices is fixed at start-up.
+from dn_detr_jax.collectives import parse_collectives, total_bytes
+
+# Runs in a process of its own: the number of simulated devices is fixed at start-up. Writes losses
+# and gradients of 1 and of 8 devices, and the programs for 8 devices with 6 and with 10 queries.
 _SCRIPT = """
-import json, sys
+import sys
+from pathlib import Path
 import jax, numpy as np
 from flax import traverse_util
 from dn_detr_jax.config import base_config
-from dn_detr_jax.models.registry import build_model
-from dn_detr_jax.sharding import make_mesh, put_batch
+from dn_detr_jax.models.registry import abstract_params, build_model
+from dn_detr_jax.sharding import make_mesh, over_data, put_batch, replicated
 from dn_detr_jax.training import step as steps
 
+folder = Path(sys.argv[1])
 config = base_config()
 config.data.update(canvases=((32, 48),), max_objects=3)
 config.model.update(num_classes=4, hidden_dim=16, num_heads=2, ffn_dim=16, encoder_layers=1,
@@ -35,27 +40,37 @@ batch = {
     "valid": np.arange(3) < counts[:, None],
     "image_id": np.arange(8, dtype=np.int32),
 }
-mesh, model = make_mesh(int(sys.argv[1])), build_model(config.model)
-params = model.init(jax.random.key(0), np.zeros((1, 32, 48, 3)), np.array([[32, 48]]))["params"]
+
+def lower(config, mesh):
+    model = build_model(config.model)
+    def losses(params, batch):
+        key = jax.random.fold_in(jax.random.key(0), 7)
+        return steps.compute_losses(params, batch, key, model=model, config=config, mesh=mesh)
+    jitted = jax.jit(jax.value_and_grad(losses, has_aux=True),
+                     in_shardings=(replicated(mesh), over_data(mesh)),
+                     out_shardings=replicated(mesh))
+    shapes = steps.abstract_batch(config, "train", mesh)
+    return jitted.lower(abstract_params(model), shapes)
+
+init = jax.jit(build_model(config.model).init)
+params = init(jax.random.key(0), np.zeros((1, 32, 48, 3)), np.array([[32, 48]]))["params"]
+params = jax.tree.map(np.array, params)
 # Boxes and classes that differ between queries, so that no assignment is a tie.
 params["box_head"]["layer2"]["kernel"] += rng.normal(0, 0.3, (16, 4))
 params["class_head"]["kernel"] *= 3
-
-def losses(params, batch):
-    key = jax.random.fold_in(jax.random.key(0), 7)
-    return steps.compute_losses(params, batch, key, model=model, config=config, mesh=mesh)
-
-from dn_detr_jax.sharding import over_data, replicated
-jitted = jax.jit(jax.value_and_grad(losses, has_aux=True),
-                 in_shardings=(replicated(mesh), over_data(mesh)), out_shardings=replicated(mesh))
-compiled = jitted.lower(params, put_batch(batch, mesh)).compile()
-(loss, terms), grads = compiled(params, put_batch(batch, mesh))
-np.savez(sys.argv[2], loss=loss, **{"term/" + k: v for k, v in terms.items()},
-         **{"grad/" + k: v for k, v in traverse_util.flatten_dict(grads, sep="/").items()})
-open(sys.argv[3], "w").write(compiled.as_text())
+for devices in (1, 8):
+    mesh = make_mesh(devices)
+    program = lower(config, mesh).compile()
+    on_devices = jax.device_put(params, replicated(mesh))
+    (loss, terms), grads = program(on_devices, put_batch(batch, mesh))
+    np.savez(folder / f"{devices}.npz", loss=loss,
+             **{"term/" + k: v for k, v in terms.items()},
+             **{"grad/" + k: v for k, v in traverse_util.flatten_dict(grads, sep="/").items()})
+(folder / "6.txt").write_text(program.as_text())
+config.model.num_queries = 10
+(folder / "10.txt").write_text(lower(config, mesh).compile().as_text())
 """
 
-_DEVICES = (1, 8)
 # Eight devices; and compile quickly.
 _FLAGS = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
@@ -63,26 +78,28 @@ _FLAGS = (
 )
 
 
+class Runs(NamedTuple):
+    """Losses and gradients by number of devices; programs for 8 devices by number of queries."""
+
+    arrays: dict[int, dict[str, np.ndarray]]
+    programs: dict[int, str]
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Losses, gradients and compiled program of the same step on 1 and on 8 devices."""
+    """Of the same step."""
     folder = tmp_path_factory.mktemp("devices")
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": _FLAGS,
-    }
-    found = {}
-    for devices in _DEVICES:
-        arrays, program = folder / f"{devices}.npz", folder / f"{devices}.txt"
-        arguments = [sys.executable, "-c", _SCRIPT, str(devices), str(arrays), str(program)]
-        subprocess.run(arguments, env=env, check=True)
-        found[devices] = dict(np.load(arrays)), program.read_text()
-    return found
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": _FLAGS}
+    subprocess.run([sys.executable, "-c", _SCRIPT, str(folder)], env=env, check=True)
+    return Runs(
+        {devices: dict(np.load(folder / f"{devices}.npz")) for devices in (1, 8)},
+        {queries: (folder / f"{queries}.txt").read_text() for queries in (6, 10)},
+    )
 
 
 def test_eight_devices_give_the_loss_and_the_gradients_of_one(runs):
     """Catches losses normalised per device, and noise that depends on the devices."""
-    (one, _), (eight, _) = (runs[n] for n in _DEVICES)
+    one, eight = runs.arrays[1], runs.arrays[8]
     assert one.keys() == eight.keys()
     assert one["term/num_objects"] == 12
     for name in one:
@@ -96,29 +113,36 @@ def test_eight_devices_give_the_loss_and_the_gradients_of_one(runs):
 
 def test_the_gradients_are_not_zero(runs):
     """So that the comparison above compares something."""
-    one = runs[1][0]
+    one = runs.arrays[1]
     norms = {name: np.linalg.norm(g) for name, g in one.items() if name.startswith("grad/")}
     assert sum(norm > 1e-6 for norm in norms.values()) > 0.8 * len(norms)
 
 
 def test_collectives_sum_gradients_and_scalars_and_nothing_else(runs):
     """Catches the gather of the cost tensor that a callback outside `shard_map` brings."""
-    program = runs[8][1]
+    arrays, program = runs.arrays[8], runs.programs[6]
     assert "callback" in program
     assert "maximal device" not in program
-    collectives = re.findall(r" = (.*?) (all-[a-z-]+|collective-[a-z-]+|reduce-scatter)\(", program)
-    assert {kind for _, kind in collectives} <= {"all-reduce", "all-reduce-start"}
-    parameters = {shape for name, shape in _shapes(runs[8][0]) if name.startswith("grad/")}
-    summed = set(re.findall(r"[a-z]+\d+\[([\d,]*)\]", " ".join(kind[0] for kind in collectives)))
-    unknown = {s for s in summed if s and s not in parameters}
-    # What is left are parts of gradients, before they are put together: of the heads' size at most.
-    assert all(np.prod([int(n) for n in s.split(",")]) <= 16 * 16 * 9 for s in unknown), unknown
+    collectives = parse_collectives(program, num_devices=8)
+    assert {c.kind for c in collectives} == {"all-reduce"}
+    gradients = [g for name, g in arrays.items() if name.startswith("grad/")]
+    largest = max(g.nbytes for g in gradients)
+    # Each gradient once; scalars; some gradients as parts, before they are put together.
+    assert max(c.bytes / len(c.shapes) for c in collectives) <= largest
+    size, needed = total_bytes(collectives), sum(g.nbytes for g in gradients)
+    assert needed <= size <= 1.25 * needed, (size, needed)
     # The matching costs of a device are [1, 2, 6, 3]; gathered they would be [8, 2, 6, 3].
     assert "f32[8,2,6,3]" not in program
 
 
-def _shapes(arrays):
-    return [(name, ",".join(map(str, array.shape))) for name, array in arrays.items()]
+def test_nothing_but_gradients_grows_with_the_number_of_queries(runs):
+    """Catches predictions, costs or assignments that are sent between devices."""
+    few, many = (
+        total_bytes(parse_collectives(runs.programs[queries], num_devices=8)) for queries in (6, 10)
+    )
+    # The anchors' is [N, 4]. That of the queries' one content is summed over the devices before
+    # it is summed over the queries, [N, 16]. The pictures would come on top, eight of them.
+    assert 0 < many - few <= 4 * (10 - 6) * (4 + 16)
 
 
 def test_the_check_sees_a_gathered_cost_tensor(tmp_path):

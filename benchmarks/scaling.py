@@ -1,0 +1,111 @@
+"""How the training step's cost grows with the number of devices, from compilations for TPUs.
+
+    python -m benchmarks.scaling --config configs/coco_r50.py --config.model.dtype=bfloat16 \\
+        --json scaling.json --plot docs/images/scaling.png
+
+Compiles the training step for each of `--topologies` (see dn_detr_jax/preflight.py: no TPU is
+needed, but `pip install "jax[tpu]"`), with the same number of pictures per device. Prints a table
+in Markdown; the JSON has everything that the preflight knows. Takes minutes for each topology.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import matplotlib
+from absl import flags
+from ml_collections import config_flags
+
+from dn_detr_jax.command_line import run_main
+from dn_detr_jax.config import ConfigError
+from dn_detr_jax.preflight import PreflightError, memory_text, quantity, run_preflight
+
+FLAGS = flags.FLAGS
+config_flags.DEFINE_config_file("config", None, "The experiment, a file in configs/.")
+flags.DEFINE_list("topologies", ["v5e:1x1", "v5e:2x4", "v5e:8x8", "v5e:16x16"], "What for.")
+flags.DEFINE_integer("batch_per_device", 2, "Pictures.", lower_bound=1)
+flags.DEFINE_string("json", None, "File to write everything to.")
+flags.DEFINE_string("plot", None, "File to draw the figure into.")
+flags.mark_flag_as_required("config")
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """One row per topology, in Markdown."""
+    names = ["devices", "memory", "operations", "memory traffic", "collectives", "sent"]
+    names += ["least time", "of which collectives", "pictures per second, at most"]
+    rows = [names, ["---"] * len(names)]
+    for record in records:
+        cost, bound = record["cost"], record["roofline_seconds"]
+        fields = ("compute", "memory", "collectives")
+        rate = record["devices"] * record["batch_per_device"] / max(bound[f] for f in fields)
+        rows.append(
+            [
+                f"{record['devices']}",
+                memory_text(record["bytes_needed"]),
+                quantity(cost["flops"], "FLOP"),
+                quantity(cost["bytes_accessed"], "B"),
+                f"{sum(c['count'] for c in cost['collectives'])}",
+                quantity(cost["bytes_sent"], "B"),
+                f"{quantity(bound[bound['bound']], 's')} ({bound['bound']})",
+                quantity(bound["collectives"], "s"),
+                f"{rate:,.0f}",
+            ]
+        )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Bytes and operations per device, and the least times, by number of devices."""
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    devices = [record["devices"] for record in records]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    series = {
+        "operations (TFLOP)": [r["cost"]["flops"] / 1e12 for r in records],
+        "memory needed (GiB)": [r["bytes_needed"] / 2**30 for r in records],
+        "memory traffic (100 GB)": [r["cost"]["bytes_accessed"] / 1e11 for r in records],
+        "sent to other devices (GB)": [r["cost"]["bytes_sent"] / 1e9 for r in records],
+    }
+    for name, values in series.items():
+        left.plot(devices, values, marker="o", label=name)
+    left.set_title("per device and step")
+    for name in ("compute", "memory", "collectives"):
+        values = [r["roofline_seconds"][name] * 1e3 for r in records]
+        right.plot(devices, values, marker="o", label=name)
+    right.set_title(f"least time on {records[0]['chip']['name']} (ms)")
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(devices, [str(n) for n in devices])
+        axes.set_xlabel("devices")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the benchmark."""
+    del argv
+    jax.config.update("jax_platforms", "cpu")
+    records = []
+    for topology in FLAGS.topologies:
+        print(f"compiling for {topology} ...", file=sys.stderr, flush=True)
+        result = run_preflight(FLAGS.config, topology, FLAGS.batch_per_device)
+        if result.cost is None or result.chip is None:
+            raise PreflightError(f"{topology}: the step does not fit, or the chip is not known")
+        records.append(result.record())
+        if FLAGS.json:
+            Path(FLAGS.json).write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
+    print(table(records))
+    if FLAGS.plot:
+        draw(records, Path(FLAGS.plot))
+
+
+if __name__ == "__main__":
+    run_main(main, (PreflightError, ConfigError, OSError))

@@ -1,0 +1,47 @@
+"""What accelerators can do at best, for rooflines and for the share of the peak that is reached.
+
+Figures are the vendors', per chip:
+
+- TPU: https://docs.cloud.google.com/tpu/docs/v4, v5e, v5p-training and v6e. The pages of v5e, v5p
+  and v6e give the bandwidth between chips in both directions together; half of it is sent. That of
+  v4 gives the all-reduce bandwidth of a pod, 1.1 PB/s for 4,096 chips; by the same division v5e and
+  v6e come to half of their bidirectional bandwidth.
+- GPU: NVIDIA's data sheets of the H100 SXM and the H200 SXM, dense (without sparsity); NVLink, of
+  whose 900 GB/s half is sent.
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One accelerator.
+
+    Attributes:
+      name: as people call it.
+      memory: bytes.
+      peak_flops: bfloat16 operations per second. float32 at jax's default precision runs on a TPU
+        in bfloat16 as well.
+      memory_bandwidth: bytes per second between chip and memory.
+      interconnect: bytes per second that the chip sends to other chips over all its links.
+    """
+
+    name: str
+    memory: float
+    peak_flops: float
+    memory_bandwidth: float
+    interconnect: float
+
+
+_V5P = Chip("TPU v5p", 95 * 2**30, 459e12, 2765e9, 600e9)
+
+# By jax's `device_kind`.
+CHIPS = {
+    "TPU v4": Chip("TPU v4", 32 * 2**30, 275e12, 1200e9, 1.1e15 / 4096),
+    "TPU v5 lite": Chip("TPU v5e", 16 * 2**30, 197e12, 819e9, 200e9),
+    "TPU v5": _V5P,
+    "TPU v5p": _V5P,
+    "TPU v6 lite": Chip("TPU v6e", 32 * 2**30, 918e12, 1638e9, 400e9),
+    "NVIDIA H100 80GB HBM3": Chip("H100 SXM", 80e9, 989e12, 3350e9, 450e9),
+    "NVIDIA H200": Chip("H200 SXM", 141e9, 989e12, 4800e9, 450e9),
+}

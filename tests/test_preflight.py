@@ -1,0 +1,215 @@
+"""The preflight: for TPUs that are not there, and what it says when a step does not fit."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dn_detr_jax import preflight
+from dn_detr_jax.chips import CHIPS
+from dn_detr_jax.config import ConfigError, base_config
+from dn_detr_jax.preflight import Outcome, PreflightError, Proposal
+from dn_detr_jax.sharding import make_mesh
+
+_ROOT = Path(__file__).parent.parent
+_CONFIG = "tests/data/tiny_step.py"
+_QUICK_ON_CPU = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+
+
+def _has_libtpu():
+    try:
+        import libtpu  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+needs_libtpu = pytest.mark.skipif(not _has_libtpu(), reason='needs pip install "jax[tpu]"')
+
+
+def _run(*arguments, **environment):
+    """Runs the preflight in a process of its own; gives (status, stdout, stderr)."""
+    command = [sys.executable, "-m", "dn_detr_jax.preflight", *arguments]
+    # Compiles in half the time, to a slower program.
+    env = os.environ | {"JAX_EXEC_TIME_OPTIMIZATION_EFFORT": "-1"} | environment
+    done = subprocess.run(command, cwd=_ROOT, env=env, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_the_training_step_compiles_for_a_tpu_and_its_cost_is_told(tmp_path):
+    """Catches a step that TPUs can't run, and figures that do not belong to the config."""
+    file = tmp_path / "cost.json"
+    arguments = f"--config {_CONFIG} --topology v5e:2x2 --batch_per_device 2 --json {file}"
+    status, out, err = _run(*arguments.split())
+    assert status == 0, err
+    record = json.loads(file.read_text())
+    assert (record["devices"], record["device"], record["fits"]) == (4, "TPU v5 lite", True)
+    assert 15 * 2**30 < record["bytes_usable"] < 16 * 2**30
+    cost = record["cost"]
+    # Parameters and two moments, in float32, are the state; a device has two of the pictures.
+    state = 3 * 4 * record["parameters"]
+    assert state + 2 * 32 * 48 * 3 < cost["arguments"]
+    assert cost["arguments"] + cost["temporaries"] < record["bytes_needed"] < 2**30
+    # The state is donated: what comes out lies where it lay.
+    assert cost["outputs"] < 0.1 * state
+    assert {c["kind"] for c in cost["collectives"]} == {"all-reduce"}
+    exchanged = sum(c["bytes"] for c in cost["collectives"])
+    assert 0.5 * 4 * record["parameters"] < exchanged < 1.25 * 4 * record["parameters"]
+    assert cost["bytes_sent"] == 2 * 3 / 4 * exchanged
+    # The matching costs [2, 1, 6, 3] and the mask of the objects, there; the assignment, back.
+    assert cost["host"] == {"to_host": 2 * 6 * 3 * 4 + 2 * 3, "from_host": 2 * 3 * 4}
+    least = record["roofline_seconds"]
+    assert least["compute"] == cost["flops"] / 197e12 > 0
+    assert least["bound"] in ("compute", "memory", "collectives")
+    for words in (
+        "4 x TPU v5e",
+        "8 pictures of 32 x 48",
+        "all-reduce",
+        f"{record['parameters']:,}",
+    ):
+        assert words in out
+
+
+@pytest.mark.slow
+def test_the_devices_present_are_a_topology_too(tmp_path):
+    """Catches figures of a chip that is not there, and a step that does not compile."""
+    file = tmp_path / "cost.json"
+    arguments = f"--config {_CONFIG} --topology local --batch_per_device 2 --canvas 32x32"
+    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": _QUICK_ON_CPU}
+    status, out, err = _run(*arguments.split(), "--json", str(file), **environment)
+    assert status == 0, err
+    record = json.loads(file.read_text())
+    assert record["canvas"] == [32, 32]
+    assert record["fits"]
+    assert "roofline_seconds" not in record
+    assert record["cost"]["flops"] > 0
+    assert "least time" not in out
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("topology", "devices", "usable"),
+    [
+        ("v5e:1x1", 1, 16),
+        ("v5e:2x4", 8, 16),
+        ("v6e:16x16", 256, 32),
+        ("v4:2x2x2", 8, 32),
+        ("v5p:2x2x1", 4, 96),
+    ],
+)
+def test_topologies_and_the_memory_that_programs_may_use(topology, devices, usable):
+    """Catches cores taken for chips, chips that the table does not know, units."""
+    found = preflight.topology_devices(topology)
+    assert len(found) == devices
+    assert found[0].device_kind in CHIPS
+    memory = preflight.usable_memory(make_mesh(devices=found)) / 2**30
+    assert usable * 0.95 <= memory <= usable
+
+
+@needs_libtpu
+def test_the_compilers_message_about_memory_is_understood():
+    """Catches a message of another form: the preflight would end with a traceback."""
+    mesh = make_mesh(devices=preflight.topology_devices("v5e:2x2"))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    huge = jax.ShapeDtypeStruct((5 * 2**28,), jnp.float32, sharding=sharding)  # 5 GiB
+    lowered = jax.jit(lambda x: (jnp.sort(x), jnp.flip(x), x + 1)).lower(huge)
+    with pytest.raises(preflight.OutOfMemory) as caught:
+        preflight.compile_or_explain(lowered)
+    assert caught.value.needed >= 4 * 5 * 2**30
+    assert caught.value.available < 16 * 2**30
+
+
+@pytest.mark.parametrize(
+    ("topology", "words"),
+    [
+        ("v5e", ("v5e:4x4", "local")),
+        ("v3:2x2", ("unknown", "v5e:4x4")),
+        ("v5e:2x2x2", ("2 dimensions",)),
+        ("v4:4x4", ("3 dimensions",)),
+        pytest.param("v5e:3x5", ("v5e:3x5", "v5e:4x4"), marks=needs_libtpu),
+    ],
+)
+def test_unknown_topologies_are_named_with_examples(topology, words):
+    """Catches the compiler's own messages, which give none."""
+    with pytest.raises(PreflightError) as caught:
+        preflight.topology_devices(topology)
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert "\n" not in str(caught.value)
+
+
+def test_without_the_compiler_the_message_says_how_to_get_it(monkeypatch):
+    """Catches jax's own message, which points to a page."""
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    with pytest.raises(PreflightError, match=r'pip install "jax\[tpu\]"'):
+        preflight.topology_devices("v5e:2x2")
+
+
+def test_what_only_the_data_knows_must_be_given():
+    """Catches a shape of 0 classes that compiles."""
+    config = base_config()
+    config.data.max_objects = 0
+    with pytest.raises(ConfigError, match=r"data\.max_objects"):
+        preflight.abstract_step(config, make_mesh(1))
+
+
+def _suggestions(config, batch, bytes_of, available):
+    """Outcomes for a step that needs `bytes_of(dtype, batch)`."""
+
+    def attempt(proposal):
+        dtype = proposal.options.get("model.dtype", config.model.dtype)
+        needed = bytes_of(dtype, proposal.batch_per_device)
+        return Outcome(proposal, needed, needed <= available)
+
+    needed = bytes_of(config.model.dtype, batch)
+    return list(preflight.suggest(config, batch, needed, 3.0, available, attempt))
+
+
+@pytest.mark.parametrize("available", [4.1, 7.0, 9.0, 18.9, 30.0, 35.9])
+def test_suggestions_end_with_the_largest_batch_that_fits(available):
+    """Catches a search that stops early or late; compared with trying every batch."""
+    config = base_config()
+
+    def bytes_of(dtype, batch):
+        return 3.0 + (1.0 if dtype == "bfloat16" else 2.0) * batch
+
+    tried = _suggestions(config, 16, bytes_of, available)
+    assert tried[0].fits == (bytes_of("bfloat16", 16) <= available)
+    assert [o.fits for o in tried[1:]] == [True]
+    dtype = "float32" if tried[0].fits else "bfloat16"  # the larger batch of the two
+    most = max(b for b in range(1, 17) if bytes_of(dtype, b) <= available)
+    assert tried[1].proposal.batch_per_device == most
+    assert tried[1].proposal.options.get("model.dtype", "float32") == dtype
+
+
+def test_an_option_that_is_enough_is_named_beside_the_smaller_batch():
+    """Both are choices: the one changes precision, the other the batch."""
+    config = base_config()
+    tried = _suggestions(config, 16, lambda d, b: b * (1.0 if d == "bfloat16" else 2.0), 20.0)
+    assert [o.fits for o in tried][:1] == [True]
+    assert tried[0].proposal == Proposal({"model.dtype": "bfloat16"}, 16)
+    assert tried[-1].fits
+    assert tried[-1].proposal.options == {}
+    assert tried[-1].proposal.batch_per_device < 16
+
+
+def test_nothing_fits():
+    """Catches a search that never ends."""
+    tried = _suggestions(base_config(), 16, lambda d, b: 50.0 + b, 20.0)
+    assert not any(o.fits for o in tried)
+    assert tried[-1].proposal.batch_per_device == 1
+
+
+def test_a_proposal_is_what_the_command_line_says():
+    """Catches options that are printed in a form that the flags do not take."""
+    mesh = make_mesh(1)
+    proposal = Proposal({"model.dtype": "bfloat16"}, 3)
+    config = proposal.applied(base_config(), mesh)
+    assert (config.model.dtype, config.train.batch_size) == ("bfloat16", 3)
+    assert proposal.text() == "--batch_per_device=3 --config.model.dtype=bfloat16"
