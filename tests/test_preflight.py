@@ -171,7 +171,7 @@ def _suggestions(config, batch, bytes_of, available):
     return list(preflight.suggest(config, batch, needed, 3.0, available, attempt))
 
 
-@pytest.mark.parametrize("available", [4.1, 7.0, 9.0, 18.9, 30.0, 35.9])
+@pytest.mark.parametrize("available", [4.1, 7.0, 9.0, 18.9, 30.0, 34.9])
 def test_suggestions_end_with_the_largest_batch_that_fits(available):
     """Catches a search that stops early or late; compared with trying every batch."""
     config = base_config()
