@@ -22,6 +22,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -54,10 +55,13 @@ from dn_detr_jax.models.registry import abstract_params, build_model, trainable
 from dn_detr_jax.sharding import make_mesh, replicated
 from dn_detr_jax.training.optimizer import make_optimizer
 from dn_detr_jax.training.setup import COMPILER_OPTIONS
-from dn_detr_jax.training.step import TrainState, abstract_batch, abstract_state, jit_train_step
+from dn_detr_jax.training.state import TrainState, abstract_state
+from dn_detr_jax.training.step import abstract_batch, jit_train_step
 
 FLAGS = flags.FLAGS
 GIB = 2**30
+
+REMAT_PARTS = ("backbone", "encoder", "decoder")
 
 # Generations as topologies name them, and how many dimensions their slices have.
 _DIMENSIONS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}
@@ -269,6 +273,10 @@ def abstract_step(config: ConfigDict, mesh: Mesh) -> AbstractStep:
         if not config[section][name]:
             expected = "a number of at least 1: the preflight does not read the data to find it"
             raise ConfigError(f"{section}.{name}", 0, expected)
+    per_device, parts = config.train.batch_size // mesh.size, config.train.accumulate_steps
+    if per_device % parts:
+        expected = f"a divisor of the {per_device} pictures per device"
+        raise ConfigError("train.accumulate_steps", parts, expected)
     model = build_model(config.model)
     shapes = abstract_params(model)
     is_trained = trainable(shapes, config.model)
@@ -281,7 +289,7 @@ def abstract_step(config: ConfigDict, mesh: Mesh) -> AbstractStep:
         config=config,
         mesh=mesh,
     )
-    return AbstractStep(function, abstract_state(model, optimizer, mesh))
+    return AbstractStep(function, abstract_state(model, optimizer, config, mesh))
 
 
 def compile_step(config: ConfigDict, mesh: Mesh, canvas: tuple[int, int]) -> jax.stages.Compiled:
@@ -369,7 +377,7 @@ class Proposal(NamedTuple):
     def text(self) -> str:
         """As on the command line."""
         overrides = [f"--config.{key}={value}" for key, value in self.options.items()]
-        return " ".join([f"--batch_per_device={self.batch_per_device}", *overrides])
+        return shlex.join([f"--batch_per_device={self.batch_per_device}", *overrides])
 
     def applied(self, config: ConfigDict, mesh: Mesh) -> ConfigDict:
         """A copy of the config with it."""
@@ -387,31 +395,35 @@ class Outcome(NamedTuple):
 
 
 def proposals(config: ConfigDict, batch_per_device: int) -> list[Proposal]:
-    """Options that save memory at the same batch, those that cost least first."""
-    found = []
+    """Options that save much memory at the same batch, the one that costs less first."""
+    options: list[dict[str, Any]] = []
     if config.model.dtype == "float32":
-        found.append(Proposal({"model.dtype": "bfloat16"}, batch_per_device))
-    return found
+        options.append({"model.dtype": "bfloat16"})
+    if set(config.model.remat) != set(REMAT_PARTS):
+        options.append({"model.remat": REMAT_PARTS})
+    return [Proposal(option, batch_per_device) for option in options]
 
 
-def smaller_batch(needed: float, fixed: float, available: float, batch: int) -> int:
-    """The largest batch that fits if what is not fixed grows in proportion to it, at least 1.
+def smaller_batch(needed: float, fixed: float, available: float, batch: int, parts: int = 1) -> int:
+    """The largest batch that fits if what is not fixed grows in proportion to it.
 
     Args:
       needed: bytes at `batch`.
       fixed: of them, bytes that do not depend on the batch.
       available: bytes.
-      batch: pictures per device, at least 2.
+      batch: pictures per device, a multiple of `parts` and more than that.
+      parts: `train.accumulate_steps`.
 
     Returns:
-      A batch below `batch`.
+      A multiple of `parts`, at least that, below `batch`.
 
     Examples:
       >>> smaller_batch(needed=20.0, fixed=2.0, available=16.0, batch=9)
       7
     """
     each = max(needed - fixed, 1) / batch
-    return min(max(math.floor((available - fixed) / each), 1), batch - 1)
+    fitting = math.floor((available - fixed) / each) // parts * parts
+    return min(max(fitting, parts), batch - parts)
 
 
 def suggest(
@@ -422,7 +434,7 @@ def suggest(
     available: float | None,
     attempt: Callable[[Proposal], Outcome],
 ) -> Iterator[Outcome]:
-    """Tries what would make a step fit, and stops at the first batch that does.
+    """Tries what would make a step fit.
 
     Args:
       config: whole configuration, with which it does not fit.
@@ -433,31 +445,30 @@ def suggest(
       attempt: compiles a proposal.
 
     Yields:
-      Outcomes: of each option at the same batch, of all of them together if none does it alone,
-      and, with the options that save most, of smaller batches until one fits.
+      Outcomes: of each option at the same batch; of all of them together if none is enough alone;
+      and of smaller batches until one fits, with the options unless one of them was enough.
     """
     single = []
     for proposal in proposals(config, batch_per_device):
         single.append(attempt(proposal))
         yield single[-1]
     options: dict[str, Any] = {}
-    if not any(outcome.fits for outcome in single):
+    if single and not any(outcome.fits for outcome in single):
+        last = single[0]
         for outcome in single:
             options |= outcome.proposal.options
-        if single:
-            needed = single[-1].needed
         if len(single) > 1:
-            together = attempt(Proposal(options, batch_per_device))
-            yield together
-            if together.fits:
-                return
-            needed = together.needed
-    batch = batch_per_device
-    while batch > 1:
+            last = attempt(Proposal(options, batch_per_device))
+            yield last
+            if last.fits:
+                options = {}
+        needed = needed if last.fits else last.needed
+    batch, parts = batch_per_device, config.train.accumulate_steps
+    while batch > parts:
         if needed is not None and available is not None:
-            batch = smaller_batch(needed, fixed, available, batch)
+            batch = smaller_batch(needed, fixed, available, batch, parts)
         else:
-            batch //= 2
+            batch = max(batch // 2 // parts, 1) * parts
         outcome = attempt(Proposal(options, batch))
         yield outcome
         if outcome.fits:
@@ -716,6 +727,14 @@ def print_suggestions(result: Preflight) -> list[Outcome]:
         print(f"{verdict}{needed}: {outcome.proposal.text()}", flush=True)
     if not any(outcome.fits for outcome in tried):
         print("nothing tried fits: smaller data.canvases, a smaller model, or a larger chip")
+    elif (smaller := tried[-1].proposal.batch_per_device) < result.batch_per_device:
+        parts = next(
+            n
+            for n in range(2, result.batch_per_device + 1)
+            if result.batch_per_device % n == 0 and result.batch_per_device // n <= smaller
+        )
+        text = Proposal(tried[-1].proposal.options, result.batch_per_device).text()
+        print(f"not compiled: {text} --config.train.accumulate_steps={parts}, the batch in parts")
     return tried
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from absl.flags import FlagValues
+from ml_collections import config_flags
 
 from dn_detr_jax import preflight
 from dn_detr_jax.chips import CHIPS
@@ -159,49 +162,64 @@ def test_what_only_the_data_knows_must_be_given():
         preflight.abstract_step(config, make_mesh(1))
 
 
-def _suggestions(config, batch, bytes_of, available):
-    """Outcomes for a step that needs `bytes_of(dtype, batch)`."""
+def _suggestions(config, batch, available, fixed, each):
+    """Outcomes where a picture costs `each`: for float32, bfloat16, and those recomputed."""
+
+    def bytes_of(proposal):
+        dtype = proposal.options.get("model.dtype", config.model.dtype)
+        recomputed = "model.remat" in proposal.options
+        return fixed + each[(dtype == "bfloat16") + 2 * recomputed] * proposal.batch_per_device
 
     def attempt(proposal):
-        dtype = proposal.options.get("model.dtype", config.model.dtype)
-        needed = bytes_of(dtype, proposal.batch_per_device)
-        return Outcome(proposal, needed, needed <= available)
+        return Outcome(proposal, bytes_of(proposal), bytes_of(proposal) <= available)
 
-    needed = bytes_of(config.model.dtype, batch)
-    return list(preflight.suggest(config, batch, needed, 3.0, available, attempt))
+    needed = bytes_of(Proposal({}, batch))
+    return list(preflight.suggest(config, batch, needed, fixed, available, attempt)), attempt
 
 
-@pytest.mark.parametrize("available", [4.1, 7.0, 9.0, 18.9, 30.0, 34.9])
+@pytest.mark.parametrize("available", [4.1, 7.0, 9.0, 18.9, 23.5, 34.9])
 def test_suggestions_end_with_the_largest_batch_that_fits(available):
     """Catches a search that stops early or late; compared with trying every batch."""
-    config = base_config()
-
-    def bytes_of(dtype, batch):
-        return 3.0 + (1.0 if dtype == "bfloat16" else 2.0) * batch
-
-    tried = _suggestions(config, 16, bytes_of, available)
-    assert tried[0].fits == (bytes_of("bfloat16", 16) <= available)
-    assert [o.fits for o in tried[1:]] == [True]
-    dtype = "float32" if tried[0].fits else "bfloat16"  # the larger batch of the two
-    most = max(b for b in range(1, 17) if bytes_of(dtype, b) <= available)
-    assert tried[1].proposal.batch_per_device == most
-    assert tried[1].proposal.options.get("model.dtype", "float32") == dtype
-
-
-def test_an_option_that_is_enough_is_named_beside_the_smaller_batch():
-    """Both are choices: the one changes precision, the other the batch."""
-    config = base_config()
-    tried = _suggestions(config, 16, lambda d, b: b * (1.0 if d == "bfloat16" else 2.0), 20.0)
-    assert [o.fits for o in tried][:1] == [True]
-    assert tried[0].proposal == Proposal({"model.dtype": "bfloat16"}, 16)
+    tried, attempt = _suggestions(base_config(), 16, available, 3.0, (2.0, 1.3, 1.2, 1.0))
     assert tried[-1].fits
-    assert tried[-1].proposal.options == {}
-    assert tried[-1].proposal.batch_per_device < 16
+    options, found = tried[-1].proposal
+    most = max(b for b in range(1, 16) if attempt(Proposal(options, b)).fits)
+    assert found == most
+    assert len(tried) <= 4
+
+
+def test_each_option_is_tried_alone_then_together():
+    """Catches proposals that go beyond what is needed, and combinations that are left out."""
+    each = (2.0, 1.3, 1.2, 1.0)
+    same = [
+        [(set(o.proposal.options), o.fits) for o in tried if o.proposal.batch_per_device == 16]
+        for available in (25.0, 18.0, 12.0)
+        for tried in [_suggestions(base_config(), 16, available, 1.0, each)[0]]
+    ]
+    dtype, remat = {"model.dtype"}, {"model.remat"}
+    assert same[0] == [(dtype, True), (remat, True)]
+    assert same[1] == [(dtype, False), (remat, False), (dtype | remat, True)]
+    assert same[2] == [(dtype, False), (remat, False), (dtype | remat, False)]
+
+
+def test_a_smaller_batch_alone_is_offered_where_an_option_would_do():
+    """Both are choices: the one changes precision or time, the other the batch."""
+    tried, _ = _suggestions(base_config(), 16, 25.0, 1.0, (2.0, 1.3, 1.2, 1.0))
+    assert tried[-1].proposal == Proposal({}, 12)
+
+
+def test_batches_that_are_accumulated_stay_divisible():
+    """Catches a batch that the training would refuse."""
+    config = base_config()
+    config.train.accumulate_steps = 4
+    tried, _ = _suggestions(config, 16, 11.0, 1.0, (2.0, 1.3, 1.2, 1.0))
+    assert tried[-1].fits
+    assert tried[-1].proposal.batch_per_device == 8
 
 
 def test_nothing_fits():
     """Catches a search that never ends."""
-    tried = _suggestions(base_config(), 16, lambda d, b: 50.0 + b, 20.0)
+    tried, _ = _suggestions(base_config(), 16, 20.0, 50.0, (1.0,) * 4)
     assert not any(o.fits for o in tried)
     assert tried[-1].proposal.batch_per_device == 1
 
@@ -209,7 +227,14 @@ def test_nothing_fits():
 def test_a_proposal_is_what_the_command_line_says():
     """Catches options that are printed in a form that the flags do not take."""
     mesh = make_mesh(1)
-    proposal = Proposal({"model.dtype": "bfloat16"}, 3)
-    config = proposal.applied(base_config(), mesh)
-    assert (config.model.dtype, config.train.batch_size) == ("bfloat16", 3)
-    assert proposal.text() == "--batch_per_device=3 --config.model.dtype=bfloat16"
+    proposal = Proposal({"model.dtype": "bfloat16", "model.remat": ("encoder", "decoder")}, 3)
+    applied = proposal.applied(base_config(), mesh)
+    assert (applied.model.dtype, applied.train.batch_size) == ("bfloat16", 3)
+    batch, *overrides = shlex.split(proposal.text())
+    assert batch == "--batch_per_device=3"
+    values = FlagValues()
+    arguments = ["preflight", f"--config={_ROOT / 'configs/coco_r50.py'}", *overrides]
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
+    values(arguments)
+    given = values.config.model
+    assert (given.dtype, given.remat) == (applied.model.dtype, applied.model.remat)
