@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -300,6 +300,70 @@ def measured_alone(benchmark: str, setting: Setting, report: "Report") -> dict[s
         return {"failed": str(error)}
     worker.close()
     return worker.ready
+
+
+def define_contender_flags(contenders: Sequence[str]) -> None:
+    """Defines the flags of a benchmark with several contenders."""
+    flags.DEFINE_list("contenders", list(contenders), f"Some of {', '.join(contenders)}.")
+    flags.DEFINE_bool(
+        "interleave", None, "Contenders stay alive and take turns; by default on a CPU only."
+    )
+
+
+def check_contenders(known: Sequence[str]) -> None:
+    """Raises ValueError for a name in the flag that is not known."""
+    for name in FLAGS.contenders:
+        if name not in known:
+            raise ValueError(f"--contenders: {name!r} is none of {', '.join(known)}")
+
+
+def take_turns(
+    benchmark: str, settings: Sequence[Setting], report: "Report"
+) -> Iterator[tuple[Setting, dict[str, Any]]]:
+    """Starts a worker for every setting, and asks each for `--rounds` answers.
+
+    On a CPU, or with `--interleave`, all workers live and answer in turn; else one lives at a time.
+
+    Yields:
+      Settings, each with `ready` and `rounds`, the answers of its worker, or with `failed`.
+    """
+    waiting, alive = list(settings), {}
+    results: dict[Setting, dict[str, Any]] = {setting: {"rounds": []} for setting in settings}
+    together = FLAGS.interleave
+    while waiting:
+        while waiting and (together or not alive):
+            setting = waiting.pop(0)
+            if not report.in_time():
+                results[setting]["failed"] = f"not run: over {FLAGS.time_limit:.0f} s"
+                yield setting, results[setting]
+                continue
+            try:
+                worker = Worker(worker_command(benchmark, setting), report.deadline())
+            except WorkerError as error:
+                results[setting]["failed"] = str(error)
+                yield setting, results[setting]
+                continue
+            alive[setting], results[setting]["ready"] = worker, worker.ready
+            if together is None:
+                together = worker.ready["device"]["platform"] == "cpu"
+        _ask_in_turn(alive, results, report)
+        for setting, worker in alive.items():
+            worker.close()
+            yield setting, results[setting]
+        alive = {}
+
+
+def _ask_in_turn(alive: dict, results: dict, report: "Report") -> None:
+    """Rounds of all workers that are alive; those that fail are not asked again."""
+    for _ in range(FLAGS.rounds):
+        for setting, worker in alive.items():
+            result = results[setting]
+            if "failed" in result:
+                continue
+            try:
+                result["rounds"].append(worker.ask(report.deadline()))
+            except WorkerError as error:
+                result["failed"] = str(error)
 
 
 def worker_command(benchmark: str, setting: Setting) -> list[str]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -16,8 +17,10 @@ import pytest
 from fast_jit import fast_jit
 from tiny_detector import object_noise, picture_batch
 
-from benchmarks import common, matching, step_parts
+from benchmarks import common, matching, peer, step_parts
 from dn_detr_jax import denoising
+from dn_detr_jax.config import base_config
+from dn_detr_jax.models.registry import abstract_params, build_model
 
 _ROOT = Path(__file__).parent.parent
 _ENV = os.environ | {
@@ -33,7 +36,7 @@ def _run(benchmark, *arguments):
         cwd=_ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
 
@@ -160,3 +163,79 @@ def test_a_table_has_the_columns_of_all_rows():
     assert lines[0] == ["", "a", "s", "failed", ""]
     assert lines[2] == ["", "1", "0.1235 (0.1 to 1)", "", ""]
     assert lines[3] == ["", "2", "", "out of memory", ""]
+
+
+_CONTENDER = """
+import os, sys; sys.path.insert(0, {root!r})
+from benchmarks import common
+if {name!r} == "wrong": raise ValueError("wrong")
+device = {{"platform": {platform!r}, "kind": {platform!r}, "count": 1}}
+def one_round():
+    with open({log!r}, "a") as log: log.write({name!r} + " ")
+    return {{"seconds": 1.0}}
+common.answer(lambda: {{"device": device}}, one_round)
+"""
+
+
+@pytest.mark.parametrize(
+    ("platform", "order"), [("cpu", "first last first last "), ("gpu", "first first last last ")]
+)
+def test_contenders_take_turns(monkeypatch, tmp_path, platform, order):
+    """Catches rounds in the wrong order, and a contender that takes the others with it."""
+    log = tmp_path / "log"
+
+    def command(benchmark, setting):
+        values = {"root": str(_ROOT), "name": setting.contender, "platform": platform}
+        return [sys.executable, "-c", _CONTENDER.format(**values, log=str(log))]
+
+    flags = SimpleNamespace(timeout=60, time_limit=100, rounds=2, interleave=None, json="")
+    monkeypatch.setattr(common, "FLAGS", flags)
+    monkeypatch.setattr(common, "worker_command", command)
+    names = "first", "wrong", "last"
+    settings = [common.Setting((64, 96), 2, "float32", name) for name in names]
+    results = dict(common.take_turns("peer", settings, common.Report("peer")))
+    assert log.read_text() == order
+    assert results[settings[1]]["failed"] == "ValueError: wrong"
+    for setting in settings[::2]:
+        assert [answer["seconds"] for answer in results[setting]["rounds"]] == [1.0, 1.0]
+    flags.time_limit = 0
+    (late,) = dict(common.take_turns("peer", settings[:1], common.Report("peer"))).values()
+    assert late["failed"] == "not run: over 0 s"
+
+
+def test_ratios_are_to_the_fastest_peer_of_the_same_setting():
+    """Catches a comparison with a peer of another dtype or batch, or with the slower one."""
+
+    def row(contender, dtype, median):
+        setting = common.Setting((64, 96), 2, dtype, contender)
+        times = {"median": median, "min": median, "max": median}
+        return {"contender": contender} | setting.columns() | {"step_s": times}
+
+    rows = [
+        row("ours", "float32", 2.0),
+        row("peer", "float32", 8.0),
+        row("peer_compiled", "float32", 6.0),
+        row("ours", "bfloat16", 1.0),
+        {**row("peer", "bfloat16", 1.0), "failed": "out of memory"},
+    ]
+    del rows[-1]["step_s"]
+    peer.add_ratios(rows, "step_s")
+    assert [row.get("ratio") for row in rows] == [3.0, 0.75, 1.0, None, None]
+
+
+def test_the_peer_is_the_same_architecture():
+    """Catches a comparison with a smaller or larger model; all but labels' embeddings is equal."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from benchmarks import torch_peer
+
+    config = base_config()
+    config.model.update(encoder_layers=1, decoder_layers=2)
+    ours = abstract_params(build_model(config.model))
+    embedding = ours.pop("label_embedding")
+    assert embedding.shape == (92, 255)
+    counted = sum(leaf.size for leaf in jax.tree.leaves(ours))
+    model = torch_peer.build(config, torch.device("cpu"))
+    assert torch_peer.count_parameters(model) == counted
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    assert frozen and all("embedder" in name or "stages.0" in name for name in frozen)

@@ -1,0 +1,127 @@
+"""The training step against the same architecture in PyTorch: device, canvas and batch are equal.
+
+    pip install -r benchmarks/requirements.txt
+    python -m benchmarks.peer --canvas 800x1344 --batch_size 16 --dtype bfloat16,float32
+    python -m benchmarks.peer --canvas 256x320 --batch_size 1 --rounds 3 --steps 1  # on a CPU
+
+The contenders (`--contenders`):
+
+- `ours`: this project without denoising queries, plain DAB-DETR: the same work as the peer's;
+- `ours_dn`: with the denoising queries of the config, which the peer has not;
+- `peer`: DAB-DETR of `transformers`, eager, see `torch_peer` for how it is set up;
+- `peer_compiled`: the same by `torch.compile`.
+
+Each is a process of its own. On a CPU all stay alive and take turns by rounds, so that a machine
+that is slow for a while is slow for all; on an accelerator they run one after the other, because
+they would not all fit (`--interleave` and `--nointerleave` decide otherwise). `ratio` is the step
+time of the fastest peer of the same setting and dtype, divided by that of the row: above 1 the row
+is faster. `parameters` include the statistics of the frozen batch norms; the peer has those of this
+project except for the embedding of the labels, which denoising needs: 23,460 of 43.8 million for
+COCO.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from benchmarks import common
+from dn_detr_jax.command_line import run_main
+from dn_detr_jax.config import ConfigError, validate
+
+FLAGS = flags.FLAGS
+CONTENDERS = "ours", "ours_dn", "peer", "peer_compiled"
+
+
+def work(config: ConfigDict, setting: common.Setting) -> None:
+    """What the worker of a contender does: it answers with the seconds of a step, by rounds."""
+    common.apply_setting(config, setting)
+    if setting.contender == "ours":
+        config.dn.groups = 0
+
+    def start():
+        nonlocal run, peak
+        # Frameworks are imported by the workers that use them, and only there.
+        if setting.contender.startswith("peer"):
+            from benchmarks import torch_peer
+
+            batch = common.made_up_batch(config)
+            compiled = setting.contender == "peer_compiled"
+            step = torch_peer.Training(config, batch, compiled=compiled)
+            device, run, peak = torch_peer.device_of(step.device), step.run, step.peak_bytes
+        else:
+            from benchmarks import train_step
+
+            step = train_step.Step(config)
+            device, run, peak = train_step.device(), step.run, train_step.peak_bytes
+        run(1)
+        parameters = step.parameters()
+        seconds = round(step.compile_seconds + getattr(step, "trace_seconds", 0.0), 1)
+        return {"device": device, "parameters": parameters, "compile_s": seconds}
+
+    def one_round():
+        seconds = common.timed(lambda: run(FLAGS.steps)) / FLAGS.steps
+        return {"seconds": seconds, "peak_bytes": peak()}
+
+    run = peak = None
+    common.answer(start, one_round)
+
+
+def row_of(setting: common.Setting, result: dict[str, Any]) -> dict[str, Any]:
+    """The row of a contender from what its worker answered."""
+    first = {"contender": setting.contender} | setting.columns()
+    if "failed" in result:
+        return first | {"failed": result["failed"]}
+    ready, rounds = result["ready"], result["rounds"]
+    times = common.summary([answer["seconds"] for answer in rounds])
+    peak = rounds[-1]["peak_bytes"]
+    return first | {
+        "device": ready["device"],
+        "on": ready["device"]["kind"],
+        "parameters": ready["parameters"],
+        "compile_s": ready["compile_s"],
+        "step_s": times,
+        "images_per_s": round(setting.batch_size / times["median"], 2),
+        "peak_gb": None if peak is None else round(peak / 1e9, 3),
+    }
+
+
+def add_ratios(rows: list[dict[str, Any]], column: str) -> None:
+    """Adds `ratio` to rows that have a time, see the module's text."""
+    settings = "canvas", "batch_size", "dtype"
+    for row in rows:
+        like = [other for other in rows if all(other[name] == row[name] for name in settings)]
+        peers = [
+            other[column]["median"]
+            for other in like
+            if column in other and other["contender"].startswith("peer")
+        ]
+        if column in row and peers:
+            row["ratio"] = round(min(peers) / row[column]["median"], 3)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the benchmark."""
+    del argv
+    config = FLAGS.config
+    if FLAGS.worker:
+        work(config, common.Setting.from_json(FLAGS.worker))
+        return
+    validate(config)
+    common.check_contenders(CONTENDERS)
+    report = common.Report("peer")
+    settings = common.settings_of_flags(config, FLAGS.contenders)
+    for setting, result in common.take_turns("peer", settings, report):
+        report.add(row_of(setting, result))
+    add_ratios(report.rows(), "step_s")
+    report.show()
+    if not any("step_s" in row for row in report.rows()):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    common.define_flags()
+    common.define_contender_flags(CONTENDERS)
+    run_main(main, (ConfigError, OSError, ValueError))

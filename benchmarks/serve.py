@@ -1,0 +1,144 @@
+"""Inference against the same architecture in PyTorch: latency and throughput.
+
+    pip install -r benchmarks/requirements.txt
+    python -m benchmarks.serve --canvas 800x1344 --batch_size 1,16 --dtype bfloat16
+    python -m benchmarks.serve --canvas 256x320 --batch_size 1 --rounds 3 --steps 2  # on a CPU
+
+A call takes uint8 pictures on the host to the best boxes, scores and labels on the host: transfer,
+normalisation, network, selection, transfer. `latency_s` is of one call after the other (median,
+fastest, slowest; `p90_s` beside it), `ready_s` from nothing to the end of the first call, the
+compiler included; `images_per_s` is measured apart, with two calls under way at a time, so that the
+host prepares one while the device works on the other. Contenders are `ours`, the compiled program
+of `Predictor`, `peer` and `peer_compiled`, see `torch_peer`; they take turns as those of `peer`.
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from benchmarks import common
+from benchmarks.peer import add_ratios
+from dn_detr_jax.command_line import run_main
+from dn_detr_jax.config import ConfigError, validate
+
+FLAGS = flags.FLAGS
+CONTENDERS = "ours", "peer", "peer_compiled"
+
+
+def our_program(config: ConfigDict, batch: dict) -> tuple[Callable, Callable, dict[str, Any]]:
+    """The compiled detection: a call that starts it, one that waits, and what it runs on."""
+    import jax
+    import jax.numpy as jnp
+
+    from benchmarks.train_step import device
+    from dn_detr_jax.models.registry import build_model
+    from dn_detr_jax.predictor import detect
+    from dn_detr_jax.training.setup import COMPILER_OPTIONS
+
+    model = build_model(config.model)
+    params = jax.jit(model.init)(
+        jax.random.key(0), jnp.zeros((1, 64, 64, 3)), jnp.full((1, 2), 64)
+    )["params"]
+
+    def program(params, images, sizes):
+        return detect(params, images, sizes, model=model, num_select=config.eval.num_select)
+
+    options = COMPILER_OPTIONS.get(jax.devices()[0].platform)
+    lowered = jax.jit(program).lower(params, batch["image"], batch["size"])
+    compiled = lowered.compile(options)
+
+    def start(batch):
+        return compiled(params, *jax.device_put((batch["image"], batch["size"])))
+
+    return start, jax.device_get, device()
+
+
+def peer_program(
+    config: ConfigDict, *, compiled: bool
+) -> tuple[Callable, Callable, dict[str, Any]]:
+    """The same of the peer."""
+    from benchmarks import torch_peer
+
+    inference = torch_peer.Inference(config, compiled=compiled)
+    return inference.start, inference.finish, torch_peer.device_of(inference.device)
+
+
+def work(config: ConfigDict, setting: common.Setting) -> None:
+    """What the worker of a contender does: it answers with seconds of calls, by rounds."""
+    common.apply_setting(config, setting)
+    batch = common.made_up_batch(config)
+
+    def begin():
+        nonlocal start, finish
+        began = time.perf_counter()
+        if setting.contender == "ours":
+            start, finish, device = our_program(config, batch)
+        else:
+            compiled = setting.contender == "peer_compiled"
+            start, finish, device = peer_program(config, compiled=compiled)
+        finish(start(batch))
+        return {"device": device, "ready_s": round(time.perf_counter() - began, 1)}
+
+    def pipelined():
+        running = start(batch)
+        for _ in range(FLAGS.steps - 1):
+            following = start(batch)
+            finish(running)
+            running = following
+        finish(running)
+
+    def one_round():
+        calls = [common.timed(lambda: finish(start(batch))) for _ in range(FLAGS.steps)]
+        return {"calls": calls, "pipelined": common.timed(pipelined) / FLAGS.steps}
+
+    start = finish = None
+    common.answer(begin, one_round)
+
+
+def row_of(setting: common.Setting, result: dict[str, Any]) -> dict[str, Any]:
+    """The row of a contender from what its worker answered."""
+    first = {"contender": setting.contender} | setting.columns()
+    if "failed" in result:
+        return first | {"failed": result["failed"]}
+    ready, rounds = result["ready"], result["rounds"]
+    calls = [seconds for answer in rounds for seconds in answer["calls"]]
+    p90 = statistics.quantiles(calls, n=10)[-1] if len(calls) > 9 else None
+    pipelined = statistics.median(answer["pipelined"] for answer in rounds)
+    return first | {
+        "device": ready["device"],
+        "on": ready["device"]["kind"],
+        "ready_s": ready["ready_s"],
+        "latency_s": common.summary(calls),
+        "p90_s": None if p90 is None else round(p90, 5),
+        "images_per_s": round(setting.batch_size / pipelined, 2),
+    }
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the benchmark."""
+    del argv
+    config = FLAGS.config
+    if FLAGS.worker:
+        work(config, common.Setting.from_json(FLAGS.worker))
+        return
+    validate(config)
+    common.check_contenders(CONTENDERS)
+    report = common.Report("serve")
+    settings = common.settings_of_flags(config, FLAGS.contenders)
+    for setting, result in common.take_turns("serve", settings, report):
+        report.add(row_of(setting, result))
+    add_ratios(report.rows(), "latency_s")
+    report.show()
+    if not any("latency_s" in row for row in report.rows()):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    common.define_flags(["1"])
+    common.define_contender_flags(CONTENDERS)
+    run_main(main, (ConfigError, OSError, ValueError))

@@ -1,0 +1,219 @@
+"""The architecture of a config in PyTorch, as `transformers` has it: its DAB-DETR.
+
+What the peer gets so that the comparison is fair to it: channels last, TensorFloat-32 and autotuned
+convolutions where the device has them, fused AdamW, pictures that are already normalised in
+training, and no denoising queries. What it gets so that both do the same work: the auxiliary losses
+of all decoder layers, the frozen stem and stages of the config, no dropout unless the config has
+it, a lower rate for the backbone and clipped gradients. Its Hungarian matching is its own (SciPy,
+layer by layer). Compiled means `torch.compile` of the whole network up to the losses, which need
+SciPy.
+"""
+
+import os
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from ml_collections import ConfigDict
+from transformers import DabDetrConfig, DabDetrForObjectDetection, ResNetConfig
+
+DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def set_up() -> torch.device:
+    """Sets threads and precision for the whole process; the device to run on."""
+    if hasattr(os, "sched_getaffinity"):
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+    torch.manual_seed(0)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_of(device: torch.device) -> dict[str, Any]:
+    """What a row says of the device."""
+    if device.type == "cpu":
+        return {"platform": "cpu", "kind": "cpu", "count": 1}
+    return {"platform": "gpu", "kind": torch.cuda.get_device_name(device), "count": 1}
+
+
+def build(config: ConfigDict, device: torch.device) -> DabDetrForObjectDetection:
+    """The detector of `config.model` with random weights.
+
+    Raises:
+      ValueError: the config has something that the peer has not.
+    """
+    sizes, backbone = config.model, config.model.backbone
+    if backbone.norm != "frozen_batch_norm" or backbone.stem != "standard" or backbone.dilation:
+        raise ValueError(
+            "the peer has ResNets with frozen batch norm, standard stem and no dilation only: "
+            f"config.model.backbone is {dict(backbone)}"
+        )
+    bottleneck = backbone.depth >= 50
+    first, stages = backbone.width * (4 if bottleneck else 1), backbone.stages
+    resnet = ResNetConfig(
+        embedding_size=backbone.width,
+        hidden_sizes=[first * 2**i for i in range(stages)],
+        depths=list(DEPTHS[backbone.depth][:stages]),
+        layer_type="bottleneck" if bottleneck else "basic",
+        out_features=[f"stage{stages}"],
+    )
+    model = DabDetrForObjectDetection(
+        DabDetrConfig(
+            backbone_config=resnet,
+            use_timm_backbone=False,
+            num_labels=sizes.num_classes,
+            num_queries=sizes.num_queries,
+            hidden_size=sizes.hidden_dim,
+            encoder_layers=sizes.encoder_layers,
+            decoder_layers=sizes.decoder_layers,
+            encoder_attention_heads=sizes.num_heads,
+            decoder_attention_heads=sizes.num_heads,
+            encoder_ffn_dim=sizes.ffn_dim,
+            decoder_ffn_dim=sizes.ffn_dim,
+            activation_function=sizes.activation,
+            dropout=sizes.dropout,
+            num_patterns=sizes.num_patterns,
+            auxiliary_loss=True,
+        )
+    )
+    resnet_module = model.model.backbone.conv_encoder.model
+    if backbone.frozen_stages >= 0:
+        resnet_module.embedder.requires_grad_(False)
+        resnet_module.encoder.stages[: backbone.frozen_stages].requires_grad_(False)
+    return model.to(device, memory_format=torch.channels_last)
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """Parameters, and the weights and statistics of frozen batch norms, as this project counts."""
+    counts = [p.numel() for p in model.parameters()]
+    counts += [b.numel() for n, b in model.named_buffers() if "normalization" in n]
+    return sum(counts)
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done everything."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _pictures(batch: dict[str, np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:
+    """Normalised pictures, zero at padding, and masks of the valid pixels, on the device."""
+    image = torch.from_numpy(batch["image"]).to(device).permute(0, 3, 1, 2).float()
+    size = torch.from_numpy(batch["size"]).to(device)
+    mean = torch.tensor(IMAGE_MEAN, device=device)[:, None, None]
+    std = torch.tensor(IMAGE_STD, device=device)[:, None, None]
+    rows = torch.arange(image.shape[2], device=device) < size[:, :1]
+    columns = torch.arange(image.shape[3], device=device) < size[:, 1:]
+    mask = rows[:, :, None] & columns[:, None, :]
+    pixels = (image / 255 - mean) / std * mask[:, None]
+    pixels = pixels.contiguous(memory_format=torch.channels_last)
+    return {"pixel_values": pixels, "pixel_mask": mask.long()}
+
+
+class Training:
+    """The peer's training step, on one batch.
+
+    Attributes:
+      compile_seconds: of the first step, with whatever it compiles.
+    """
+
+    def __init__(self, config: ConfigDict, batch: dict[str, np.ndarray], *, compiled: bool):
+        """Builds it and takes the first step.
+
+        Args:
+          config: whole configuration.
+          batch: as the loader of this project makes them.
+          compiled: by `torch.compile`.
+        """
+        self.device = set_up()
+        self._config = config
+        self._model = build(config, self.device).train()
+        if compiled:
+            self._model.model.compile()
+        groups: dict[bool, list] = {True: [], False: []}
+        for name, parameter in self._model.named_parameters():
+            if parameter.requires_grad:
+                groups["conv_encoder" in name].append(parameter)
+        settings = config.optimizer
+        rate = settings.learning_rate
+        self._optimizer = torch.optim.AdamW(
+            [{"params": groups[True], "lr": rate / 10}, {"params": groups[False], "lr": rate}],
+            weight_decay=settings.weight_decay,
+            betas=(settings.b1, settings.b2),
+            eps=settings.eps,
+            fused=True,
+        )
+        self._trained = groups[True] + groups[False]
+        self._pictures = _pictures(batch, self.device)
+        self._labels = [
+            {
+                "class_labels": torch.from_numpy(labels[valid]).long().to(self.device),
+                "boxes": torch.from_numpy(boxes[valid]).to(self.device),
+            }
+            for labels, boxes, valid in zip(
+                batch["labels"], batch["boxes"], batch["valid"], strict=True
+            )
+        ]
+        start = time.perf_counter()
+        self.run(1)
+        self.compile_seconds = time.perf_counter() - start
+
+    def run(self, steps: int) -> None:
+        """So many steps, waiting for the last."""
+        bfloat16 = self._config.model.dtype == "bfloat16"
+        for _ in range(steps):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
+                loss = self._model(**self._pictures, labels=self._labels).loss
+            self._optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            if self._config.optimizer.clip_norm:
+                norm = self._config.optimizer.clip_norm
+                torch.nn.utils.clip_grad_norm_(self._trained, norm)
+            self._optimizer.step()
+        synchronize(self.device)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss}: times of such steps mean nothing")
+
+    def parameters(self) -> int:
+        """Their number, see `count_parameters`."""
+        return count_parameters(self._model)
+
+    def peak_bytes(self) -> int | None:
+        """The most memory that tensors took on the device; None on a CPU."""
+        if self.device.type == "cpu":
+            return None
+        return torch.cuda.max_memory_allocated(self.device)
+
+
+class Inference:
+    """The peer's detections: pictures on the host in, the best boxes on the host out."""
+
+    def __init__(self, config: ConfigDict, *, compiled: bool):
+        """Builds it; arguments as for `Training`."""
+        self.device = set_up()
+        self._config = config
+        self._model = build(config, self.device).eval()
+        if compiled:
+            self._model.compile()
+
+    def start(self, batch: dict[str, np.ndarray]) -> tuple[torch.Tensor, ...]:
+        """Detections of a batch, perhaps still being computed: scores, labels, boxes."""
+        bfloat16 = self._config.model.dtype == "bfloat16"
+        with (
+            torch.inference_mode(),
+            torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16),
+        ):
+            found = self._model(**_pictures(batch, self.device))
+            scores = found.logits.float().sigmoid().flatten(1)
+            scores, pair = scores.topk(self._config.eval.num_select)
+            query = (pair // found.logits.shape[-1])[..., None].expand(-1, -1, 4)
+            boxes = found.pred_boxes.float().gather(1, query)
+            return scores, pair % found.logits.shape[-1], boxes
+
+    @staticmethod
+    def finish(found: tuple[torch.Tensor, ...]) -> tuple[np.ndarray, ...]:
+        """Waits for them, and brings them to the host."""
+        return tuple(tensor.cpu().numpy() for tensor in found)
