@@ -37,9 +37,15 @@ def attention(
     return out.reshape(*out.shape[:2], -1)
 
 
-def layer_norm(name: str, dtype: jnp.dtype) -> nn.LayerNorm:
-    """Layer norm with PyTorch's epsilon and the two-pass variance."""
-    return nn.LayerNorm(epsilon=LAYER_NORM_EPS, use_fast_variance=False, dtype=dtype, name=name)
+def layer_norm(name: str) -> nn.LayerNorm:
+    """Layer norm with PyTorch's epsilon and the two-pass variance.
+
+    In float32, which keeps the residual stream in float32 too, whatever the dtype of the compute:
+    it is small, and its rounding would add up from layer to layer.
+    """
+    return nn.LayerNorm(
+        epsilon=LAYER_NORM_EPS, use_fast_variance=False, dtype=jnp.float32, name=name
+    )
 
 
 class Linear(nn.Module):
@@ -50,12 +56,14 @@ class Linear(nn.Module):
       bias_init: of the bias; None: PyTorch's default.
       kernel_init: of the weights.
       dtype: of the compute.
+      out_dtype: of the result; None: that of the compute.
     """
 
     features: int
     bias_init: nn.initializers.Initializer | None = None
     kernel_init: nn.initializers.Initializer = xavier_uniform
     dtype: jnp.dtype = jnp.float32
+    out_dtype: jnp.dtype | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -64,9 +72,11 @@ class Linear(nn.Module):
         kernel = self.param("kernel", self.kernel_init, (fan_in, self.features))
         bias_init = self.bias_init or torch_default_bias(fan_in)
         bias = self.param("bias", bias_init, (self.features,))
-        y = x.astype(self.dtype) @ kernel.astype(self.dtype)
+        out_dtype = self.out_dtype or self.dtype
+        operands = x.astype(self.dtype), kernel.astype(self.dtype)
+        y = jnp.matmul(*operands, preferred_element_type=out_dtype)
         # In float32 for the sake of the gradient, a sum over all tokens.
-        return (y.astype(jnp.float32) + bias).astype(self.dtype)
+        return (y.astype(jnp.float32) + bias).astype(out_dtype)
 
 
 class MLP(nn.Module):
@@ -86,14 +96,15 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [..., K] to [..., features[-1]]."""
+        """Maps [..., K] to float32 [..., features[-1]]."""
         last = len(self.features) - 1
         for i, features in enumerate(self.features):
             init, bias_init = self.kernel_init, None
             if i == last and self.last_constant is not None:
                 init = nn.initializers.zeros
                 bias_init = nn.initializers.constant(self.last_constant)
-            x = Linear(features, bias_init, init, self.dtype, name=f"layer{i}")(x)
+            out_dtype = jnp.float32 if i == last else None
+            x = Linear(features, bias_init, init, self.dtype, out_dtype, name=f"layer{i}")(x)
             if i < last:
                 x = nn.relu(x)
         return x
@@ -138,4 +149,4 @@ class FeedForward(nn.Module):
         y = nn.Dropout(self.dropout)(y, deterministic=not train)
         y = Linear(x.shape[-1], dtype=self.dtype, name="linear2")(y)
         y = nn.Dropout(self.dropout)(y, deterministic=not train)
-        return layer_norm("norm", self.dtype)(x + y)
+        return layer_norm("norm")(x + y)

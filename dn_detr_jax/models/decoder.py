@@ -58,7 +58,7 @@ class DecoderLayer(nn.Module):
     def _residual(self, x: jax.Array, y: jax.Array, name: str, train: bool) -> jax.Array:
         y = Linear(x.shape[-1], nn.initializers.zeros, dtype=self.dtype, name=f"{name}_out")(y)
         y = nn.Dropout(self.dropout)(y, deterministic=not train)
-        return layer_norm(f"{name}_norm", self.dtype)(x + y)
+        return layer_norm(f"{name}_norm")(x + y)
 
     @nn.compact
     def __call__(
@@ -180,7 +180,7 @@ class Decoder(nn.Module):
             name="query_scale",
         )
         size_head = MLP((features, 2), **mlp, name="reference_size_head")
-        norm = layer_norm("norm", self.dtype)
+        norm = layer_norm("norm")
 
         layer = nn.remat(DecoderLayer, static_argnums=(8,)) if self.remat else DecoderLayer
         x = content
@@ -193,7 +193,7 @@ class Decoder(nn.Module):
             if i > 0:
                 query_sine = query_sine * query_scale(x)
             # Width modulates the x half, height the y half, which comes first.
-            size = jax.nn.sigmoid(size_head(x).astype(jnp.float32)) / reference[..., 2:]
+            size = jax.nn.sigmoid(size_head(x)) / reference[..., 2:]
             modulation = jnp.repeat(size[..., ::-1], features // 2, axis=-1)
             x = layer(
                 self.num_heads,
@@ -217,7 +217,7 @@ class Decoder(nn.Module):
             self.sow("intermediates", f"dec{i}", x)
             states.append(norm(x))
             if i < self.num_layers - 1:
-                delta = box_head(x).astype(jnp.float32)
+                delta = box_head(x)
                 refined = jax.nn.sigmoid(delta + inverse_sigmoid(reference))
                 references.append(refined)
                 reference = jax.lax.stop_gradient(refined)

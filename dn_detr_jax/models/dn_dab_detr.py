@@ -131,7 +131,11 @@ class DNDabDetr(nn.Module):
         )
         self.sow("intermediates", "position", position)
         projected = Linear(
-            self.hidden_dim, kernel_init=torch_default_kernel, dtype=self.dtype, name="input_proj"
+            self.hidden_dim,
+            kernel_init=torch_default_kernel,
+            dtype=self.dtype,
+            out_dtype=jnp.float32,
+            name="input_proj",
         )(features)
         self.sow("intermediates", "src", projected)
 
@@ -161,7 +165,6 @@ class DNDabDetr(nn.Module):
             remat="decoder" in self.remat,
             name="decoder",
         )
-        content = content.astype(self.dtype)
         states, references = decoder(
             content, anchors, mask, memory, position, valid, box_head, train=train
         )
@@ -169,15 +172,16 @@ class DNDabDetr(nn.Module):
         self.sow("intermediates", "hs", states)
         self.sow("intermediates", "references", references)
 
-        logits = nn.Dense(
+        logits = Linear(
             self.num_classes,
-            kernel_init=torch_default_kernel,
-            bias_init=prior_probability_bias(),
+            prior_probability_bias(),
+            torch_default_kernel,
             dtype=self.dtype,
+            out_dtype=jnp.float32,
             name="class_head",
         )(states)
-        boxes = box_head(states).astype(jnp.float32) + inverse_sigmoid(references)
-        return {"pred_logits": logits.astype(jnp.float32), "pred_boxes": jax.nn.sigmoid(boxes)}
+        boxes = box_head(states) + inverse_sigmoid(references)
+        return {"pred_logits": logits, "pred_boxes": jax.nn.sigmoid(boxes)}
 
     def _queries(
         self, batch: int, dn: Denoising | None, attend_padding: bool

@@ -49,7 +49,7 @@ class EncoderLayer(nn.Module):
         )
         y = Linear(x.shape[-1], nn.initializers.zeros, dtype=self.dtype, name="out")(y)
         y = nn.Dropout(self.dropout)(y, deterministic=not train)
-        x = layer_norm("attention_norm", self.dtype)(x + y)
+        x = layer_norm("attention_norm")(x + y)
         return FeedForward(
             self.ffn_dim, self.activation, self.dropout, self.dtype, name="feed_forward"
         )(x, train=train)
