@@ -24,10 +24,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax import traverse_util
 from ml_collections import ConfigDict
 from PIL import Image
 
-from dn_detr_jax.config import base_config, validate
+from dn_detr_jax.config import base_config, flat_keys, validate
 from dn_detr_jax.data import transforms
 from dn_detr_jax.data.coco_classes import Category, assumed_categories
 from dn_detr_jax.data.errors import DataError
@@ -106,11 +107,11 @@ def read_run(workdir: str | os.PathLike, step: str | int = "best") -> Run:
     stored, categories = read_config(workdir)
     config = base_config()
     try:
-        config.update(stored)
+        config.update(_without_old_keys(stored))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{workdir / 'config.json'}: unknown to this version ({error})"
-        ) from (error)
+        ) from error
     validate(config)
     categories = categories or assumed_categories(config.model.num_classes)
     if len(categories) != config.model.num_classes:
@@ -125,6 +126,14 @@ def read_run(workdir: str | os.PathLike, step: str | int = "best") -> Run:
         number = checkpoints.find(step)
         params = checkpoints.restore_params(shapes, number)
     return Run(config, categories, params, number)
+
+
+def _without_old_keys(stored: dict) -> dict:
+    """A run's config without keys of other versions; of those the model's alone would matter."""
+    known = set(flat_keys(base_config()))
+    flat = traverse_util.flatten_dict(stored, sep=".")
+    kept = {key: v for key, v in flat.items() if key in known or key.startswith("model.")}
+    return traverse_util.unflatten_dict(kept, sep=".")
 
 
 def load(
