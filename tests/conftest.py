@@ -17,6 +17,10 @@ from dn_detr_jax.models.registry import abstract_params, build_model
 from dn_detr_jax.training.checkpoints import Checkpoints
 from dn_detr_jax.training.setup import COMPILER_OPTIONS
 
+# Everything is tested on the CPU, also where libtpu is installed without a TPU.
+jax.config.update("jax_platforms", "cpu")
+os.environ["JAX_PLATFORMS"] = "cpu"
+
 # Tests, and the processes that they start, neither use nor fill the user's compiled programs.
 jax.config.update("jax_enable_compilation_cache", False)
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
