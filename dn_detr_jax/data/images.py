@@ -144,9 +144,10 @@ def needs_turn(header: Header, size: tuple[int, int] | None) -> bool:
 def _pixels(picture: Image.Image, orientation: int, data: bytes) -> np.ndarray:
     """RGB as stored, whatever the orientation, which was read before.
 
-    What OpenCV refuses, a file that is cut off for one, is left to Pillow, which says why.
+    Pillow reads what is no file (`data` is empty), and what OpenCV refuses, such as a file that is
+    cut off: it says why.
     """
-    if picture.format in _JPEG and picture.mode in ("RGB", "L"):
+    if data and picture.format in _JPEG and picture.mode in ("RGB", "L"):
         flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
         if image is not None and image.shape[:2] == (picture.height, picture.width):
