@@ -28,30 +28,24 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from dn_detr_jax.chips import CHIPS
+
 ROOT = Path(__file__).parent.parent
 FLAGS = flags.FLAGS
 MODULES = "jax", "jaxlib", "flax", "torch", "transformers", "scipy", "numpy"
 
-# Dense peaks in TFLOP/s from the makers' data sheets: of bfloat16, and of what float32 matrix
-# products run in by default in JAX (TensorFloat-32 on NVIDIA, bfloat16 passes on TPU).
-PEAK_TFLOPS = {
-    "NVIDIA H200": (989.0, 494.5),
-    "NVIDIA H100 PCIe": (756.0, 378.0),
-    "NVIDIA H100": (989.0, 494.5),
-    "NVIDIA A100": (312.0, 156.0),
-    "TPU v6 lite": (918.0, 918.0),
-    "TPU v5 lite": (197.0, 197.0),
-    "TPU v5": (459.0, 459.0),
-    "TPU v4": (275.0, 275.0),
-}
-
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
-    """Peak of one device in flop/s for that dtype of the compute; None where it is not known."""
-    for kind, (bfloat16, float32) in PEAK_TFLOPS.items():
-        if device_kind.startswith(kind):
-            return (bfloat16 if dtype == "bfloat16" else float32) * 1e12
-    return None
+    """Peak of one device in flop/s for that dtype of the compute; None where it is not known.
+
+    For float32 it is that of the products which jax takes by default: on NVIDIA in TensorFloat-32,
+    half the rate of bfloat16, on TPU in bfloat16.
+    """
+    chip = CHIPS.get(device_kind)
+    if chip is None:
+        return None
+    halved = dtype == "float32" and device_kind.startswith("NVIDIA")
+    return chip.peak_flops / (2 if halved else 1)
 
 
 def define_flags(batch_size: Sequence[str] = (), dtype: Sequence[str] = ()) -> None:

@@ -6,8 +6,8 @@ Figures are the vendors', per chip:
   and v6e give the bandwidth between chips in both directions together; half of it is sent. That of
   v4 gives the all-reduce bandwidth of a pod, 1.1 PB/s for 4,096 chips; by the same division v5e and
   v6e come to half of their bidirectional bandwidth.
-- GPU: NVIDIA's data sheets of the H100 SXM and the H200 SXM, dense (without sparsity); NVLink, of
-  whose 900 GB/s half is sent.
+- GPU: NVIDIA's data sheets of the A100, H100 and H200 SXM, dense (without sparsity); NVLink, of
+  whose 600 GB/s (A100) or 900 GB/s half is sent.
 """
 
 import dataclasses
@@ -42,6 +42,8 @@ CHIPS = {
     "TPU v5": _V5P,
     "TPU v5p": _V5P,
     "TPU v6 lite": Chip("TPU v6e", 32 * 2**30, 918e12, 1638e9, 400e9),
+    "NVIDIA A100-SXM4-40GB": Chip("A100 SXM 40 GB", 40e9, 312e12, 1555e9, 300e9),
+    "NVIDIA A100-SXM4-80GB": Chip("A100 SXM 80 GB", 80e9, 312e12, 2039e9, 300e9),
     "NVIDIA H100 80GB HBM3": Chip("H100 SXM", 80e9, 989e12, 3350e9, 450e9),
     "NVIDIA H200": Chip("H200 SXM", 141e9, 989e12, 4800e9, 450e9),
 }
