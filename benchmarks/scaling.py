@@ -5,7 +5,8 @@
 
 Compiles the training step for each of `--topologies` (see dn_detr_jax/preflight.py: no TPU is
 needed, but `pip install "jax[tpu]"`), with the same number of pictures per device. Prints a table
-in Markdown; the JSON has everything that the preflight knows. Takes minutes for each topology.
+in Markdown; the JSON has everything that the preflight knows, and is written after each topology.
+Each takes minutes; `--resume` takes those that the JSON has already.
 """
 
 import json
@@ -21,13 +22,14 @@ from ml_collections import config_flags
 
 from dn_detr_jax.command_line import run_main
 from dn_detr_jax.config import ConfigError
-from dn_detr_jax.preflight import PreflightError, memory_text, quantity, run_preflight
+from dn_detr_jax.preflight import PreflightError, memory_text, quantity, run_preflight, versions
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "The experiment, a file in configs/.")
 flags.DEFINE_list("topologies", ["v5e:1x1", "v5e:2x4", "v5e:8x8", "v5e:16x16"], "What for.")
 flags.DEFINE_integer("batch_per_device", 2, "Pictures.", lower_bound=1)
 flags.DEFINE_string("json", None, "File to write everything to.")
+flags.DEFINE_bool("resume", False, "Do not compile again what the JSON file has.")
 flags.DEFINE_string("plot", None, "File to draw the figure into.")
 flags.mark_flag_as_required("config")
 
@@ -89,12 +91,25 @@ def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
+def _recorded() -> list[dict[str, Any]]:
+    """What an earlier run with these options has written, with `--resume`."""
+    if not (FLAGS.resume and FLAGS.json and Path(FLAGS.json).exists()):
+        return []
+    wanted = (FLAGS.batch_per_device, FLAGS.config.model.dtype, versions())
+    records = json.loads(Path(FLAGS.json).read_text(encoding="utf-8"))
+    return [r for r in records if (r["batch_per_device"], r["dtype"], r["versions"]) == wanted]
+
+
 def main(argv: Sequence[str]) -> None:
     """Runs the benchmark."""
     del argv
     jax.config.update("jax_platforms", "cpu")
     records = []
+    done = {record["topology"]: record for record in _recorded()}
     for topology in FLAGS.topologies:
+        if topology in done:
+            records.append(done[topology])
+            continue
         print(f"compiling for {topology} ...", file=sys.stderr, flush=True)
         result = run_preflight(FLAGS.config, topology, FLAGS.batch_per_device)
         if result.cost is None or result.chip is None:

@@ -22,7 +22,6 @@ import json
 import math
 import os
 import re
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -375,9 +374,11 @@ class Proposal(NamedTuple):
     batch_per_device: int
 
     def text(self) -> str:
-        """As on the command line."""
+        """As on the command line of a shell."""
         overrides = [f"--config.{key}={value}" for key, value in self.options.items()]
-        return shlex.join([f"--batch_per_device={self.batch_per_device}", *overrides])
+        # Tuples need quotes; within double ones their own stay readable.
+        quoted = [f'"{o.replace(" ", "")}"' if "(" in o else o for o in overrides]
+        return " ".join([f"--batch_per_device={self.batch_per_device}", *quoted])
 
     def applied(self, config: ConfigDict, mesh: Mesh) -> ConfigDict:
         """A copy of the config with it."""
