@@ -1,7 +1,7 @@
 """Times the input of training on one core, then the loader's threads and processes.
 
-    python benchmarks/input_pipeline.py --data PATH_OF_COCO
-    python benchmarks/input_pipeline.py --data PATH_OF_COCO --config.data.snap=0.1 --steps 100
+    python -m benchmarks.input_pipeline --data PATH_OF_COCO
+    python -m benchmarks.input_pipeline --data PATH_OF_COCO --config.data.snap=0.1 --steps 100
 
 The pictures and their augmentation are those of the first training steps of `--config`. Three
 measurements, a table each, then everything as one JSON object:

@@ -1,6 +1,6 @@
 """How much of what a detector computes is padding, and how random the batches stay.
 
-    python benchmarks/padding.py --data PATH_OF_COCO
+    python -m benchmarks.padding --data PATH_OF_COCO
 
 Reads the sizes of a directory in COCO format, draws pictures from them with replacement, augments
 them as configs/coco_r50.py does (or another --config), and prints a table and one JSON object.
