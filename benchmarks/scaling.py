@@ -60,30 +60,29 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 
 
 def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Bytes and operations per device, and the least times, by number of devices."""
+    """Bytes per device, and the least times, by number of devices; both axes logarithmic."""
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
     devices = [record["devices"] for record in records]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     series = {
-        "operations (TFLOP)": [r["cost"]["flops"] / 1e12 for r in records],
-        "memory needed (GiB)": [r["bytes_needed"] / 2**30 for r in records],
-        "memory traffic (100 GB)": [r["cost"]["bytes_accessed"] / 1e11 for r in records],
-        "sent to other devices (GB)": [r["cost"]["bytes_sent"] / 1e9 for r in records],
+        "memory traffic": [r["cost"]["bytes_accessed"] for r in records],
+        "memory needed": [r["bytes_needed"] for r in records],
+        "sent to other devices": [r["cost"]["bytes_sent"] for r in records],
     }
     for name, values in series.items():
-        left.plot(devices, values, marker="o", label=name)
-    left.set_title("per device and step")
-    for name in ("compute", "memory", "collectives"):
-        values = [r["roofline_seconds"][name] * 1e3 for r in records]
+        left.plot(devices, [v / 1e9 or None for v in values], marker="o", label=name)
+    left.set_title("GB per device and step")
+    for name in ("memory", "compute", "collectives"):
+        values = [r["roofline_seconds"][name] * 1e3 or None for r in records]
         right.plot(devices, values, marker="o", label=name)
-    right.set_title(f"least time on {records[0]['chip']['name']} (ms)")
+    right.set_title(f"least time of a step on {records[0]['chip']['name']}, ms")
     for axes in (left, right):
         axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
         axes.set_xticks(devices, [str(n) for n in devices])
         axes.set_xlabel("devices")
-        axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
