@@ -27,6 +27,8 @@ os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 # The same examples every time; no deadline, since the first example compiles.
 settings.register_profile("tests", max_examples=25, deadline=None, derandomize=True, database=None)
+# pytest --hypothesis-profile=deep: others every time, and a hundred times as many.
+settings.register_profile("deep", max_examples=2500, deadline=None, database=None)
 settings.load_profile("tests")
 
 

@@ -17,6 +17,7 @@ import functools
 import io
 import json
 import pickle
+import re
 import struct
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
@@ -96,17 +97,16 @@ def read(path: str | Path, entry: str | None = None) -> TorchFile:
     readers |= dict.fromkeys((".pth", ".pt", ".bin", ".ckpt"), _read_pickled)
     if path.suffix not in readers:
         raise FileError(f"{path}: the suffix must be one of {', '.join(readers)}")
-    damaged = (
-        *(pickle.UnpicklingError, zipfile.BadZipFile, struct.error, EOFError, RecursionError),
-        *(ValueError, LookupError, TypeError, AttributeError),
-    )
     try:
         return _select_state(path, readers[path.suffix](path), entry)
     except FileError:
         raise
-    except damaged as error:
+    except Exception as error:  # whatever a damaged file leads its reader to
+        if isinstance(error, OSError) and error.filename is not None:  # it can't be opened
+            raise
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise FileError(
-            f"{path}: damaged, or in another format than its suffix: {error}"
+            f"{path}: damaged, or in another format than its suffix: {reason}"
         ) from error
 
 
@@ -125,6 +125,9 @@ def _select_state(path: Path, content: Any, entry: str | None) -> TorchFile:
         for name, value in tensors.items()
         if isinstance(name, str) and isinstance(value, is_tensor)
     }
+    for name, value in state.items():
+        if value.dtype.kind not in "biuf" and value.dtype != jnp.bfloat16:
+            raise FileError(f"{path}: {name} holds {value.dtype}, expected numbers")
     if not state:
         keys = ", ".join(map(str, list(content)[:8]))
         raise FileError(
@@ -139,8 +142,26 @@ def _select_state(path: Path, content: Any, entry: str | None) -> TorchFile:
 # --- .pth -----------------------------------------------------------------------------------------
 
 
+class _Sealed:
+    """What a pickle may hold and, since it says no to BUILD, not change."""
+
+    def __setstate__(self, state):
+        raise pickle.UnpicklingError(f"the file tries to change a {type(self).__name__}")
+
+
+class _StorageType(_Sealed):
+    """Stands for `torch.FloatStorage` and the like.
+
+    Not the dtype itself: BUILD would change it for the whole process, and with it how much memory
+    its arrays are taken to have.
+    """
+
+    def __init__(self, dtype: np.dtype):
+        self.dtype = dtype
+
+
 @dataclasses.dataclass
-class _Storage:
+class _Storage(_Sealed):
     """A flat array in the file; `load` reads it, once."""
 
     dtype: np.dtype
@@ -160,7 +181,7 @@ class _Storage:
 
 
 @dataclasses.dataclass(frozen=True)
-class _TensorView:
+class _TensorView(_Sealed):
     """A tensor as PyTorch stores it: a strided window on a storage."""
 
     storage: _Storage
@@ -196,55 +217,63 @@ def _rebuild_tensor(storage, offset, shape, strides, *_unused) -> _TensorView:
     return _TensorView(storage, int(offset), tuple(map(int, shape)), tuple(map(int, strides)))
 
 
-class _Function:
-    """A function that a pickle may call and, unlike a plain one, not change."""
-
-    __slots__ = ("_call",)
+class _Function(_Sealed):
+    """A function that a pickle may call."""
 
     def __init__(self, call: Callable):
-        object.__setattr__(self, "_call", call)
-
-    def __setattr__(self, name, value):
-        raise pickle.UnpicklingError(f"the file tries to change {name}")
+        self._call = call
 
     def __call__(self, *args):
         return self._call(*args)
 
 
-def _numpy_scalar(dtype, data) -> Any:
-    if not isinstance(dtype, np.dtype) or dtype.hasobject:
-        raise pickle.UnpicklingError("a NumPy scalar of objects")
-    return np.frombuffer(data, dtype, 1)[0]
+class _ScalarType(_Sealed):
+    """Stands for `numpy.dtype`, of numbers and texts alone; BUILD may say its byte order."""
+
+    def __init__(self, name, *_unused):
+        if not isinstance(name, str) or not re.fullmatch(r"[<>=|]?[biufcSU]\d{1,4}", name):
+            raise pickle.UnpicklingError("a NumPy type that is neither number nor text")
+        self.dtype = np.dtype(name)
+
+    def __setstate__(self, state):
+        if isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">"):
+            self.dtype = self.dtype.newbyteorder(state[1])
 
 
-def _plain_dtype(name, *_unused) -> np.dtype:
-    dtype = np.dtype(str(name))
-    if dtype.hasobject:
-        raise pickle.UnpicklingError("a NumPy type of objects")
-    return dtype
+def _numpy_scalar(scalar_type, data) -> Any:
+    if not isinstance(scalar_type, _ScalarType):
+        raise pickle.UnpicklingError("a NumPy scalar of unknown type")
+    return np.frombuffer(data, scalar_type.dtype, 1)[0]
 
 
-# What a pickle may name. Storage types are dtypes here, everything else makes inert data.
+def _words(parts: tuple) -> list[str]:
+    """As texts. That of a tuple may be without end: of tuples of the same tuples, and so on."""
+    if not all(isinstance(part, str | int) for part in parts):
+        raise pickle.UnpicklingError("a path or a device that is neither text nor number")
+    return [str(part) for part in parts]
+
+
+# What a pickle may name: nothing that it could change, and nothing but makers of inert data.
 _PERMITTED: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor"): _Function(_rebuild_tensor),
     ("torch._utils", "_rebuild_tensor_v2"): _Function(_rebuild_tensor),
     ("torch._utils", "_rebuild_parameter"): _Function(lambda tensor, *_unused: tensor),
     ("torch", "Size"): _Function(tuple),
-    ("torch", "device"): _Function(lambda *parts: ":".join(map(str, parts))),
+    ("torch", "device"): _Function(lambda *parts: ":".join(_words(parts))),
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("collections", "Counter"): _Function(dict),
     ("_codecs", "encode"): _Function(lambda text, *_: text.encode("latin1")),
     **{
-        (module, f"{kind}Path"): _Function(lambda *parts, pure=pure: str(pure(*map(str, parts))))
+        (module, f"{kind}Path"): _Function(lambda *parts, pure=pure: str(pure(*_words(parts))))
         for module in ("pathlib", "pathlib._local")  # before and since Python 3.13
         for kind, pure in (("Posix", PurePosixPath), ("Windows", PureWindowsPath))
     },
-    **{("torch", name): dtype for name, dtype in _STORAGE_DTYPES.items()},
+    **{("torch", name): _StorageType(dtype) for name, dtype in _STORAGE_DTYPES.items()},
     **{
         (module, "scalar"): _Function(_numpy_scalar)
         for module in ("numpy.core.multiarray", "numpy._core.multiarray")
     },
-    ("numpy", "dtype"): _Function(_plain_dtype),
+    ("numpy", "dtype"): _Function(_ScalarType),
 }
 # The names of Python 2's pickles.
 _PERMITTED |= {("__builtin__", "set"): _Function(set), ("builtins", "set"): _Function(set)}
@@ -276,9 +305,9 @@ class _Unpickler(pickle.Unpickler):
         _, dtype, key, _, size = pid[:5]
         if len(pid) > 5 and pid[5] is not None:
             raise FileError(f"{self._path}: storages that are views of others are not supported")
-        if not isinstance(dtype, np.dtype):
+        if not isinstance(dtype, _StorageType) or not isinstance(key, str | int):
             raise FileError(f"{self._path}: a storage of unknown type")
-        return self._storages.setdefault(str(key), _Storage(dtype, int(size)))
+        return self._storages.setdefault(str(key), _Storage(dtype.dtype, int(size)))
 
 
 def _read_pickled(path: Path) -> Any:
@@ -295,6 +324,8 @@ def _read_zip(path: Path) -> Any:
         raise FileError(
             f"{path}: a TorchScript archive or no torch.save file: save the state dict instead"
         )
+    if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+        raise FileError(f"{path}: compressed, which no file of torch.save is")
     root = pickles[0].removesuffix("data.pkl")
     if root + "byteorder" in names and archive.read(root + "byteorder") != b"little":
         raise FileError(f"{path}: written on a big-endian machine")
@@ -321,6 +352,8 @@ def _read_legacy(path: Path) -> Any:
         for key in load():
             storage = storages[str(key)]
             (size,) = struct.unpack("<q", file.read(8))
+            if not 0 <= size <= path.stat().st_size:
+                raise ValueError(f"a storage of {size} numbers")
             data = file.read(size * storage.dtype.itemsize)
             storage.load = functools.partial(bytes, data)
     return content
@@ -339,10 +372,12 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
             continue
         if entry["dtype"] not in _SAFETENSORS_DTYPES:
             raise ValueError(f"{name} has the unknown type {entry['dtype']!r}")
-        start, end = entry["data_offsets"]
+        (start, end), shape = entry["data_offsets"], entry["shape"]
+        if min((start, end - start, *shape)) < 0 or 8 + length + end > len(data):
+            raise ValueError(f"{name} of shape {shape} lies from byte {start} to {end}")
         raw = data[8 + length + start : 8 + length + end]
         values = np.frombuffer(raw, _SAFETENSORS_DTYPES[entry["dtype"]])
-        tensors[name] = values.reshape(entry["shape"]).copy()
+        tensors[name] = values.reshape(shape).copy()
     return tensors
 
 
