@@ -11,9 +11,9 @@ any data is read or anything is compiled.
 """
 
 import difflib
-import math
 import re
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -178,9 +178,33 @@ class ConfigError(ValueError):
     """A config that can't be right; the message is one line: key, value, what would be right."""
 
     def __init__(self, key: str, value: Any, expected: str):
-        super().__init__(f"config.{key} = {value!r}: {expected}")
+        super().__init__(f"config.{key} = {_shown(value)}: {expected}")
 
 
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of more digits than Python prints
+        text = f"a {type(value).__name__}"
+    text = " ".join(text.splitlines())
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
+def expand_user(path: str, key: str) -> Path:
+    """A path of the config, its `~` replaced by the home directory.
+
+    Raises:
+      ConfigError: nobody is called so.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(key, path, f"a path; {error}") from None
+
+
+_LIMIT = 2**31  # of whole numbers: shapes, ids and steps are int32 on the devices
+_MOST_PIXELS = 2**28  # of a canvas; no picture of more can be read
+_LEAST_FLOAT, _MOST_FLOAT = 1e-37, 1e38  # which float32 holds
 _DURATION = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(steps?|epochs?|%)\s*")
 
 
@@ -195,7 +219,7 @@ def parse_duration(duration: str, key: str) -> tuple[float, str]:
       The number, at least 0, and one of "steps", "epochs", "%".
 
     Raises:
-      ConfigError: not such a duration, a part of a step, or more than 100%.
+      ConfigError: not such a duration, a part of a step, more than 100%, or too many of them.
 
     Examples:
       >>> parse_duration("1.5 epochs", "optimizer.warmup")
@@ -205,6 +229,8 @@ def parse_duration(duration: str, key: str) -> tuple[float, str]:
     if not match:
         raise ConfigError(key, duration, 'a duration is like "300 steps", "2 epochs" or "5%"')
     number, unit = float(match[1]), match[2]
+    if number >= _LIMIT:
+        raise ConfigError(key, duration, "steps are counted up to 2**31 - 1")
     if unit.startswith("step") and number != int(number):
         raise ConfigError(key, duration, "steps are whole numbers")
     if unit == "%" and number > 100:
@@ -219,11 +245,15 @@ def flat_keys(config: ConfigDict, prefix: str = "") -> list[str]:
       >>> flat_keys(ConfigDict({"dn": {"groups": 5}, "seed": 0}))
       ['dn.groups', 'seed']
     """
-    keys: list[str] = []
+    return list(_flat(config, prefix))
+
+
+def _flat(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+    values: dict[str, Any] = {}
     for key, value in sorted(config.items()):
         path = f"{prefix}{key}"
-        keys += flat_keys(value, f"{path}.") if isinstance(value, ConfigDict) else [path]
-    return keys
+        values |= _flat(value, f"{path}.") if isinstance(value, ConfigDict) else {path: value}
+    return values
 
 
 def nearest_key(key: str, keys: Iterable[str]) -> str:
@@ -263,13 +293,21 @@ class _Checker:
     def whole(self, least: int, *keys: str) -> None:
         for key in keys:
             self.check(key, _is_int(self[key]) and self[key] >= least, f"an integer >= {least}")
+            self.check(key, self[key] < _LIMIT, "an integer below 2**31")
 
     def number(self, holds: Callable[[float], bool], expected: str, *keys: str) -> None:
         for key in keys:
             self.check(key, _is_number(self[key]) and holds(self[key]), f"a number {expected}")
 
     def one_of(self, key: str, *names: Any) -> None:
-        self.check(key, self[key] in names, f"one of {', '.join(map(repr, names))}")
+        value = self[key]
+        found = any(type(value) is type(name) and value == name for name in names)
+        self.check(key, found, f"one of {', '.join(map(repr, names))}")
+
+    def text(self, *keys: str) -> None:
+        for key in keys:
+            right = isinstance(self[key], str) and "\0" not in self[key]
+            self.check(key, right, "a text, empty for none")
 
     def sizes(self, *keys: str) -> None:
         for key in keys:
@@ -288,11 +326,13 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_size(value: Any) -> bool:
-    return _is_int(value) and value > 0
+    return _is_int(value) and 0 < value < _LIMIT
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return value == 0 or _LEAST_FLOAT <= abs(value) <= _MOST_FLOAT
 
 
 def validate(config: ConfigDict) -> None:
@@ -306,8 +346,8 @@ def validate(config: ConfigDict) -> None:
     """
     _check_keys(config)
     checker = _Checker(config)
-    checker.whole(0, "seed")
-    checker.check("seed", config.seed < 2**32, "an integer below 2**32")
+    right = _is_int(config.seed) and 0 <= config.seed < 2**32
+    checker.check("seed", right, "an integer >= 0 and below 2**32")
     _check_data(checker)
     _check_model(checker)
     _check_losses(checker)
@@ -316,15 +356,16 @@ def validate(config: ConfigDict) -> None:
 
 
 def _check_keys(config: ConfigDict) -> None:
-    known, present = flat_keys(base_config()), flat_keys(config)
-    for key in present:
+    known, present = _flat(base_config()), _flat(config)
+    for key, value in present.items():
         if key not in known:
-            value = _Checker(config)[key]
             raise ConfigError(key, value, f"no such key; {nearest_key(key, known)}".rstrip("; "))
-    for key in known:
+    for key, default in known.items():
         if key not in present:
-            default = _Checker(base_config())[key]
             raise ConfigError(key, None, f"the key is missing; its default is {default!r}")
+
+
+_SPLIT_PATHS = ("annotations", "images")
 
 
 def _check_data(checker: _Checker) -> None:
@@ -336,6 +377,10 @@ def _check_data(checker: _Checker) -> None:
     )
     expected = "(height, width) pairs of positive integers, for example ((800, 1344), (1344, 800))"
     checker.check("data.canvases", right, expected)
+    fits = all(height * width <= _MOST_PIXELS for height, width in canvases)
+    checker.check("data.canvases", fits, f"canvases of at most {_MOST_PIXELS} pixels")
+    paths = [f"data.{split}.{part}" for split in ("train", "validation") for part in _SPLIT_PATHS]
+    checker.text("data.name", "data.dir", "data.packed_dir", *paths)
     checker.whole(0, "data.workers")
     checker.whole(0, "data.max_objects")
     checker.whole(1, "data.threads", "data.prefetch")
@@ -356,6 +401,7 @@ def _check_probabilities(checker: _Checker, *keys: str) -> None:
 
 
 def _check_model(checker: _Checker) -> None:
+    checker.text("model.name")
     checker.whole(1, "model.hidden_dim", "model.num_heads", "model.ffn_dim")
     checker.whole(0, "model.num_classes", "model.encoder_layers", "model.num_patterns")
     checker.whole(1, "model.decoder_layers", "model.num_queries")
@@ -363,10 +409,9 @@ def _check_model(checker: _Checker) -> None:
     checker.check(
         "model.hidden_dim", hidden % 4 == 0, "a multiple of 4: sine and cosine for height and width"
     )
-    divisors = [n for n in range(1, hidden + 1) if hidden % n == 0]
-    near = ", ".join(str(n) for n in divisors if n <= 32)
+    near = ", ".join(str(n) for n in range(1, min(hidden, 32) + 1) if hidden % n == 0)
     checker.check(
-        "model.num_heads", heads in divisors, f"a divisor of model.hidden_dim = {hidden}: {near}"
+        "model.num_heads", hidden % heads == 0, f"a divisor of model.hidden_dim = {hidden}: {near}"
     )
     checker.one_of("model.activation", "prelu", "relu")
     checker.one_of("model.dtype", "float32", "bfloat16")
@@ -383,6 +428,7 @@ def _check_model(checker: _Checker) -> None:
     checker.one_of("model.backbone.norm", "frozen_batch_norm", "group_norm")
     checker.one_of("model.backbone.stem", "standard", "light")
     checker.one_of("model.backbone.dilation", True, False)
+    checker.one_of("model.backbone.mask_padding", True, False)
     checker.whole(4, "model.backbone.width")
     checker.one_of("model.backbone.stages", 1, 2, 3, 4)
     stages = checker["model.backbone.stages"]
@@ -446,7 +492,7 @@ def _check_optimizer(checker: _Checker) -> None:
         checker.check(key, right and _is_number(pair[1]) and pair[1] >= 0, expected)
         try:
             re.compile(pair[0])
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             reason = f"{pair[0]!r} is no regular expression: {error}"
             raise ConfigError(key, checker[key], reason) from None
 
@@ -481,6 +527,7 @@ def _check_run(checker: _Checker) -> None:
     )
     checker.whole(0, "eval.instability_images", "eval.pictures", "checkpoint.keep_best")
     checker.whole(1, "checkpoint.keep_latest")
+    checker.text("compile.cache_dir", "init.checkpoint", "init.backbone")
     checker.one_of("init.reset_heads", True, False)
     checker.check(
         "init.backbone",

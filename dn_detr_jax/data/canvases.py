@@ -11,14 +11,13 @@ paste into the config for each, and how many objects the pictures have, for `dat
 
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from dn_detr_jax.command_line import run_main
-from dn_detr_jax.config import ConfigError, validate
+from dn_detr_jax.config import ConfigError, expand_user, validate
 from dn_detr_jax.data import coco
 from dn_detr_jax.data.annotations import Annotations
 from dn_detr_jax.data.datasets import find_tfds, open_dataset
@@ -304,7 +303,7 @@ def _objects(annotations: Annotations, max_objects: int) -> list[str]:
 
 def _annotations(data_config: ConfigDict, split: str) -> Annotations:
     """What is in the pictures of a split; a directory in COCO format need not be packed for it."""
-    directory = Path(data_config.dir).expanduser()
+    directory = expand_user(data_config.dir, "data.dir")
     if data_config.name == "coco" and data_config.dir and find_tfds(directory) is None:
         return coco.load_split(coco.find_split(directory, split, data_config[split]))[0]
     return open_dataset(data_config, split).annotations

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from dn_detr_jax.command_line import run_main
-from dn_detr_jax.config import ConfigError, base_config
+from dn_detr_jax.config import ConfigError, base_config, expand_user
 from dn_detr_jax.data import coco, images
 from dn_detr_jax.data.annotations import Annotations, label_categories
 from dn_detr_jax.data.coco import Findings, SplitFiles
@@ -59,7 +59,7 @@ def check(data_config: ConfigDict, decode: bool = False) -> list[Split]:
     Raises:
       DataError: it is no directory in the format of COCO.
     """
-    directory = Path(data_config.dir).expanduser()
+    directory = expand_user(data_config.dir, "data.dir")
     if not directory.is_dir():
         raise DataError(f"{directory}: there is no such folder")
     if find_tfds(directory) is not None:

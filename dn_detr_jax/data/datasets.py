@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from dn_detr_jax.config import expand_user
 from dn_detr_jax.data import coco, packing
 from dn_detr_jax.data.annotations import Annotations, label_categories
 from dn_detr_jax.data.coco_classes import COCO_CATEGORIES, Category
@@ -115,7 +116,7 @@ def open_dataset(data_config: ConfigDict, split: str) -> Dataset:
             "data.dir is empty: name the folder where the data lies or may be prepared, "
             "such as --config.data.dir=data"
         )
-    directory = Path(data_config.dir).expanduser()
+    directory = expand_user(data_config.dir, "data.dir")
     return _OPEN[data_config.name](data_config, split, directory)
 
 
@@ -125,7 +126,9 @@ def _open_coco(data_config: ConfigDict, split: str, directory: Path) -> Dataset:
     prepared = None if split_config.images else find_tfds(directory)
     if prepared is None:
         files = coco.find_split(directory, split, split_config)
-        packed_dir = Path(data_config.packed_dir or directory / "packed").expanduser()
+        packed_dir = directory / "packed"
+        if data_config.packed_dir:
+            packed_dir = expand_user(data_config.packed_dir, "data.packed_dir")
         packed = packing.open_packed(files, directory, packed_dir)
         annotations, categories = packed.annotations, packed.categories
         return _dataset(data_config, split, packed.folder, packing.SPLIT, annotations, categories)

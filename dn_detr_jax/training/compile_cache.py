@@ -19,6 +19,8 @@ from typing import Any
 import jax
 import jax.monitoring
 
+from dn_detr_jax.config import expand_user
+
 logger = logging.getLogger(__name__)
 
 
@@ -33,7 +35,7 @@ def use_compile_cache(cache_dir: str) -> None:
     wanted = cache_dir and jax.config.jax_enable_compilation_cache
     if not wanted or jax.config.jax_compilation_cache_dir:
         return
-    folder = Path(cache_dir).expanduser() / _host()
+    folder = expand_user(cache_dir, "compile.cache_dir") / _host()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

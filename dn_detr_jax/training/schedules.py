@@ -26,7 +26,8 @@ def steps(duration: str, steps_per_epoch: int, total_steps: int | None, *, key: 
       Rounded to the nearest step; at least 1 unless the duration is zero.
 
     Raises:
-      ConfigError: not a duration, or a percentage without `total_steps`.
+      ConfigError: not a duration, more steps than are counted, or a percentage without
+        `total_steps`.
 
     Examples:
       >>> steps("1.5 epochs", 100, None, key="train.duration")
@@ -41,6 +42,8 @@ def steps(duration: str, steps_per_epoch: int, total_steps: int | None, *, key: 
         number *= total_steps / 100
     elif unit == "epochs":
         number *= steps_per_epoch
+    if number >= 2**31:
+        raise ConfigError(key, duration, f"{number:.2g} steps; they are counted up to 2**31 - 1")
     return max(round(number), 1 if number > 0 else 0)
 
 
