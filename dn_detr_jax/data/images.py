@@ -160,7 +160,7 @@ def _pixels(picture: Image.Image, orientation: int, data: bytes) -> np.ndarray:
     except Exception as error:  # as in _open
         raise DataError(_damage(error)) from error
     if picture.format == "TIFF":  # which Pillow has turned
-        return _turned(image, {6: 8, 8: 6}.get(orientation, orientation))
+        return np.ascontiguousarray(_turned(image, {6: 8, 8: 6}.get(orientation, orientation)))
     return image
 
 
