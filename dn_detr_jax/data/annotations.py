@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import json
 import os
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -168,7 +167,9 @@ def load_table(path: Path) -> tuple[Annotations, tuple[Category, ...]]:
         arrays["file_names"] = _unpack_strings(arrays["file_names"])
         categories = tuple(map(Category, ids.tolist(), names))
         return Annotations(**arrays), categories
-    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # whatever a damaged file leads its readers to
+        if isinstance(error, OSError) and error.filename is not None:  # it can't be opened
+            raise
         raise DataError(f"{path}: damaged ({error}); delete it, it is made anew") from error
 
 

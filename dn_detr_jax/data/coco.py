@@ -456,7 +456,8 @@ def missing_files(images: Path, file_names: Iterable[str]) -> list[str]:
 
 def _files_in(folder: Path) -> set[str]:
     try:
-        return {entry.name for entry in os.scandir(folder) if not entry.is_dir()}
+        # Neither folders nor devices and pipes, which may have no end.
+        return {entry.name for entry in os.scandir(folder) if entry.is_file()}
     except (OSError, ValueError):  # no such folder, or a name that none can have
         return set()
 

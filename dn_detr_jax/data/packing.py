@@ -146,7 +146,7 @@ def _packed_from(source: dict[str, Any], packed_dir: Path) -> list[Path]:
     """Folders, complete or not, that were packed from the same files, in whatever state."""
     found = []
     for path in packed_dir.glob(f"*/{_SOURCE}"):
-        with contextlib.suppress(OSError, ValueError, KeyError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             other = json.loads(path.read_text(encoding="utf-8"))
             if all(other[key] == source[key] for key in ("annotations", "images")):
                 found.append(path.parent)

@@ -81,8 +81,14 @@ class RecordSource(Sequence):
             raise IndexError(f"index {index} of a split of {len(self)} pictures")
         targets = self._annotations.targets_of(index)
         labels = [self._label_of[category_id] for category_id in targets.category_ids.tolist()]
+        try:
+            image = _parse(self._features, self._records[index])["image"]
+        except OSError:
+            raise
+        except Exception as error:  # whatever damaged records lead their readers to
+            raise DataError(f"{self._folder}: a damaged record at {index} ({error})") from error
         return Example(
-            image=_parse(self._features, self._records[index])["image"],
+            image=image,
             image_id=int(self._annotations.image_ids[index]),
             boxes=targets.boxes,
             labels=np.array(labels, np.int32),

@@ -78,8 +78,9 @@ def _scan(number: int, file: Path, length: int) -> np.ndarray:
 def _saved_index(path: Path, files: Sequence[Path], lengths: Sequence[int]) -> np.ndarray | None:
     """The index that was kept, if it is one of these files as they are now."""
     try:
-        index = np.load(path)
-    except (OSError, ValueError, EOFError):
+        with path.open("rb") as file:
+            index = np.lib.format.read_array(file, allow_pickle=False)
+    except Exception:  # none, or a damaged one
         return None
     if index.shape != (sum(lengths), 3) or index.dtype != np.int64:
         return None
@@ -88,6 +89,11 @@ def _saved_index(path: Path, files: Sequence[Path], lengths: Sequence[int]) -> n
         rows = index[ends[number] - lengths[number] : ends[number]]
         expected = rows[-1, 1] + rows[-1, 2] + _FOOTER if len(rows) else 0
         if (rows[:, 0] != number).any() or expected != file.stat().st_size:
+            return None
+        starts = rows[:, 1] - _HEADER
+        if (starts[:1] != 0).any() or (
+            starts[1:] != (rows[:, 1] + rows[:, 2] + _FOOTER)[:-1]
+        ).any():
             return None
     return index
 
