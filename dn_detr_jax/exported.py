@@ -23,6 +23,7 @@ and `metadata.json`. Reading it runs none of its content.
 import json
 import math
 import os
+import re
 import zipfile
 from typing import Any
 
@@ -31,11 +32,17 @@ import jax.export
 import numpy as np
 
 FORMAT = 1  # of the file
+# What StableHLO has no operation for. Other calls could be of addresses that the file names.
+_HARMLESS_CALLS = {"mhlo.topk", "Sharding"}
 METADATA, PROGRAM, PARAMS = "metadata.json", "program.stablehlo", "params/"
 
 
 class ExportedError(ValueError):
     """A file that can't be used, or not here; one line with path and cause."""
+
+    def __init__(self, message: str):
+        """Takes the message, of which parts come from the file, into one line."""
+        super().__init__(" ".join(message.split())[:2000])
 
 
 def load_exported(path: str | os.PathLike) -> "ExportedDetector":
@@ -61,8 +68,10 @@ def load_exported(path: str | os.PathLike) -> "ExportedDetector":
                 for name in archive.namelist()
                 if name.startswith(PARAMS)
             }
-    except (zipfile.BadZipFile, EOFError, KeyError, ValueError) as error:
-        if isinstance(error, ExportedError):
+    except ExportedError:
+        raise
+    except Exception as error:  # whatever a damaged file leads its readers to
+        if isinstance(error, OSError) and error.filename is not None:  # it can't be opened
             raise
         raise ExportedError(
             f"{path}: not a file of dn_detr_jax.export, or a damaged one ({_line(error)})"
@@ -76,6 +85,7 @@ def load_exported(path: str | os.PathLike) -> "ExportedDetector":
             f"{path}: exported with jax {metadata['versions']['jax']}, which jax "
             f"{jax.__version__} can't read ({_line(error)}); export it again"
         ) from error
+    _check_program(path, metadata, exported, params)
     return ExportedDetector(metadata, exported, params)
 
 
@@ -95,7 +105,41 @@ def _metadata(path: str, archive: zipfile.ZipFile) -> dict[str, Any]:
             f"{path}: is for {', '.join(metadata['platforms'])}, but jax runs on {here} here; "
             "export it with --platforms for that"
         )
+    sizes = [metadata[key] for key in ("batch_size", "num_select", "short_side", "max_long_side")]
+    height, width = metadata["canvas"]
+    if not all(type(size) is int and size > 0 for size in (*sizes, height, width)):
+        raise ValueError(f"{METADATA}: sizes {[*sizes, height, width]}, expected numbers above 0")
+    if not all(isinstance(label["name"], str) for label in metadata["classes"]):
+        raise ValueError(f"{METADATA}: classes without a name")
+    str(metadata["versions"]["jax"])
     return metadata
+
+
+def _check_program(
+    path: str,
+    metadata: dict[str, Any],
+    exported: jax.export.Exported,
+    params: dict[str, np.ndarray],
+) -> None:
+    """Raises unless the program takes these parameters and pictures, and calls nothing outside."""
+    batch, canvas = metadata["batch_size"], metadata["canvas"]
+    pictures = np.empty((0, *canvas, 3), np.uint8), np.empty((0, 2), np.int32)
+    described = [(value.shape, value.dtype) for value in jax.tree.leaves(params)]
+    described += [((batch, *value.shape[1:]), value.dtype) for value in pictures]
+    wanted = [(aval.shape, aval.dtype) for aval in exported.in_avals]
+    structure = jax.tree.structure(((params, *pictures), {}))
+    found = [aval.shape for aval in exported.out_avals]  # boxes, labels, scores
+    rows = (batch, metadata["num_select"])
+    fits = described == wanted and found == [(*rows, 4), rows, rows]
+    if not fits or structure != exported.in_tree:
+        raise ExportedError(
+            f"{path}: damaged: its program is not for the {len(params)} parameters, and the "
+            f"pictures and detections of {METADATA}; export it again"
+        )
+    calls = set(re.findall(r"custom_call @([\w.$]+)", exported.mlir_module()))
+    if calls - _HARMLESS_CALLS:
+        named = ", ".join(sorted(calls - _HARMLESS_CALLS))
+        raise ExportedError(f"{path}: its program calls {named}, which no detector needs")
 
 
 def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:

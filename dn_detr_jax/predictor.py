@@ -24,11 +24,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from flax import traverse_util
 from ml_collections import ConfigDict
 from PIL import Image
 
-from dn_detr_jax.config import base_config, flat_keys, validate
+from dn_detr_jax.config import base_config
 from dn_detr_jax.data import transforms
 from dn_detr_jax.data.coco_classes import Category, assumed_categories
 from dn_detr_jax.data.errors import DataError
@@ -37,7 +36,7 @@ from dn_detr_jax.data.plan import assign_canvases
 from dn_detr_jax.evaluation.postprocess import select_detections
 from dn_detr_jax.models.dn_dab_detr import normalize_images
 from dn_detr_jax.models.registry import abstract_params, build_model
-from dn_detr_jax.training.checkpoints import Checkpoints, read_config
+from dn_detr_jax.training.checkpoints import Checkpoints, read_run_config
 from dn_detr_jax.training.compile_cache import compile_and_log, use_compile_cache
 from dn_detr_jax.training.errors import CheckpointError
 from dn_detr_jax.training.setup import COMPILER_OPTIONS
@@ -97,22 +96,14 @@ def read_run(workdir: str | os.PathLike, step: str | int = "best") -> Run:
       step: "best" (the latest where none has an AP, as after an import), "latest" or a number.
 
     Raises:
-      CheckpointError: no work directory, no such checkpoint, or a damaged one.
-      ConfigError: the config of the run is not one of this version.
+      CheckpointError: no work directory, no such checkpoint, a damaged one, or a config that is
+        not one of this version.
     """
-    workdir = Path(workdir).expanduser()
+    workdir = Path(os.path.expanduser(workdir))
     if not (workdir / "config.json").is_file():
         what = "it has no config.json" if workdir.is_dir() else "there is no such directory"
         raise CheckpointError(f"{workdir}: no work directory of a run: {what}")
-    stored, categories = read_config(workdir)
-    config = base_config()
-    try:
-        config.update(_without_old_keys(stored))
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{workdir / 'config.json'}: unknown to this version ({error})"
-        ) from error
-    validate(config)
+    config, categories = read_run_config(workdir)
     categories = categories or assumed_categories(config.model.num_classes)
     if len(categories) != config.model.num_classes:
         raise CheckpointError(
@@ -126,14 +117,6 @@ def read_run(workdir: str | os.PathLike, step: str | int = "best") -> Run:
         number = checkpoints.find(step)
         params = checkpoints.restore_params(shapes, number)
     return Run(config, categories, params, number)
-
-
-def _without_old_keys(stored: dict) -> dict:
-    """A run's config without keys of other versions; of those the model's alone would matter."""
-    known = set(flat_keys(base_config()))
-    flat = traverse_util.flatten_dict(stored, sep=".")
-    kept = {key: v for key, v in flat.items() if key in known or key.startswith("model.")}
-    return traverse_util.unflatten_dict(kept, sep=".")
 
 
 def load(
@@ -151,7 +134,9 @@ def load(
       CheckpointError: no work directory, no such checkpoint, or a damaged one.
     """
     run = read_run(workdir, step)
-    use_compile_cache(run.config.compile.cache_dir)
+    # Compiled programs are code: none is loaded from where a work directory says, which others may
+    # have made, but from where those of this machine's user are.
+    use_compile_cache(base_config().compile.cache_dir if run.config.compile.cache_dir else "")
     return Predictor(run.config, run.params, run.categories, batch_size=batch_size)
 
 

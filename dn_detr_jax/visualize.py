@@ -367,13 +367,13 @@ def read_curves(path: str | os.PathLike) -> dict[str, tuple[np.ndarray, np.ndarr
         for line in lines:
             try:
                 record = json.loads(line)
-                step = int(record["step"])
-            except (ValueError, TypeError, KeyError):
+                step = int(np.int64(record["step"]))
+            except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
                 continue
             for key, value in record.items():
                 if key == "step" or isinstance(value, bool) or not isinstance(value, int | float):
                     continue
-                if math.isfinite(value):
+                if abs(value) <= sys.float_info.max:
                     values.setdefault(key, {})[step] = value
     return {
         key: (

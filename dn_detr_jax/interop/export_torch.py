@@ -12,14 +12,13 @@ from pathlib import Path
 
 import jax
 from absl import flags
-from ml_collections import ConfigDict
 
 from dn_detr_jax.command_line import define_step_flag, run_main
 from dn_detr_jax.config import ConfigError
 from dn_detr_jax.interop import torch_files
 from dn_detr_jax.interop.convert import ConversionError, params_to_torch
 from dn_detr_jax.models.registry import abstract_params, build_model
-from dn_detr_jax.training.checkpoints import Checkpoints, read_config
+from dn_detr_jax.training.checkpoints import Checkpoints, read_run_config
 from dn_detr_jax.training.errors import TrainingError
 
 FLAGS = flags.FLAGS
@@ -36,7 +35,7 @@ def export(workdir: str | Path, step: str | int = "latest") -> dict:
       CheckpointError: no such checkpoint, or a damaged one.
       ConversionError: a model that the official code does not have.
     """
-    config = ConfigDict(read_config(workdir)[0])
+    config, _ = read_run_config(workdir)
     shapes = abstract_params(build_model(config.model))
     with Checkpoints(workdir, None, read_only=True) as checkpoints:
         params = jax.device_get(checkpoints.restore_params(shapes, step))

@@ -19,7 +19,7 @@ from dn_detr_jax.interop.convert import (
     reset_heads,
 )
 from dn_detr_jax.models.registry import abstract_params, build_model
-from dn_detr_jax.training.checkpoints import Checkpoints, read_config
+from dn_detr_jax.training.checkpoints import Checkpoints, read_run_config
 
 PyTree = Any
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def _from_checkpoint(fresh: dict[str, Any], config: ConfigDict) -> dict[str, Any
     path = config.init.checkpoint
     if not (Path(path) / "config.json").is_file():
         raise ConfigError("init.checkpoint", path, "no work directory: it has no config.json")
-    source = ConfigDict(read_config(path)[0])
+    source, _ = read_run_config(path)
     shapes = abstract_params(build_model(source.model))
     wrong = [
         f"{name} is {list(theirs)} there, {list(ours)} here"
@@ -85,8 +85,8 @@ def _from_checkpoint(fresh: dict[str, Any], config: ConfigDict) -> dict[str, Any
         reason = f"another model: {'; '.join(wrong[:3])}{more}{hint}"
         raise ConfigError("init.checkpoint", path, reason)
     with Checkpoints(path, None, read_only=True) as checkpoints:
-        step = checkpoints.best_step()
-        step = "latest" if step is None else step
+        best = checkpoints.best_step()
+        step = checkpoints.find("latest" if best is None else "best")
         restored = flat(jax.device_get(checkpoints.restore_params(shapes, step)))
     logger.info("parameters from %s, step %s", path, step)
     if config.init.reset_heads:

@@ -38,7 +38,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
 
-from dn_detr_jax.config import base_config
+from dn_detr_jax.config import ConfigError, base_config, flat_keys, validate
 from dn_detr_jax.data.coco_classes import Category
 from dn_detr_jax.training.errors import CheckpointError
 
@@ -117,8 +117,15 @@ class Checkpoints:
                 self._empty_trash()
                 if self._document is not None:
                     _write_json(self.workdir / "config.json", self._document)
+            self._check_files()
             self._manager = self._open_manager(keep_latest, keep_best)
             self._scores.update(self._read_scores())
+
+    def _check_files(self) -> None:
+        """Raises if there is a pipe or a device, on which Orbax would wait for ever."""
+        for path in self.directory.glob("[0-9]*/*"):
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                raise CheckpointError(f"{path}: neither a file nor a folder")
 
     def _open_manager(self, keep_latest: int, keep_best: int) -> ocp.CheckpointManager:
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
@@ -297,7 +304,8 @@ class Checkpoints:
             state: PyTree = dataclasses.replace(abstract_state, **values)
         else:
             state = type(abstract_state)(values)
-        return state, _from_json(restored["host"])
+        with self._reported(f"reading {number}/host"):
+            return state, _from_json(restored["host"])
 
     def restore_params(self, abstract_params: PyTree, step: str | int = "latest") -> PyTree:
         """Restores the parameters to evaluate with: their moving average where the run keeps one.
@@ -310,8 +318,11 @@ class Checkpoints:
 
     def has_average(self, step: int) -> bool:
         """Whether the checkpoint of a step holds a moving average of the parameters."""
+        folder = self.directory / str(step)
+        if (folder / "ema").exists():
+            return True
         try:
-            files = json.loads((self.directory / str(step) / _CHECKSUMS).read_text())
+            files = _read_checksums(folder)
         except (OSError, ValueError):
             return False  # damaged: whoever reads it is told
         return any(file.startswith("ema/") for file in files)
@@ -322,6 +333,8 @@ class Checkpoints:
         steps = self.all_steps()
         if not steps:
             raise CheckpointError(f"{self.directory}: there is no complete checkpoint")
+        if step == "best":
+            self._check_scores(steps)
         named = {"latest": self.latest_step(), "best": self.best_step()}
         found = named[step] if isinstance(step, str) else step
         if found is None:
@@ -334,6 +347,15 @@ class Checkpoints:
                 f"{self.directory}: there is no checkpoint of step {found}; steps: {_listed(steps)}"
             )
         return found
+
+    def _check_scores(self, steps: Sequence[int]) -> None:
+        """Raises if the AP of a checkpoint can't be read: it may or may not be the best."""
+        for step in steps:
+            if self._scores.get(step) == math.inf:
+                raise CheckpointError(
+                    f"{self.directory / str(step) / 'metrics'}: damaged, so that nobody knows "
+                    f"which checkpoint is the best; name one with --step: {_listed(steps)}"
+                )
 
     def _restore_items(
         self, step: int, targets: dict[str, PyTree], texts: list[str]
@@ -365,14 +387,15 @@ class Checkpoints:
     def _read_scores(self) -> dict[int, float]:
         scores = {}
         for step in self.all_steps():
-            path = self.directory / str(step) / "metrics" / "metrics"
+            folder = self.directory / str(step)
+            if not (folder / "metrics").exists():
+                continue
             try:
-                metrics = json.loads(path.read_text())
+                _verify_checksums(folder, ["metrics"])
+                metrics = json.loads((folder / "metrics" / "metrics").read_text())
                 if _SCORE in metrics:
                     scores[step] = float(metrics[_SCORE])
-            except FileNotFoundError:
-                continue
-            except (OSError, ValueError, TypeError):
+            except Exception:
                 # Nobody knows how good it is: it is neither deleted nor passed over in silence.
                 scores[step] = math.inf
         return scores
@@ -436,6 +459,31 @@ def read_config(workdir: str | os.PathLike) -> tuple[dict[str, Any], tuple[Categ
     document = _load_document(Path(workdir) / "config.json")
     categories = tuple(Category(entry["id"], entry["name"]) for entry in document["categories"])
     return document["config"], categories
+
+
+def read_run_config(workdir: str | os.PathLike) -> tuple[ConfigDict, tuple[Category, ...]]:
+    """As `read_config`, with the config as this version has it.
+
+    Keys that the run did not have yet are at their defaults; of keys that are there no more, those
+    of the model are an error and others are left out.
+
+    Raises:
+      CheckpointError: there is no readable `config.json`, or its config is not valid here.
+    """
+    path = Path(workdir) / "config.json"
+    stored, categories = read_config(workdir)
+    config = base_config()
+    known = set(flat_keys(config))
+    try:
+        flat = traverse_util.flatten_dict(stored, sep=".")
+        kept = {key: v for key, v in flat.items() if key in known or key.startswith("model.")}
+        config.update(traverse_util.unflatten_dict(kept, sep="."))
+        validate(config)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except Exception as error:  # whatever is in place of a value or a section
+        raise CheckpointError(f"{path}: unknown to this version ({_first_line(error)})") from error
+    return config, categories
 
 
 @dataclasses.dataclass
@@ -558,15 +606,21 @@ def _document(config: ConfigDict, categories: Sequence[Category]) -> dict[str, A
 
 def _load_document(path: Path) -> dict[str, Any]:
     try:
+        if not path.is_file():  # a pipe or a device would be read for ever
+            raise FileNotFoundError("there is no such file")
         document = json.loads(path.read_text())
-        config = dict(document["config"])
+        config = document["config"]
+        if not isinstance(config, dict):
+            raise TypeError(f"its config is a {type(config).__name__}")
         if "categories" in document:
             listed = [(entry["id"], entry["name"]) for entry in document["categories"]]
         else:  # the names alone, as in the first format
             listed = list(enumerate(document["class_names"]))
-        categories = [{"id": int(number), "name": str(name)} for number, name in listed]
+        ids = np.array([int(number) for number, _ in listed], np.int64).tolist()
+        names = [str(name) for _, name in listed]
+        categories = [{"id": i, "name": name} for i, name in zip(ids, names, strict=True)]
         return {"config": config, "categories": categories}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # whatever is in it
         raise CheckpointError(f"{path}: can't be read ({_first_line(error)})") from error
 
 
@@ -614,10 +668,11 @@ def _checksum(path: Path) -> list[int]:
 
 def _verify_checksums(folder: Path, items: Sequence[str]) -> None:
     """Raises ValueError if a file of the items is missing or not as it was written."""
-    path = folder / _CHECKSUMS
-    if not path.exists():
-        raise ValueError(f"{_CHECKSUMS} is missing")
-    for name, expected in json.loads(path.read_text()).items():
+    files = _read_checksums(folder)
+    for item in items:
+        if (folder / item).exists() and not any(name.startswith(f"{item}/") for name in files):
+            raise ValueError(f"{_CHECKSUMS} has nothing of {item}")
+    for name, expected in files.items():
         if name.split("/")[0] not in items:
             continue
         if not (folder / name).is_file():
@@ -627,6 +682,22 @@ def _verify_checksums(folder: Path, items: Sequence[str]) -> None:
             raise ValueError(f"{name} has {found[0]} of {expected[0]} bytes")
         if found != expected:
             raise ValueError(f"{name} has another content than was written")
+
+
+def _read_checksums(folder: Path) -> dict[str, list[int]]:
+    """What `_checksums` gave when the checkpoint was written."""
+    path = folder / _CHECKSUMS
+    if not path.is_file():
+        raise ValueError(f"{_CHECKSUMS} is missing")
+    try:
+        files = json.loads(path.read_text())
+    except RecursionError:
+        files = None
+    if not isinstance(files, dict) or not all(
+        isinstance(value, list) and len(value) == 2 for value in files.values()
+    ):
+        raise ValueError(f"{_CHECKSUMS} is no list of sizes and checksums")
+    return files
 
 
 def _is_disk_full(error: BaseException | None) -> bool:

@@ -106,12 +106,13 @@ def _read_lines(path: Path) -> list[tuple[dict[str, Any], str]]:
     if not path.exists():
         return []
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
             values = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue  # cut short by a kill
-        if isinstance(values, dict) and "step" in values and line.endswith("\n"):
+        complete = isinstance(values, dict) and line.endswith("\n")
+        if complete and isinstance(values.get("step"), int):
             lines.append((values, line))
     return lines
 
