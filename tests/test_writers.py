@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -90,6 +91,33 @@ def test_images_and_texts_reach_tensorboard(tmp_path):
     assert image.encoded_image_string.startswith(b"\x89PNG")
     text = next(value for tag, value in summaries.items() if tag.startswith("config"))
     assert b"  groups: 5" in text.tensor.string_val[0]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no file that is always full")
+@pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard"])
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, name):
+    """Catches a thread that dies alone, after which the training waits for it for ever."""
+    writer = MetricWriter(tmp_path)
+    full = Path("/dev/full")
+    if name == "tensorboard":
+        writer._tensorboard._file._writer = full.open("ab")
+    else:
+        writer._file = full.open("a")
+    with pytest.raises(OSError, match=rf"No space left on device: '.*{name}"):
+        for step in range(1000):
+            writer.scalars(step, {"loss": 1.0})
+    with pytest.raises(OSError, match=name):
+        writer.close()
+    writer.close()
+
+
+def test_two_writers_at_once_share_no_file(tmp_path):
+    """Catches names that hold whole seconds: the second writer empties the first one's file."""
+    for step in (1, 2):
+        with MetricWriter(tmp_path, start_step=step - 1) as writer:
+            writer.scalars(step, {"loss": 1.0 * step})
+    found = {e.step for e in _events(tmp_path) if e.summary.value}
+    assert found == {1, 2}
 
 
 def test_disabled_writes_nothing(tmp_path):

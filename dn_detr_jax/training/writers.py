@@ -5,18 +5,82 @@ with the time in seconds since 1970; a value that is not finite is `null`. A res
 the file as if it had never been interrupted. TensorBoard's files are in `tensorboard/`.
 """
 
+import contextlib
+import itertools
 import json
 import math
 import os
+import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import RecordWriter
 from tqdm import tqdm
+
+_FLUSH_SECONDS = 30.0  # TensorBoard's files are written to the disk that often
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Adds the file's name to an error of the disk, where writing has none."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+class _EventFile:
+    """A file of TensorBoard's events.
+
+    tensorboardX's `SummaryWriter` writes in a thread, which a full disk ends; whoever adds to its
+    queue then waits for ever. Here the error reaches the training.
+    """
+
+    _count = itertools.count()
+
+    def __init__(self, folder: Path, purge_step: int):
+        """Opens a new file.
+
+        Args:
+          folder: made if necessary.
+          purge_step: TensorBoard hides what earlier files have of this step and later ones.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        unique = f"{int(time.time())}.{socket.gethostname()}.{os.getpid()}.{next(self._count)}"
+        self._path = folder / f"events.out.tfevents.{unique}"
+        with _named(self._path):
+            self._file = RecordWriter(str(self._path))
+        self._flushed = time.monotonic()
+        self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        start = SessionLog(status=SessionLog.START)
+        self._add(Event(wall_time=time.time(), step=purge_step, session_log=start))
+
+    def add(self, value: Any, step: int, now: float | None = None) -> None:
+        """Adds one of `tensorboardX.summary`."""
+        self._add(Event(wall_time=now or time.time(), step=step, summary=value))
+
+    def _add(self, event: Event) -> None:
+        with _named(self._path):
+            self._file.write(event.SerializeToString())
+        if time.monotonic() > self._flushed + _FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Returns when all is on the disk."""
+        with _named(self._path):
+            self._file.flush()
+        self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        """Writes what is left."""
+        with _named(self._path):
+            self._file.close()
 
 
 class MetricWriter:
@@ -32,17 +96,15 @@ class MetricWriter:
             wrote about later steps is removed.
         """
         self._file: TextIO | None = None
-        self._tensorboard: SummaryWriter | None = None
+        self._tensorboard: _EventFile | None = None
         if not enabled:
             return
         workdir = Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
-        path = workdir / "metrics.jsonl"
-        _remove_after(path, start_step)
-        self._file = path.open("a", encoding="utf-8")
-        self._tensorboard = SummaryWriter(
-            logdir=str(workdir / "tensorboard"), purge_step=start_step + 1, flush_secs=30
-        )
+        self._path = workdir / "metrics.jsonl"
+        _remove_after(self._path, start_step)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._tensorboard = _EventFile(workdir / "tensorboard", purge_step=start_step + 1)
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes one line and as many TensorBoard scalars.
@@ -51,6 +113,9 @@ class MetricWriter:
           step: steps done so far.
           values: numbers by name, also as arrays without dimensions. Waits for them if they
             are still being computed.
+
+        Raises:
+          OSError: with the file's name, such as for a full disk; as the methods below do.
         """
         if self._file is None or self._tensorboard is None:
             return
@@ -58,33 +123,38 @@ class MetricWriter:
         numbers = {name: _number(value) for name, value in values.items()}
         line: dict[str, Any] = {"step": int(step), "time": round(now, 3)}
         line |= {name: x if math.isfinite(x) else None for name, x in numbers.items()}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        with _named(self._path):
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
         for name, number in numbers.items():
-            if not math.isfinite(number):  # TensorBoard has no place for it, and warns
-                continue
-            self._tensorboard.add_scalar(name, number, int(step), walltime=now)
+            if math.isfinite(number):  # TensorBoard has no place for others
+                self._tensorboard.add(summary.scalar(name, number), int(step), now)
 
     def images(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
         """Writes pictures, uint8 [H, W, 3], by name to TensorBoard."""
         if self._tensorboard is None:
             return
         for name, picture in pictures.items():
-            self._tensorboard.add_image(name, np.asarray(picture), int(step), dataformats="HWC")
+            image = summary.image(name, np.asarray(picture), dataformats="HWC")
+            self._tensorboard.add(image, int(step))
         self._tensorboard.flush()
 
     def text(self, name: str, text: str, step: int = 0) -> None:
         """Writes a text, for example the config, to TensorBoard; line breaks stay."""
         if self._tensorboard is not None:
             indented = "".join(f"    {line}\n" for line in text.splitlines())
-            self._tensorboard.add_text(name, indented, int(step))
+            self._tensorboard.add(summary.text(name, indented), int(step))
 
     def close(self) -> None:
         """Flushes and closes; may be called twice."""
-        if self._file is not None and self._tensorboard is not None:
-            self._file.close()
-            self._tensorboard.close()
+        file, tensorboard = self._file, self._tensorboard
         self._file = self._tensorboard = None
+        with contextlib.ExitStack() as stack:  # one is closed even if the other can't be
+            if tensorboard is not None:
+                stack.callback(tensorboard.close)
+            if file is not None:
+                stack.enter_context(_named(self._path))
+                stack.callback(file.close)
 
     def __enter__(self) -> "MetricWriter":
         return self
