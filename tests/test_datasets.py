@@ -227,6 +227,17 @@ def test_a_folder_of_tfds_with_other_classes_than_coco(tfds_dir):
         assert [(c.id, c.name) for c in dataset.categories] == [(0, "fish"), (1, "cat"), (2, "dog")]
 
 
+def test_a_label_of_tfds_beyond_the_classes_is_named(tfds_dir):
+    """Catches an IndexError, or a label -1 that becomes the last class."""
+    folder = tfds_dir / "coco/2017/1.1.0"
+    text = (folder / "features.json").read_text()
+    assert '"numClasses": "3"' in text
+    (folder / "features.json").write_text(text.replace('"numClasses": "3"', '"numClasses": "2"'))
+    (folder / "objects-label.labels.txt").write_text("fish\ncat\n")
+    with pytest.raises(DataError, match=r"image \d+ of train has an object of label 2, .* 0 to 1"):
+        open_dataset(data_config(tfds_dir), "train")
+
+
 def test_the_highest_version_is_opened(tfds_dir):
     versions = tfds_dir / "coco" / "2017"
     (versions / "1.1.0").rename(versions / "1.10.0")

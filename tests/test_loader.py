@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -264,6 +265,34 @@ def test_a_mistake_in_the_program_is_no_unreadable_picture(train, digits_config)
         list(train_batches(broken, digits_config, 0, 1))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": np.array([3, 10], np.int32)}, r"labels are \[3, 10\], not 0 to 9"),
+        ({"labels": np.array([-1, 2], np.int32)}, r"labels are \[-1, 2\]"),
+        ({"boxes": np.float32([[1, 2, 9, 9], [1, 2, np.inf, 9]])}, "a box that is not finite"),
+        ({"boxes": np.float32([[np.nan, 2, 9, 9], [1, 2, 8, 9]])}, "a box that is not finite"),
+    ],
+)
+def test_objects_that_can_not_be_are_named(train, digits_config, change, message):
+    """Of a source of one's own: a label beyond the classes trains nothing, without any error."""
+
+    class Own:
+        def __init__(self, wrong):
+            self.wrong = wrong
+
+        def __getitem__(self, index):
+            good = {"boxes": np.float32([[1, 2, 9, 9], [1, 2, 8, 9]]), "labels": np.int32([3, 9])}
+            changed = good | change if index == self.wrong else good
+            return dataclasses.replace(train.source[index], **changed)
+
+    index = int(train_plan(train, digits_config).batch(0).indices[3])
+    wrong, fine = (dataclasses.replace(train, source=Own(i)) for i in (index, -1))
+    with pytest.raises(DataError, match=rf"image {train.image_ids[index]} of .*train.*{message}"):
+        list(train_batches(wrong, digits_config, 0, 1))
+    assert len(list(train_batches(fine, digits_config, 0, 1))) == 1
+
+
 def test_closing_ends_the_threads(train, digits_config):
     def readers():
         return [t for t in threading.enumerate() if t.name.startswith("grain-prefetch")]
@@ -336,3 +365,55 @@ def test_wrong_values_are_named_before_any_work(train, digits_config, key, value
         section[name] = value
     with pytest.raises(ValueError, match=message):
         train_batches(train, digits_config, 0, 1, 0, 2)
+
+
+_WITH_WORKERS = """
+import sys
+from dn_detr_jax.config import base_config
+from dn_detr_jax.data.datasets import open_dataset
+from dn_detr_jax.data.loader import train_batches
+if __name__ == "__main__":
+    c = base_config()
+    c.data.name, c.data.dir, c.data.canvases = "digits_tiny", sys.argv[1], ((128, 128),)
+    c.data.augment.short_sides, c.data.augment.max_long_side, c.data.augment.crop = (96,), 128, 0.0
+    c.data.workers, c.train.batch_size = 1, 8
+    batches = train_batches(open_dataset(c.data, "train"), c, 0, 10**9)
+    for _ in batches:
+        print("batch", flush=True)
+        sys.stdin.readline()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks at processes in /proc")
+def test_workers_outlive_sigterm_but_not_their_parent(digits_dir, tmp_path):
+    """Catches workers, and their shared memory, that a killed training leaves for ever; and a
+    SIGTERM for all processes of a job that takes the workers from a training about to save."""
+    script = tmp_path / "program.py"
+    script.write_text(_WITH_WORKERS)
+    before = shared_memory()
+    with subprocess.Popen(
+        [sys.executable, str(script), str(digits_dir)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
+    ) as process:
+        assert process.stdout.readline() == "batch\n"
+        tasks = Path(f"/proc/{process.pid}/task").glob("*/children")
+        children = [int(pid) for task in tasks for pid in task.read_text().split()]
+        command = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in children}
+        (worker,) = (pid for pid in children if "spawn_main" in command[pid])
+        os.kill(worker, signal.SIGTERM)
+        for _ in range(20):  # more than are made ahead
+            process.stdin.write("\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == "batch\n"
+        assert shared_memory() - before
+        process.kill()
+    deadline = time.monotonic() + 20
+    while (Path(f"/proc/{worker}").exists() or shared_memory() - before) and (
+        time.monotonic() < deadline
+    ):
+        time.sleep(0.05)
+    assert not Path(f"/proc/{worker}").exists()
+    assert not shared_memory() - before

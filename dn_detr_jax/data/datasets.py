@@ -156,6 +156,14 @@ def _open_tfds(data_config: ConfigDict, split: str, folder: Path) -> Dataset:
     they have their names, otherwise for themselves.
     """
     annotations, names = read_table(folder, split)
+    labels = annotations.category_ids
+    outside = np.flatnonzero((labels < 0) | (labels >= len(names)))
+    if len(outside):
+        raise DataError(
+            f"{folder}: image {annotations.image_ids[annotations.rows[outside[0]]]} of {split} has "
+            f"an object of label {labels[outside[0]]}, and {len(outside)} objects have labels that "
+            f"can't be: the {len(names)} classes are labels 0 to {len(names) - 1}"
+        )
     ids = np.arange(len(names))
     coco_ids = {category.name: category.id for category in COCO_CATEGORIES}
     if set(names) == set(coco_ids):

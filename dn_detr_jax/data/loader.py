@@ -15,7 +15,11 @@ pixels and M slots for objects:
 
 import contextlib
 import logging
+import multiprocessing
+import os
 import shutil
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -204,6 +208,7 @@ class _BatchMaker:
     ):
         self._source, self._annotations = dataset.source, dataset.annotations
         self._name = f"{dataset.name}, {dataset.split}"
+        self._num_labels = len(dataset.categories)
         self._plan, self._rows = plan, rows
         self._max_objects, self._seed = config.data.max_objects, config.seed
         self._skip_bad, self._replace_bad = config.data.skip_bad, replace_bad
@@ -248,12 +253,22 @@ class _BatchMaker:
         table = self._annotations
         try:
             example = self._source[index]
-            return example, images.decode(example.image, tuple(table.sizes[index].tolist()))
+            image = images.decode(example.image, tuple(table.sizes[index].tolist()))
+            self._check_objects(example)
+            return example, image
         except (OSError, ValueError, RuntimeError) as error:  # of the disk, or of a damaged file
             raise DataError(
                 f"image {table.image_ids[index]} of the data set {self._name} "
                 f"({table.file_names[index] or f'position {index}'}) can't be read: {error}"
             ) from error
+
+    def _check_objects(self, example: Example) -> None:
+        """Raises ValueError for objects that a step would make nonsense of, without a word."""
+        labels = example.labels
+        if not np.isfinite(example.boxes).all():
+            raise ValueError("it has a box that is not finite")
+        if len(labels) and not 0 <= labels.min() <= labels.max() < self._num_labels:
+            raise ValueError(f"its labels are {labels.tolist()}, not 0 to {self._num_labels - 1}")
 
     def _warn(self, index: int, error: DataError) -> None:
         if index not in self._warned:
@@ -316,6 +331,24 @@ def _prefetched(
         if not flags.FLAGS.is_parsed():  # grain reads flags, also in programs that have none
             flags.FLAGS.mark_as_parsed()
         options = grain.MultiprocessingOptions(num_workers=data_config.workers)
-        batches = batches.mp_prefetch(options)
+        batches = batches.mp_prefetch(options, worker_init_fn=_live_with_parent)
     with contextlib.closing(iter(batches)) as iterator:
         yield from iterator
+
+
+def _live_with_parent(*_: int) -> None:
+    """In a worker process: makes it end with its parent, and only then.
+
+    A parent that is killed can't end its workers, and would leave them, and the memory that they
+    share with it, for ever. SIGTERM reaches all processes of a job at once: the parent needs its
+    workers to come to an orderly end.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow():
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, name="follow-parent", daemon=True).start()
