@@ -11,6 +11,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from dn_detr_jax.evaluation.coco_ap import CocoEvaluator, format_table
+from dn_detr_jax.evaluation.errors import EvaluationError
 
 KEYS = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
 CATEGORY_IDS = (7, 3, 90, 12)  # with holes, not sorted
@@ -254,7 +255,7 @@ def test_errors_name_what_is_wrong():
         evaluator.add(np.array([123456]), scores, labels, boxes)
     with pytest.raises(ValueError, match=r"\(1, 30, 3\)"):
         evaluator.add(known, scores, labels, boxes[..., :3])
-    with pytest.raises(ValueError, match=f"image {known[0]} is not finite"):
+    with pytest.raises(EvaluationError, match=f"image {known[0]} is not finite"):
         evaluator.add(known, scores, np.zeros_like(labels), boxes * np.nan)
     with pytest.raises(ValueError, match="has no categories"):
         CocoEvaluator({"images": [], "annotations": []})

@@ -16,6 +16,8 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from dn_detr_jax.evaluation.errors import EvaluationError
+
 # In the order of COCOeval.stats: key, IoU thresholds, object sizes, detections per image and class
 _SUMMARY = (
     ("AP", "0.50:0.95", "all", 100),
@@ -90,8 +92,8 @@ class CocoEvaluator:
           boxes: float [B, K, 4], cxcywh as a share of the image's height and width.
 
         Raises:
-          ValueError: shapes that don't fit, an image that is not in the ground truth, a score or
-            box that is not finite.
+          ValueError: shapes that don't fit, an image that is not in the ground truth.
+          EvaluationError: a score or box that is not finite.
         """
         image_ids, scores, labels, boxes = map(np.asarray, (image_ids, scores, labels, boxes))
         B, K = scores.shape if scores.ndim == 2 else (-1, -1)
@@ -150,7 +152,7 @@ class CocoEvaluator:
         scores = scores[known].astype(np.float64)
         boxes = boxes[known].astype(np.float64)
         if not (np.isfinite(scores).all() and np.isfinite(boxes).all()):
-            raise ValueError(
+            raise EvaluationError(
                 f"a score or box of image {image_id} is not finite: the parameters are probably "
                 "not finite either"
             )
