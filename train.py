@@ -12,9 +12,15 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from dn_detr_jax.command_line import define_step_flag, log_to_terminal, run_main
+from dn_detr_jax.command_line import (
+    define_step_flag,
+    leave_on_sigterm,
+    log_to_terminal,
+    run_main,
+)
 from dn_detr_jax.config import ConfigError
 from dn_detr_jax.data.errors import DataError
+from dn_detr_jax.evaluation.errors import EvaluationError
 from dn_detr_jax.training.errors import TrainingError
 
 FLAGS = flags.FLAGS
@@ -28,6 +34,8 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main(argv: Sequence[str]) -> None:
     """Runs what the flags say."""
     del argv
+    if not FLAGS.eval_only:
+        leave_on_sigterm()  # until the training begins, and when it has ended
     from dn_detr_jax.training import loop, report
 
     log_to_terminal()
@@ -39,4 +47,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, (ConfigError, DataError, TrainingError, OSError))
+    run_main(main, (ConfigError, DataError, EvaluationError, TrainingError, OSError))

@@ -23,6 +23,10 @@ def base_config() -> ConfigDict:
     """The default of every key, as a `ConfigDict` with locked keys and types."""
     config = ConfigDict()
     config.seed = 0
+    # What a loss, gradients or matching costs that are not finite do: "stop" the run, or "skip" the
+    # update, in the whole run, restarts included, at most max_skipped_steps times.
+    config.on_nonfinite = "stop"
+    config.max_skipped_steps = 10
 
     config.data = ConfigDict(
         {
@@ -348,6 +352,8 @@ def validate(config: ConfigDict) -> None:
     checker = _Checker(config)
     right = _is_int(config.seed) and 0 <= config.seed < 2**32
     checker.check("seed", right, "an integer >= 0 and below 2**32")
+    checker.one_of("on_nonfinite", "stop", "skip")
+    checker.whole(1, "max_skipped_steps")
     _check_data(checker)
     _check_model(checker)
     _check_losses(checker)

@@ -32,6 +32,8 @@ def test_the_defaults_are_valid():
     [
         ("seed", -1),
         ("seed", 2**32),
+        ("on_nonfinite", "ignore"),
+        ("max_skipped_steps", 0),
         ("data.canvases", ()),
         ("data.canvases", ((800, 0),)),
         ("data.canvases", (800, 1344)),

@@ -1,4 +1,7 @@
-"""Training steps that split the batch in time and the optimizer's state over devices."""
+"""Training steps that split the batch in time and the optimizer's state over devices.
+
+They are the steps that skip updates which are not finite, too.
+"""
 
 import json
 import os
@@ -69,14 +72,14 @@ def train(name, config, mesh):
         arrays |= {f"ema/{k}": v for k, v in flat(state.ema or {}).items()}
         arrays |= {f"metric/{k}": v for k, v in zip(names, np.asarray(metrics))}
         np.savez(folder / f"{name}_{number}.npz", **arrays)
-    return state
+    return state, compiled, names
 
 train("plain", config, make_mesh(1))
 np.savez(folder / "start.npz", **flat(start))
 config.train.update(accumulate_steps=2, ema_decay=0.2)
-config.mesh.shard_optimizer = True
+config.mesh.shard_optimizer, config.on_nonfinite = True, "skip"
 mesh = make_mesh(4)
-state = train("split", config, mesh)
+state, compiled, names = train("split", config, mesh)
 
 def bytes_of(tree, per_device):
     size = lambda x: x.addressable_shards[0].data.nbytes if per_device else x.nbytes
@@ -90,6 +93,28 @@ facts["replicated"] = all(
 
 with Checkpoints(folder / "run", config) as checkpoints:
     checkpoints.save(2, state)
+
+def leaves(state):
+    return {jax.tree_util.keystr(k): np.array(v) for k, v in jax.tree.leaves_with_path(state)}
+
+def changed(before, after):
+    return [k for k in before if before[k].tobytes() != after[k].tobytes()]
+
+# One box of one device's first part is not finite; then the batch as it was, over the same state.
+bad = batch | {"boxes": batch["boxes"].copy()}
+bad["boxes"][3, 0, 2] = np.nan
+copied = jax.tree.map(jax.numpy.copy, state)
+states, flags = [leaves(copied)], []
+for step_batch in (bad, batch):
+    copied, metrics = compiled(copied, put_batch(step_batch, mesh))
+    states.append(leaves(copied))
+    flags.append(dict(zip(names, np.asarray(metrics).tolist())))
+facts["bad_step_changed"] = changed(states[0], states[1])
+facts["next_step_changed"] = len(changed(states[1], states[2]))
+facts["skipped"] = [metrics["skipped"] for metrics in flags]
+facts["bad_loss"], facts["bad_costs"] = str(flags[0]["loss"]), flags[0]["nonfinite_costs"]
+facts["next_finite"] = bool(np.isfinite(list(flags[1].values())).all())
+facts["arrays"] = len(states[0])
 for devices, sharded in ((4, True), (2, True), (1, False)):
     config.mesh.shard_optimizer = sharded
     with Checkpoints(folder / "run", config) as checkpoints:
@@ -141,6 +166,7 @@ def test_parts_of_a_batch_give_the_update_of_the_whole(folder, step):
 def test_parts_of_a_batch_give_the_metrics_of_the_whole(folder):
     """Catches a metric that is the mean over the parts, or that of the last one."""
     want, got = (_arrays(folder, f"{name}_1", "metric/") for name in ("plain", "split"))
+    assert got.pop("skipped") == 0
     assert want.keys() == got.keys()
     assert want["num_objects"] == got["num_objects"] == 12
     for name in want:
@@ -175,6 +201,17 @@ def test_a_checkpoint_is_restored_on_other_numbers_of_devices(folder):
     """Bit by bit, whether the state is split there or not."""
     facts = json.loads((folder / "facts.json").read_text())
     assert facts["same_bits"] == {"4 True": True, "2 True": True, "1 False": True}
+
+
+def test_a_step_that_is_not_finite_changes_the_count_of_steps_alone(folder):
+    """Catches a skipped update that moves a moment, its count or the average, on any device."""
+    facts = json.loads((folder / "facts.json").read_text())
+    assert facts["bad_loss"] == "nan" and facts["bad_costs"] == 6  # of 6 queries with one object
+    assert facts["bad_step_changed"] == [".step"]
+    assert facts["skipped"] == [1, 0]
+    # The state was not harmed: the next update goes everywhere but into the frozen backbone.
+    assert facts["next_finite"]
+    assert facts["next_step_changed"] > facts["arrays"] / 2
 
 
 def _computations(program):

@@ -5,6 +5,7 @@ after a number of steps, and everything else (data, noise, schedule) follows fro
 """
 
 import logging
+import math
 import signal
 import threading
 import time
@@ -29,6 +30,7 @@ from dn_detr_jax.models.registry import abstract_params, parameter_table, traina
 from dn_detr_jax.sharding import put_batch, replicated, with_sharding
 from dn_detr_jax.training.checkpoints import Checkpoints, holds_only_parameters
 from dn_detr_jax.training.errors import TrainingError
+from dn_detr_jax.training.nonfinite import Watch
 from dn_detr_jax.training.optimizer import describe, make_optimizer
 from dn_detr_jax.training.report import draw, report
 from dn_detr_jax.training.setup import Plan, Setup, compile_programs, set_up
@@ -58,7 +60,9 @@ def train(config: ConfigDict, workdir: Path) -> Evaluation | None:
 
     Raises:
       ConfigError, CheckpointError: something does not fit, before anything is compiled.
-      TrainingError: loss or matching costs are not finite. The checkpoints are from before.
+      TrainingError: loss, gradients or matching costs are not finite, and `config.on_nonfinite`
+        says stop, or skip but not that often. The checkpoints are from before.
+      EvaluationError: detections are not finite, although the parameters are.
     """
     validate(config)
     if holds_only_parameters(workdir):
@@ -118,9 +122,11 @@ def train(config: ConfigDict, workdir: Path) -> Evaluation | None:
         if host_state.get("instability") and evaluator.meter is not None:
             evaluator.meter.load_state_dict(host_state["instability"])
 
-        run = _Run(
-            setup, plan, programs, metric_names, schedule, evaluator, checkpoints, Path(workdir)
-        )
+        def image_ids(step: int) -> np.ndarray:
+            return training.image_ids[train_plan(training, config).batch(step - 1).indices]
+
+        watch = Watch(config, metric_names, image_ids, host_state.get("skipped_steps", 0))
+        run = _Run(setup, plan, programs, watch, schedule, evaluator, checkpoints, Path(workdir))
         finished = run.train(batches, state)
         if not finished:
             return None
@@ -215,14 +221,14 @@ class _Run:
         setup: Setup,
         plan: Plan,
         programs: dict[tuple[int, int], Callable],
-        metric_names: list[str],
+        watch: Watch,
         schedule: optax.Schedule,
         evaluator: Evaluator,
         checkpoints: Checkpoints,
         workdir: Path,
     ):
         self.setup, self.plan, self.programs = setup, plan, programs
-        self.metric_names, self.schedule = metric_names, schedule
+        self.watch, self.schedule = watch, schedule
         self.evaluator, self.checkpoints, self.workdir = evaluator, checkpoints, workdir
         self.last_evaluation: tuple[int, Evaluation] | None = None
         self._window = _Window()
@@ -238,7 +244,9 @@ class _Run:
             if start == 0:
                 self._writer.text("config", str(self.setup.config))
             try:
-                return self._steps(batches, state, start, stop)
+                finished = self._steps(batches, state, start, stop)
+                self.checkpoints.wait()  # outside, SIGTERM waits for nothing
+                return finished
             finally:
                 batches.close()
                 self._progress.close()
@@ -290,8 +298,11 @@ class _Run:
         seconds = window.seconds()
         rate = config.train.batch_size * window.count / seconds
         record = {f"train/{name}": value for name, value in values.items()}
+        if config.on_nonfinite == "skip":
+            record["train/skipped_steps"] = self.watch.skipped
         record |= {
-            "train/learning_rate": self.schedule(step - 1),
+            # The optimizer counts its updates, not the steps.
+            "train/learning_rate": self.schedule(max(step - 1 - self.watch.skipped, 0)),
             "train/epoch": step / self.plan.per_epoch,
             "time/images_per_second": rate,
             "time/data_wait_share": window.waiting / seconds,
@@ -305,7 +316,7 @@ class _Run:
             name = pattern.strip("^$/")
             record[f"train/learning_rate_{name}"] = factor * record["train/learning_rate"]
         self._writer.scalars(step, record)
-        self._progress.log(step, values["loss"], rate)
+        self._progress.log(step, values.get("loss", math.nan), rate)
         window.restart()
 
     def _checked(self, step: int) -> dict[str, float] | None:
@@ -314,20 +325,14 @@ class _Run:
             return None
         rows = np.stack(jax.device_get(self._window.metrics))  # [steps, K]
         self._window.metrics.clear()
-        column = {name: i for i, name in enumerate(self.metric_names)}
-        bad = ~np.isfinite(rows).all(axis=1) | (rows[:, column["nonfinite_costs"]] > 0)
-        if bad.any():
-            worst = int(np.argmax(bad))
-            terms = [self.metric_names[i] for i in np.flatnonzero(~np.isfinite(rows[worst]))]
-            costs = int(rows[worst, column["nonfinite_costs"]])
+        try:
+            return self.watch.means(step - len(rows) + 1, rows, self._progress.message)
+        except TrainingError as error:
             saved = self.checkpoints.latest_step()
             raise TrainingError(
-                f"step {step - len(rows) + worst + 1}: not finite: "
-                f"{', '.join(terms[:6]) or 'no term'}; {costs} matching costs not finite. "
-                f"{'Nothing is saved' if saved is None else f'Step {saved} is saved'}; a lower "
-                "optimizer.learning_rate or a longer optimizer.warmup usually helps"
-            )
-        return dict(zip(self.metric_names, map(float, rows.mean(axis=0)), strict=True))
+                f"{error}. {'Nothing is saved' if saved is None else f'Step {saved} is saved'}; a "
+                "lower optimizer.learning_rate or a longer optimizer.warmup usually helps"
+            ) from None
 
     def _evaluate(self, step: int, state: TrainState) -> Evaluation:
         self._log(step)  # what is not finite must neither be evaluated nor saved
@@ -351,7 +356,7 @@ class _Run:
 
     def _save(self, step: int, state: TrainState, evaluation: Evaluation | None) -> None:
         self._log(step)
-        host_state = {}
+        host_state: dict[str, Any] = {"skipped_steps": self.watch.skipped}
         if self.evaluator.meter is not None:
             host_state["instability"] = self.evaluator.meter.state_dict()
         self.checkpoints.save(

@@ -32,6 +32,7 @@ from dn_detr_jax.sharding import (
     replicated,
     with_sharding,
 )
+from dn_detr_jax.training.nonfinite import unless_nonfinite
 from dn_detr_jax.training.state import TrainState, abstract_state, moving_average, shardings
 
 PyTree = Any
@@ -322,7 +323,8 @@ def train_step(
 
     Returns:
       The new state and the metrics: `loss`, its terms, and the global norms `grad_norm` (before
-      clipping), `update_norm` and `param_norm`.
+      clipping), `update_norm` and `param_norm`; with `config.on_nonfinite` of "skip" also
+      `skipped`, see `training.nonfinite`.
     """
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     (loss, metrics), grads = compute_gradients(
@@ -332,18 +334,20 @@ def train_step(
         # Every device goes on with its part of the gradients, to update its part of the moments.
         split = largest_axis_over_data(grads, mesh)
         grads = jax.lax.with_sharding_constraint(grads, split)
+    metrics |= {"loss": loss, "grad_norm": optax.tree.norm(grads)}
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics |= {
-        "loss": loss,
-        "grad_norm": optax.tree.norm(grads),
-        "update_norm": optax.tree.norm(updates),
-        "param_norm": optax.tree.norm(params),
-    }
     ema = state.ema
     if ema is not None:
         ema = moving_average(ema, params, state.step, config.train.ema_decay)
-    return TrainState(state.step + 1, params, opt_state, ema), metrics
+    new = TrainState(state.step + 1, params, opt_state, ema)
+    if config.on_nonfinite == "skip":
+        new, metrics["skipped"] = unless_nonfinite(new, state, metrics)
+    metrics |= {
+        "update_norm": optax.tree.norm(updates),
+        "param_norm": optax.tree.norm(new.params),
+    }
+    return new, metrics
 
 
 def detect(

@@ -1,0 +1,124 @@
+"""Steps whose loss, gradients or matching costs are not finite: found, told, and skipped or not.
+
+The rule is the same for the compiled step, which acts on it with `config.on_nonfinite` of "skip",
+and for the host, which reads the metrics of every step before anything is logged, evaluated or
+saved: a metric that is not finite, or a matching cost that had to be replaced.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from dn_detr_jax.training.errors import TrainingError
+from dn_detr_jax.training.state import TrainState
+
+COSTS = "nonfinite_costs"  # the metric that counts them; all others must be finite
+_MOST_TERMS, _MOST_IMAGES = 6, 64  # named in a message
+
+
+def unless_nonfinite(
+    new: TrainState, old: TrainState, metrics: dict[str, jax.Array]
+) -> tuple[TrainState, jax.Array]:
+    """The new state if the metrics before the update are finite, else the old one, a step further.
+
+    What an update does to finite gradients is left to the host: a rule that waited for the norm of
+    the update would need a second copy of the whole state.
+
+    Args:
+      new: after the update.
+      old: before it.
+      metrics: of the loss and the gradients, with `nonfinite_costs`.
+
+    Returns:
+      The state, whose parameters, optimizer state and average are one of the two bit for bit and
+      whose step is the new one; and whether the update was skipped, a bool scalar.
+    """
+    values = jnp.stack([value.astype(jnp.float32) for value in metrics.values()])
+    skipped = ~jnp.isfinite(values).all() | (metrics[COSTS] > 0)
+    kept = jax.tree.map(lambda n, o: jnp.where(skipped, o, n), new, old)
+    return kept.replace(step=new.step), skipped
+
+
+class Watch:
+    """The host's side: looks at the metrics of every step, tells, counts and stops.
+
+    Attributes:
+      skipped: updates of the whole run that were skipped.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        names: Sequence[str],
+        image_ids: Callable[[int], np.ndarray],
+        skipped: int = 0,
+    ):
+        """Starts to count.
+
+        Args:
+          config: of which `max_skipped_steps` is read.
+          names: of the metrics, in their order.
+          image_ids: gives the image ids of the whole batch of a step, counted from 1.
+          skipped: updates that the run skipped before it was resumed.
+        """
+        self.skipped = skipped
+        self._limit, self._names, self._image_ids = config.max_skipped_steps, names, image_ids
+        self._column = {name: i for i, name in enumerate(names)}
+
+    def means(
+        self, first_step: int, rows: np.ndarray, tell: Callable[[str], None]
+    ) -> dict[str, float]:
+        """The means of the metrics over the steps that were not skipped.
+
+        Args:
+          first_step: step of the first row, counted from 1.
+          rows: float32 [steps, K].
+          tell: is called with a line for each update that was skipped.
+
+        Returns:
+          Means by name, without `skipped`; nothing if every step was skipped.
+
+        Raises:
+          TrainingError: a step was not finite and not skipped, or it was one skipped too many.
+        """
+        bad = ~np.isfinite(rows).all(axis=1) | (rows[:, self._column[COSTS]] > 0)
+        for i in np.flatnonzero(bad).tolist():
+            text = self._describe(first_step + i, rows[i])
+            if "skipped" not in self._column or not rows[i, self._column["skipped"]]:
+                raise TrainingError(text)
+            self.skipped += 1
+            text += f"; skipped {self.skipped}, config.max_skipped_steps = {self._limit}"
+            if self.skipped > self._limit:
+                raise TrainingError(text)
+            tell(text)
+        if bad.all():
+            return {}
+        means = dict(zip(self._names, map(float, rows[~bad].mean(axis=0)), strict=True))
+        means.pop("skipped", None)
+        return means
+
+    def _describe(self, step: int, row: np.ndarray) -> str:
+        """One line: the step, what was not finite, and the pictures of its batch."""
+        terms = [self._names[i] for i in np.flatnonzero(~np.isfinite(row))]
+        # The total and the norms follow from the others.
+        terms.sort(key=lambda name: name == "loss" or name.endswith("_norm"))
+        costs = row[self._column[COSTS]]
+        found = [_first(terms, _MOST_TERMS)] if terms else []
+        if np.isfinite(costs) and costs > 0:
+            found.append(f"{int(costs)} matching costs")
+        images = _first(self._image_ids(step).tolist(), _MOST_IMAGES)
+        return f"step {step}: not finite: {'; '.join(found)}; batch of images {images}"
+
+
+def _first(names: Sequence, most: int) -> str:
+    """The names in a line, the first of them if there are many.
+
+    Examples:
+      >>> _first(["a", "b", "c", "d"], 2), _first([7], 2)
+      ('a, b and 2 more', '7')
+    """
+    shown = ", ".join(map(str, names[:most]))
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
