@@ -121,6 +121,24 @@ def test_killed_and_terminated_run_ends_like_an_undisturbed_one(
     assert "eval/instability" in evaluations(workdir)[-1]
 
 
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks at the process in /proc")
+def test_sigterm_during_start_up_leaves_at_once_with_status_0(tmp_path, digits_dir):
+    """Catches a pre-empted job that counts as failed because it had not come to its first step."""
+    command = _command(tmp_path, digits_dir)
+    with subprocess.Popen(command, env=_ENV, stderr=subprocess.PIPE, text=True) as process:
+        status, deadline = Path(f"/proc/{process.pid}/status"), time.monotonic() + 60
+        handled = 0
+        while not handled >> (signal.SIGTERM - 1) & 1:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+            handled = int(re.search(r"SigCgt:\s*(\w+)", status.read_text())[1], 16)
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 0, stderr
+    assert "SIGTERM" in stderr and "the same command continues" in stderr
+    assert not (tmp_path / "checkpoints").exists()
+
+
 def test_output_ends_with_table_checkpoint_and_pictures(finished):
     workdir, done = finished
     tail = done.stdout.strip().splitlines()
