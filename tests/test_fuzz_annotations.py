@@ -11,6 +11,7 @@ import io
 import json
 import math
 import os
+import pickle
 import tracemalloc
 
 import numpy as np
@@ -21,7 +22,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dn_detr_jax.config import base_config
-from dn_detr_jax.data import coco, images
+from dn_detr_jax.data import coco, images, records, tfrecord
 from dn_detr_jax.data.annotations import label_categories, load_table, save_table
 from dn_detr_jax.data.check import check_split, report
 from dn_detr_jax.data.datasets import open_dataset
@@ -124,7 +125,7 @@ NAMES = st.one_of(
 DEEP = st.integers(1, 1200).map(lambda depth: json.loads("[" * depth + "]" * depth))
 
 
-@settings(max_examples=examples(120))
+@settings(max_examples=examples(60))
 @given(data=st.data())
 def test_numbers_and_names_at_the_ends_of_their_ranges(directory, data):
     """Catches overflow in tables, plans and evaluation, and names that a format can't hold."""
@@ -140,7 +141,7 @@ def test_numbers_and_names_at_the_ends_of_their_ranges(directory, data):
     used(directory, json.dumps(content).encode())
 
 
-@settings(max_examples=examples(120))
+@settings(max_examples=examples(80))
 @given(data=st.data())
 def test_a_damaged_file_is_named(directory, data):
     used(directory, data.draw(damaged(json.dumps(CONTENT).encode())))
@@ -251,7 +252,7 @@ def packed(tmp_path_factory):
     return directory, {path: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-@settings(max_examples=examples(40))
+@settings(max_examples=examples(25))
 @given(data=st.data())
 def test_damaged_records_are_named(packed, data):
     """Catches the errors of TFDS, protocol buffers and NumPy, which name no file."""
@@ -266,5 +267,74 @@ def test_damaged_records_are_named(packed, data):
                 images.decode(example.image, tuple(dataset.sizes[i].tolist()))
     except DataError as error:
         one_line(error)
+    except OSError as error:
+        assert str(directory) in str(error.filename)
     finally:
         path.write_bytes(contents[path])
+
+
+def test_no_code_beside_records_is_imported(packed, monkeypatch):
+    """TFDS imports the module of any feature that a folder names, such as one in that folder."""
+    directory, contents = packed
+    (path,) = (path for path in contents if path.name == "features.json")
+    marker = directory / "marker"
+    (path.parent / "hostile_features.py").write_text(f"open({str(marker)!r}, 'w')")
+    monkeypatch.syspath_prepend(str(path.parent))
+    nested = json.dumps({"type": "hostile_features.Image", "content": {}})
+    image = "tensorflow_datasets.core.features.image_feature.Image"
+    good = contents[path].decode()
+    named = good.replace(image, "hostile_features.Image")
+    assert named != good
+    legacy = json.dumps({"type": "hostile_features.Image", "content": {}})
+    inner = json.dumps({"pythonClassName": image, "jsonFeature": {"json": nested}})
+    try:
+        for text in (named, named.replace("pythonClassName", "python_class_name"), legacy, inner):
+            path.write_text(text)
+            with pytest.raises(DataError, match=r"hostile_features.* no feature of TFDS"):
+                open_dataset(data_config(directory), "train")
+            assert not marker.exists()
+        path.write_bytes(contents[path])
+        monkeypatch.setattr(records, "_check_features", lambda path: None)
+        path.write_text(named)
+        with pytest.raises(DataError):
+            open_dataset(data_config(directory), "train")
+        assert marker.exists()  # what the check is for
+    finally:
+        path.write_bytes(contents[path])
+
+
+@pytest.mark.parametrize("name", ["annotations.npz", "source.json", "features.json"])
+def test_no_pickle_beside_records_is_read(packed, name):
+    directory, contents = packed
+    (path,) = (path for path in contents if path.name == name)
+    marker = directory / "marker of a pickle"
+    hostile = Touch(str(marker))
+    try:
+        for write in (
+            lambda: np.savez(path.open("wb"), **{"categories.id": np.array([hostile], object)}),
+            lambda: np.save(path.open("wb"), np.array([hostile], object), allow_pickle=True),
+            lambda: path.write_bytes(pickle.dumps(hostile)),
+        ):
+            write()
+            if name != "source.json":  # which is for people
+                with pytest.raises(DataError):
+                    open_dataset(data_config(directory), "train")
+        index = directory / "index.npy"
+        np.save(index, np.array([hostile], object), allow_pickle=True)
+        assert tfrecord._saved_index(index, [], []) is None
+        assert not marker.exists()
+        pickle.loads(pickle.dumps(hostile))
+        assert marker.exists()
+        marker.rmdir()
+    finally:
+        path.write_bytes(contents[path])
+
+
+class Touch:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)

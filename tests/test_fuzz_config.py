@@ -295,6 +295,16 @@ def test_any_argument_is_taken_or_is_one_line(parse, key, argument):
         assert result.strip() and "\n" not in result and len(result) < 110_000
 
 
+@pytest.mark.parametrize("key", ["data.canvases", "seed", "optimizer.lr_multipliers", "data.dir"])
+def test_no_argument_is_run(parse, tmp_path, key):
+    """Values of tuples are literals of Python, which a careless reader would evaluate."""
+    marker = tmp_path / "marker"
+    for code in (f"__import__('os').mkdir({str(marker)!r})", f"[open({str(marker)!r}, 'w')]"):
+        parse(f"--config.{key}={code}")
+        parse(f"--config.{key}=({code}, {code})")
+    assert not marker.exists()
+
+
 def test_no_user_of_that_name():
     with pytest.raises(ConfigError, match=r"config\.data\.dir = '~nobody-x/y'"):
         expand_user("~nobody-x/y", "data.dir")

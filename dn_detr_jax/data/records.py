@@ -5,8 +5,9 @@ Read without TensorFlow, by position, in TFDS' formats `array_record` and `tfrec
 
 import dataclasses
 import io
+import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from dn_detr_jax.data.tfrecord import TFRecords
 logger = logging.getLogger(__name__)
 
 _TABLE_FORMAT = 2
+_CLASS_KEYS = ("pythonClassName", "python_class_name", "type")  # in the JSON of TFDS' features
+_OF_TFDS = "tensorflow_datasets.core.features."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +89,8 @@ class RecordSource(Sequence):
         except OSError:
             raise
         except Exception as error:  # whatever damaged records lead their readers to
-            raise DataError(f"{self._folder}: a damaged record at {index} ({error})") from error
+            reason = " ".join(str(error).split())[:300]
+            raise DataError(f"{self._folder}: a damaged record at {index} ({reason})") from error
         return Example(
             image=image,
             image_id=int(self._annotations.image_ids[index]),
@@ -103,9 +107,17 @@ def open_records(folder: Path, split: str) -> tuple[Sequence[bytes], tfds.featur
       OSError: a file can't be read.
     """
     try:
-        builder = tfds.builder_from_directory(folder)
+        _check_features(folder / "features.json")
+        return _open_records(folder, split)
+    except (DataError, OSError):
+        raise
     except Exception as error:  # TFDS passes on whatever its files lead it to
-        raise DataError(f"{folder}: not readable as a folder of TFDS ({error})") from error
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise DataError(f"{folder}: not readable as a folder of TFDS ({reason})") from error
+
+
+def _open_records(folder: Path, split: str) -> tuple[Sequence[bytes], tfds.features.FeaturesDict]:
+    builder = tfds.builder_from_directory(folder)
     info = builder.info
     missing = {"image", "image/id", "objects"} - set(info.features)
     if missing:
@@ -132,6 +144,34 @@ def open_records(folder: Path, split: str) -> tuple[Sequence[bytes], tfds.featur
             "tfrecord can be read"
         )
     return records, info.features
+
+
+def _check_features(path: Path) -> None:
+    """Raises a DataError if a file of features names a class that is not one of TFDS.
+
+    TFDS imports the module of whatever class is named, which may be a file beside the records.
+    """
+    if not path.exists():  # TFDS says so
+        return
+    content = json.loads(path.read_text(encoding="utf-8"))
+    foreign = [name for name in _class_names(content) if not name.startswith(_OF_TFDS)]
+    if foreign:
+        raise DataError(f"{path}: names {foreign[0]!r}, no feature of TFDS; nothing was imported")
+
+
+def _class_names(value: Any) -> Iterator[str]:
+    """The classes that are named anywhere in the JSON of features."""
+    if isinstance(value, list):
+        for entry in value:
+            yield from _class_names(entry)
+    elif isinstance(value, dict):
+        for key, entry in value.items():
+            if key in _CLASS_KEYS and isinstance(entry, str):
+                yield entry
+            elif key == "json" and isinstance(entry, str):
+                yield from _class_names(json.loads(entry))
+            else:
+                yield from _class_names(entry)
 
 
 def read_table(folder: Path, split: str) -> tuple[Annotations, tuple[str, ...]]:
