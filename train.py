@@ -4,21 +4,36 @@
     python train.py --config configs/digits.py --workdir runs/digits --eval_only
 
 Any value of the config can be overridden, for example `--config.dn.groups=0`.
+
+On several machines, or with several processes on one, every process runs the same command. Under
+`srun` and `mpirun`, on TPU pods and in Kubernetes jobs nothing is added to it:
+
+    srun --ntasks=16 --ntasks-per-node=8 python train.py --config ... --workdir ...
+    gcloud compute tpus tpu-vm ssh NAME --worker=all --command="cd ... && python train.py ..."
+
+Elsewhere, for example in two shells, each says which process it is:
+
+    python train.py ... --coordinator_address=localhost:8476 --num_processes=2 --process_id=0
+    python train.py ... --coordinator_address=localhost:8476 --num_processes=2 --process_id=1
+
+docs/clusters.md has the details.
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
 
+from dn_detr_jax import distributed
 from dn_detr_jax.command_line import (
     define_step_flag,
     leave_on_sigterm,
     log_to_terminal,
     run_main,
 )
-from dn_detr_jax.config import ConfigError
+from dn_detr_jax.config import ConfigError, validate
 from dn_detr_jax.data.errors import DataError
 from dn_detr_jax.evaluation.errors import EvaluationError
 from dn_detr_jax.training.errors import TrainingError
@@ -29,6 +44,16 @@ flags.DEFINE_string("workdir", None, "For checkpoints, metrics and pictures; con
 flags.DEFINE_bool("eval_only", False, "Evaluate a checkpoint of the work directory.")
 define_step_flag("best", "With --eval_only: best, latest or a number of steps.")
 flags.mark_flags_as_required(["config", "workdir"])
+distributed.define_flags()
+
+_EXPECTED = (
+    ConfigError,
+    DataError,
+    distributed.DistributedError,
+    EvaluationError,
+    TrainingError,
+    OSError,
+)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -36,15 +61,31 @@ def main(argv: Sequence[str]) -> None:
     del argv
     if not FLAGS.eval_only:
         leave_on_sigterm()  # until the training begins, and when it has ended
-    from dn_detr_jax.training import loop, report
-
-    log_to_terminal()
-    workdir = Path(FLAGS.workdir)
-    if FLAGS.eval_only:
-        report.evaluate(FLAGS.config, workdir, FLAGS.step)
+    validate(FLAGS.config)
+    membership = distributed.find_membership(
+        FLAGS.distributed,
+        FLAGS.coordinator_address,
+        FLAGS.num_processes,
+        FLAGS.process_id,
+        FLAGS.start_timeout,
+    )
+    if membership is None or membership.index == 0:
+        log_to_terminal()
     else:
-        loop.train(FLAGS.config, workdir)
+        log_to_terminal(f"process {membership.index}: ", logging.WARNING)
+    with distributed.working_together(
+        membership, _EXPECTED, FLAGS.start_timeout, FLAGS.heartbeat_timeout
+    ):
+        from dn_detr_jax.agreement import check_agreement
+        from dn_detr_jax.training import loop, report
+
+        check_agreement({"--eval_only": FLAGS.eval_only, "--step": FLAGS.step})
+        workdir = Path(FLAGS.workdir)
+        if FLAGS.eval_only:
+            report.evaluate(FLAGS.config, workdir, FLAGS.step)
+        else:
+            loop.train(FLAGS.config, workdir)
 
 
 if __name__ == "__main__":
-    run_main(main, (ConfigError, DataError, EvaluationError, TrainingError, OSError))
+    run_main(main, _EXPECTED)

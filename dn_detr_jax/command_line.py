@@ -47,13 +47,18 @@ def run_main(
     app.run(guarded, flags_parser=lambda argv: _parse_flags(argv, arguments))
 
 
-def log_to_terminal() -> None:
-    """Shows what this package logs, with the time, and of its libraries warnings alone."""
+def log_to_terminal(prefix: str = "", level: int = logging.INFO) -> None:
+    """Shows what this package logs, with the time, and of its libraries warnings alone.
+
+    Args:
+      prefix: of every line, after the time.
+      level: the least that is shown.
+    """
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
     logger = logging.getLogger("dn_detr_jax")
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(level)
     logger.propagate = False
     absl_logging.set_verbosity(absl_logging.WARNING)
 
@@ -72,8 +77,13 @@ def leave_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, leave)
 
 
+def one_line(message: str) -> str:
+    """A message without line breaks."""
+    return " ".join(message.split())
+
+
 def _fail(message: str) -> None:
-    sys.exit("error: " + " ".join(message.split()))
+    sys.exit("error: " + one_line(message))
 
 
 def _parse_flags(argv: Sequence[str], arguments: Sequence[str]) -> list[str]:

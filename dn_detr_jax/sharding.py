@@ -18,18 +18,37 @@ PyTree = Any
 
 
 def make_mesh(num_devices: int = -1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over the first `num_devices` of the devices, by default jax's; -1: all of them.
+    """A mesh over `num_devices` of the devices, by default jax's; -1: all of them.
+
+    With several processes each has as many of them as every other, and they come in the order of
+    the processes: the rows of a batch that a process reads are those that its devices hold.
 
     Raises:
-      ConfigError: there are not that many devices.
+      ConfigError: there are not that many devices, or not as many in every process.
     """
     devices = jax.devices() if devices is None else devices
     if num_devices != -1 and not 1 <= num_devices <= len(devices):
         raise ConfigError(
             "mesh.data", num_devices, f"1 to {len(devices)} ({devices[0].platform}), or -1 for all"
         )
-    devices = devices if num_devices == -1 else devices[:num_devices]
-    return jax.make_mesh((len(devices),), ("data",), (AxisType.Auto,), devices=devices)
+    by_process: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        by_process.setdefault(device.process_index, []).append(device)
+    if len(by_process) == 1:
+        devices = devices if num_devices == -1 else devices[:num_devices]
+        return jax.make_mesh((len(devices),), ("data",), (AxisType.Auto,), devices=devices)
+    wanted = len(devices) if num_devices == -1 else num_devices
+    each, rest = divmod(wanted, len(by_process))
+    fewest = min(map(len, by_process.values()))
+    if rest or each > fewest:
+        raise ConfigError(
+            "mesh.data",
+            num_devices,
+            f"the same number of devices in each of {len(by_process)} processes, of which one has "
+            f"{fewest}: a multiple of {len(by_process)}, at most {fewest * len(by_process)}",
+        )
+    ordered = [device for process in sorted(by_process) for device in by_process[process][:each]]
+    return Mesh(np.array(ordered), ("data",), (AxisType.Auto,))
 
 
 def over_data(mesh: Mesh) -> NamedSharding:

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from dn_detr_jax.agreement import gather
 from dn_detr_jax.data.datasets import Dataset
 from dn_detr_jax.data.loader import eval_batches
 from dn_detr_jax.evaluation.coco_ap import CocoEvaluator, format_table
@@ -101,8 +101,7 @@ class Evaluator:
         if jax.process_index() == 0:
             values[:] = [*coco.metrics().values(), *coco.per_class().values()]
             classes = list(coco.per_class())
-        if jax.process_count() > 1:
-            values = multihost_utils.broadcast_one_to_all(values)
+        values = gather(values)[0]
         metrics = dict(zip(names, map(float, values), strict=False))
         per_class = dict(zip(classes, map(float, values[len(names) :]), strict=True))
         instability = (

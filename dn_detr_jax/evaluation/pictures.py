@@ -11,6 +11,7 @@ from dn_detr_jax import denoising, visualize
 from dn_detr_jax.boxes import cxcywh_to_xyxy
 from dn_detr_jax.data.datasets import Dataset
 from dn_detr_jax.data.loader import eval_batches
+from dn_detr_jax.data.plan import process_rows
 from dn_detr_jax.evaluation.evaluate import Detect
 from dn_detr_jax.models.registry import num_matching_queries
 from dn_detr_jax.sharding import put_batch
@@ -27,18 +28,23 @@ def _valid_part(batch: dict[str, np.ndarray], row: int) -> np.ndarray:
     return batch["image"][row, :height, :width]
 
 
-def detections(
+def detected(
     params: dict, detect: Detect, dataset: Dataset, config: ConfigDict, mesh: Mesh
-) -> np.ndarray:
-    """A grid of the first `config.eval.pictures` pictures with predicted and true boxes, RGB."""
+) -> list[visualize.Picture]:
+    """The first `config.eval.pictures` pictures of a split with predicted and true boxes.
+
+    Every process gets all of them: it reads all, and puts its own rows on its devices.
+    """
     subset = np.arange(min(config.eval.pictures, len(dataset)))
-    pictures = []
+    rows = process_rows(config.eval.batch_size, jax.process_index(), jax.process_count())
+    shown = []
     for batch in eval_batches(dataset, config, subset=subset):
         del batch["dropped_objects"], batch["bad_images"]
-        found = jax.device_get(detect(params, put_batch(batch, mesh)))
+        own = {name: values[rows] for name, values in batch.items()}
+        found = jax.device_get(detect(params, put_batch(own, mesh)))
         for row in np.flatnonzero(batch["image_id"] >= 0):
             size, real = batch["size"][row], batch["valid"][row]
-            pictures.append(
+            shown.append(
                 visualize.Picture(
                     image=_valid_part(batch, row),
                     pred_boxes=_in_pixels(found["boxes"][row], size),
@@ -49,8 +55,7 @@ def detections(
                     image_id=int(batch["image_id"][row]),
                 )
             )
-    pictures.sort(key=lambda picture: picture.image_id)
-    return visualize.render_detections(pictures, [c.name for c in dataset.categories])
+    return sorted(shown, key=lambda picture: picture.image_id)
 
 
 def typical_picture(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

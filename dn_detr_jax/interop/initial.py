@@ -50,8 +50,15 @@ def load_initial(params: PyTree, config: ConfigDict) -> PyTree:
         loaded = _from_backbone(fresh, config)
     else:
         return params
-    placed = {path: jax.device_put(loaded[path], value.sharding) for path, value in fresh.items()}
+    placed = {path: _placed(loaded[path], value.sharding) for path, value in fresh.items()}
     return traverse_util.unflatten_dict(placed, sep="/")
+
+
+def _placed(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    """`array` on the devices; unlike `jax.device_put` it sends nothing to other processes."""
+    return jax.make_array_from_callback(
+        np.shape(array), sharding, lambda index: np.asarray(array)[index]
+    )
 
 
 def _from_backbone(fresh: dict[str, Any], config: ConfigDict) -> dict[str, Any]:

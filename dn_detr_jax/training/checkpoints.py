@@ -34,10 +34,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from flax import traverse_util
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
 
+from dn_detr_jax.agreement import barrier
 from dn_detr_jax.config import ConfigError, base_config, flat_keys, validate
 from dn_detr_jax.data.coco_classes import Category
 from dn_detr_jax.training.errors import CheckpointError
@@ -119,6 +119,8 @@ class Checkpoints:
                 self._empty_trash()
                 if self._document is not None:
                     _write_json(self.workdir / "config.json", self._document)
+            if not read_only:
+                barrier("directory of checkpoints")
             self._check_files()
             self._manager = self._open_manager(keep_latest, keep_best)
             self._scores.update(self._read_scores())
@@ -246,8 +248,7 @@ class Checkpoints:
                     target = target.with_name(target.name + "_")
                 target.parent.mkdir(exist_ok=True)
                 (self.directory / str(other)).rename(target)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("set_aside_after")
+        barrier("checkpoints set aside")
         for other in later:
             self._scores.pop(other, None)
         self._manager.reload()

@@ -20,6 +20,7 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from dn_detr_jax.agreement import agreed_config, check_agreement, check_shared, gather
 from dn_detr_jax.config import ConfigError, validate
 from dn_detr_jax.data.datasets import Dataset, open_dataset
 from dn_detr_jax.data.loader import train_batches, train_plan
@@ -60,6 +61,7 @@ def train(config: ConfigDict, workdir: Path) -> Evaluation | None:
 
     Raises:
       ConfigError, CheckpointError: something does not fit, before anything is compiled.
+      DistributedError: processes with other configs or data, or without a common work directory.
       TrainingError: loss, gradients or matching costs are not finite, and `config.on_nonfinite`
         says stop, or skip but not that often. The checkpoints are from before.
       EvaluationError: detections are not finite, although the parameters are.
@@ -72,6 +74,8 @@ def train(config: ConfigDict, workdir: Path) -> Evaluation | None:
             "imported parameters lie there, and no training that could continue: start one from "
             f"them in another directory, with --config.init.checkpoint={workdir}",
         )
+    check_agreement(agreed_config(config))
+    check_shared(workdir)
     training = open_dataset(config.data, "train")
     setup = set_up(config, training)
     config = setup.config
@@ -98,6 +102,7 @@ def train(config: ConfigDict, workdir: Path) -> Evaluation | None:
             config=config,
             mesh=setup.mesh,
         )
+        check_agreement({"the latest checkpoint": checkpoints.latest_step()})
         shapes = abstract_state(setup.model, optimizer, config, setup.mesh)
         host_state: dict[str, Any] = {}
         if checkpoints.latest_step() is None:
@@ -193,7 +198,10 @@ def _announce(
 
 
 class _StopSignal:
-    """Turns SIGTERM into a flag that the loop reads between steps."""
+    """Turns SIGTERM into a flag that the loop reads between steps.
+
+    With several processes JAX has a handler of its own, which tells the other processes.
+    """
 
     def __init__(self):
         self.received = False
@@ -201,7 +209,8 @@ class _StopSignal:
 
     def __enter__(self) -> "_StopSignal":
         # Only the main thread may install handlers; elsewhere (notebooks) there is none.
-        if threading.current_thread() is threading.main_thread():
+        alone = jax.process_count() == 1
+        if alone and threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGTERM, self._receive)
         return self
 
@@ -285,9 +294,8 @@ class _Run:
         """Whether to stop after this step, the same on all processes."""
         if jax.process_count() == 1:
             return received
-        if step % self.plan.log_every:  # asking the others waits for the device: not every step
-            return False
-        return bool(multihost_utils.process_allgather(np.array(received)).any())
+        # When one of them gets the signal, they agree on a step that none has reached yet.
+        return multihost_utils.reached_preemption_sync_point(step)
 
     def _log(self, step: int) -> None:
         """Writes the means since the last log; the only place that waits for the device."""
@@ -296,6 +304,11 @@ class _Run:
             return
         window, config = self._window, self.setup.config
         seconds = window.seconds()
+        # Each process knows of its own rows; the slowest one decides.
+        here = [window.waiting, host_timer.take(), window.dropped, window.bad_images]
+        everywhere = gather(np.array(here))
+        waiting, matching, _, _ = everywhere.max(axis=0)
+        _, _, dropped, bad_images = everywhere.sum(axis=0)
         rate = config.train.batch_size * window.count / seconds
         record = {f"train/{name}": value for name, value in values.items()}
         if config.on_nonfinite == "skip":
@@ -305,12 +318,12 @@ class _Run:
             "train/learning_rate": self.schedule(max(step - 1 - self.watch.skipped, 0)),
             "train/epoch": step / self.plan.per_epoch,
             "time/images_per_second": rate,
-            "time/data_wait_share": window.waiting / seconds,
-            "time/data_wait_seconds": window.waiting,
-            "time/matching_seconds": host_timer.take(),
+            "time/data_wait_share": waiting / seconds,
+            "time/data_wait_seconds": waiting,
+            "time/matching_seconds": matching,
             "time/seconds": seconds,
-            "data/dropped_objects": window.dropped,
-            "data/bad_images": window.bad_images,
+            "data/dropped_objects": int(dropped),
+            "data/bad_images": int(bad_images),
         }
         for pattern, factor in config.optimizer.lr_multipliers:
             name = pattern.strip("^$/")

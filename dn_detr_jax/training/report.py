@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from dn_detr_jax.agreement import agreed_config, check_agreement
 from dn_detr_jax.data.datasets import open_dataset
 from dn_detr_jax.data.loader import train_batches
 from dn_detr_jax.evaluation import pictures
@@ -17,7 +18,7 @@ from dn_detr_jax.training.checkpoints import Checkpoints
 from dn_detr_jax.training.setup import Setup, compile_programs, set_up
 from dn_detr_jax.training.step import denoising_queries
 from dn_detr_jax.training.writers import MetricWriter, read_metrics
-from dn_detr_jax.visualize import render_curves
+from dn_detr_jax.visualize import render_curves, render_detections
 
 PyTree = Any
 
@@ -34,6 +35,7 @@ def evaluate(config: ConfigDict, workdir: Path, step: str | int = "best") -> Eva
     Raises:
       ConfigError, CheckpointError: something does not fit, before anything is compiled.
     """
+    check_agreement(agreed_config(config))
     setup = set_up(config)
     config = setup.config
     shapes = with_sharding(abstract_params(setup.model), replicated(setup.mesh))
@@ -68,16 +70,20 @@ def report(evaluation: Evaluation, checkpoint: Path, folder: Path | None, averag
 
 
 def draw(setup: Setup, detect: Callable, params: PyTree, workdir: Path) -> Path | None:
-    """Draws detections, denoising and curves into the work directory."""
+    """Draws detections, denoising and curves into the work directory.
+
+    All processes take part in the detection; the first one draws.
+    """
     config = setup.config
-    if not config.eval.pictures or jax.process_count() > 1:
+    if not config.eval.pictures:
         return None
-    drawn = {
-        "detections": pictures.detections(params, detect, setup.validation, config, setup.mesh)
-    }
+    shown = pictures.detected(params, detect, setup.validation, config, setup.mesh)
+    if jax.process_index() != 0:
+        return None
+    drawn = {"detections": render_detections(shown, setup.class_names)}
     if config.dn.groups:
         dataset = open_dataset(config.data, "train")
-        batch = next(train_batches(dataset, config, 0, 1))
+        batch = next(train_batches(dataset, config, 0, 1, process_count=jax.process_count()))
         del batch["dropped_objects"], batch["bad_images"]
         picture = pictures.typical_picture(batch)
         dn = denoising_queries(picture, jax.random.key(config.seed), config)

@@ -2,9 +2,10 @@
 
 import copy
 import dataclasses
+import hashlib
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,6 +15,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from dn_detr_jax.agreement import check_agreement
 from dn_detr_jax.config import ConfigError, validate
 from dn_detr_jax.data.datasets import Dataset, open_dataset
 from dn_detr_jax.data.errors import DataError
@@ -81,6 +83,7 @@ def set_up(config: ConfigDict, training: Dataset | None = None) -> Setup:
     validation = open_dataset(config.data, "validation")
     if training is not None:
         check_same_classes(training, validation)
+    check_same_data([validation] if training is None else [training, validation])
     config = resolve(config, validation if training is None else training)
     for dataset in (validation, training):
         if dataset is not None:
@@ -117,6 +120,21 @@ def check_same_classes(training: Dataset, validation: Dataset) -> None:
                 f"{in_validation} in the validation data: both annotation files must list the "
                 "same categories"
             )
+
+
+def check_same_data(datasets: Sequence[Dataset]) -> None:
+    """Raises DistributedError unless all processes have the same annotations."""
+    if jax.process_count() > 1:
+        check_agreement({f"the data of {d.name}, {d.split}": _fingerprint(d) for d in datasets})
+
+
+def _fingerprint(dataset: Dataset) -> str:
+    """What is in the pictures, as a checksum."""
+    table = dataset.annotations
+    checksum = hashlib.sha256()
+    for array in (table.image_ids, table.sizes, table.offsets, table.category_ids, table.bboxes):
+        checksum.update(np.ascontiguousarray(array))
+    return f"{len(table.image_ids)} pictures, checksum {checksum.hexdigest()[:12]}"
 
 
 def check_classes(config: ConfigDict, dataset: Dataset) -> None:
