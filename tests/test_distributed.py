@@ -1,0 +1,134 @@
+"""Who a process is among others: from flags, from the environment, or an error."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dn_detr_jax.distributed import DistributedError, Membership, find_membership
+
+_ROOT = Path(__file__).parent.parent
+_VARIABLES = ("SLURM_", "OMPI_", "PMI_", "JAX_COORDINATOR", "JAX_LOCAL", "WORLD_SIZE", "RANK")
+_SLURM = {
+    "SLURM_JOB_ID": "12345",
+    "SLURM_STEP_NODELIST": "node[003-004],other7",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_NTASKS": "16",
+    "SLURM_PROCID": "9",
+    "SLURM_LOCALID": "1",
+}
+_OPEN_MPI_4 = {
+    "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_RANK": "2",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+}
+_OPEN_MPI_5 = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2"}
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Sets variables of an environment that has no others of a cluster."""
+    for name in list(os.environ):
+        if name.startswith(_VARIABLES) or name == "KUBERNETES_SERVICE_HOST":
+            monkeypatch.delenv(name)
+
+    def set_all(variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return set_all
+
+
+def test_alone_where_nothing_says_otherwise(environment):
+    """Catches a start of `jax.distributed` for everybody."""
+    assert find_membership() is None
+
+
+def test_flags_are_enough(environment):
+    found = find_membership("auto", "10.0.0.1:8476", 2, 1)
+    assert found == Membership("10.0.0.1:8476", 2, 1)
+    assert find_membership("auto", "[fe80::1]:8476", 2, 0).address == "[fe80::1]:8476"
+
+
+def test_one_process_of_one_is_alone(environment):
+    """JAX would leave a Slurm task one GPU, of however many the machine has."""
+    assert find_membership("auto", "10.0.0.1:8476", 1, 0) is None
+    environment(_SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"})
+    assert find_membership() is None
+
+
+def test_slurm(environment):
+    environment(_SLURM)
+    found = find_membership()
+    host, port = found.address.split(":")
+    assert (host, found.count, found.index) == ("node003", 16, 9)
+    assert 1024 < int(port) < 2**16
+    assert found.local_device_ids == (1,)
+    assert find_membership("off") is None
+    assert find_membership("on") == found
+    assert find_membership("auto", "10.0.0.1:8476").address == "10.0.0.1:8476"
+
+
+def test_all_devices_of_a_machine_for_one_task(environment):
+    """JAX_LOCAL_DEVICE_IDS is read by JAX, unless it is told otherwise."""
+    environment(_SLURM | {"JAX_LOCAL_DEVICE_IDS": "0,1,2,3"})
+    assert find_membership().local_device_ids is None
+
+
+def test_open_mpi(environment):
+    environment(_OPEN_MPI_4)
+    found = find_membership()
+    assert found.address.startswith("10.96.0.1:")
+    assert (found.count, found.index) == (4, 2)
+
+
+def test_a_launcher_that_jax_does_not_know_is_no_licence_to_train_alone(environment):
+    """Catches as many trainings as processes, in one work directory."""
+    environment(_OPEN_MPI_5)
+    with pytest.raises(DistributedError, match=r"OMPI_COMM_WORLD_SIZE=4.*--coordinator_address"):
+        find_membership()
+    assert find_membership("auto", "head:8476") == Membership("head:8476", 4, 2)
+    assert find_membership("off") is None
+    environment({"JAX_COORDINATOR_ADDRESS": "head:1234"})
+    assert find_membership() == Membership("head:1234", 4, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("off", "a:1", None, None), "--distributed=off and --coordinator_address=a:1"),
+        (("off", None, None, 0), "--distributed=off and --process_id=0"),
+        (("on", None, None, None), "--distributed=on: .* --coordinator_address"),
+        (("auto", "a:1", None, None), "--num_processes and --process_id missing"),
+        (("auto", "a:1", 2, None), "--process_id missing: given are coordinator_address=a:1"),
+        (("auto", None, 2, 0), "--coordinator_address missing"),
+        (("auto", "a:1", 2, 2), "--process_id=2: expected 0 to 1"),
+        (("auto", "a:1", 2, -1), "--process_id=-1: expected 0 to 1"),
+        (("auto", "a:1", 0, 0), "--num_processes=0: expected at least 1"),
+        (("auto", "a", 2, 0), "--coordinator_address=a: expected HOST:PORT"),
+        (("auto", "a:99999", 2, 0), "--coordinator_address=a:99999: expected HOST:PORT"),
+        (("auto", "http://a:80", 2, 0), "--coordinator_address=http://a:80: expected HOST:PORT"),
+    ],
+)
+def test_flags_that_can_not_be_right(arguments, words, environment):
+    with pytest.raises(DistributedError, match=words):
+        find_membership(*arguments)
+
+
+def test_an_environment_that_names_no_address_is_incomplete(environment):
+    environment({"JAX_COORDINATOR_ADDRESS": "head:1234"})
+    with pytest.raises(DistributedError, match="--num_processes and --process_id missing"):
+        find_membership()
+
+
+def test_wrong_flags_end_train_py_with_one_line(tmp_path, environment):
+    """Catches errors after JAX has been started, and in the work directory."""
+    command = [sys.executable, str(_ROOT / "train.py"), "--config=configs/digits.py"]
+    command += [f"--workdir={tmp_path / 'run'}", "--num_processes=2"]
+    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: --coordinator_address and --process_id missing")
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "run").exists()
