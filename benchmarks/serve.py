@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from benchmarks import common
 from benchmarks.peer import add_ratios
 from dn_detr_jax.command_line import run_main
-from dn_detr_jax.config import ConfigError, validate
+from dn_detr_jax.config import ConfigError, compiler_options, validate
 
 FLAGS = flags.FLAGS
 CONTENDERS = "ours", "peer", "peer_compiled"
@@ -38,7 +38,6 @@ def our_program(config: ConfigDict, batch: dict) -> tuple[Callable, Callable, di
     from benchmarks.train_step import device
     from dn_detr_jax.models.registry import build_model
     from dn_detr_jax.predictor import detect
-    from dn_detr_jax.training.setup import COMPILER_OPTIONS
 
     model = build_model(config.model)
     params = jax.jit(model.init)(
@@ -48,7 +47,7 @@ def our_program(config: ConfigDict, batch: dict) -> tuple[Callable, Callable, di
     def program(params, images, sizes):
         return detect(params, images, sizes, model=model, num_select=config.eval.num_select)
 
-    options = COMPILER_OPTIONS.get(jax.devices()[0].platform)
+    options = compiler_options(config, jax.devices()[0].platform)
     lowered = jax.jit(program).lower(params, batch["image"], batch["size"])
     compiled = lowered.compile(options)
 

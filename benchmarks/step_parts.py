@@ -23,8 +23,8 @@ from flax import linen as nn
 
 from benchmarks import common
 from dn_detr_jax import denoising, matching
+from dn_detr_jax.config import compiler_options
 from dn_detr_jax.models.dn_dab_detr import normalize_images
-from dn_detr_jax.training.setup import COMPILER_OPTIONS
 from dn_detr_jax.training.step import criterion, denoising_queries
 
 PyTree = Any
@@ -93,7 +93,7 @@ def programs(step: Any) -> dict[str, Callable[[], Any]]:
     """The parts, compiled and with their arguments."""
     model, config, mesh, batch = step.model, step.config, step.mesh, step.batch
     params, state = step.state.params, step.state
-    options = COMPILER_OPTIONS.get(jax.devices()[0].platform)
+    options = compiler_options(config, jax.devices()[0].platform)
 
     def compiled(function, *arguments):
         return jax.jit(function).lower(*arguments).compile(options)

@@ -32,12 +32,11 @@ from ml_collections import ConfigDict
 
 from benchmarks import common, step_parts
 from dn_detr_jax.command_line import run_main
-from dn_detr_jax.config import ConfigError, validate
+from dn_detr_jax.config import ConfigError, compiler_options, validate
 from dn_detr_jax.matching import host_timer
 from dn_detr_jax.models.registry import abstract_params, build_model, trainable
 from dn_detr_jax.sharding import make_mesh, put_batch
 from dn_detr_jax.training.optimizer import make_optimizer
-from dn_detr_jax.training.setup import COMPILER_OPTIONS
 from dn_detr_jax.training.state import init_state
 from dn_detr_jax.training.step import jit_train_step
 
@@ -87,7 +86,8 @@ class Step:
         self.lowered = step.lower(self.state, self.batch)
 
     def _compile(self) -> None:
-        self.program = self.lowered.compile(COMPILER_OPTIONS.get(jax.devices()[0].platform))
+        options = compiler_options(self.config, jax.devices()[0].platform)
+        self.program = self.lowered.compile(options)
 
     def put(self, batch: dict) -> dict:
         """Sends a batch to the devices."""

@@ -10,6 +10,7 @@ Durations are strings with a unit: `"300 steps"`, `"2 epochs"`, `"5%"` (of the w
 any data is read or anything is compiled.
 """
 
+import contextlib
 import difflib
 import re
 from collections.abc import Callable, Iterable
@@ -151,7 +152,14 @@ def base_config() -> ConfigDict:
     )
     # Compiled programs are kept there for the next run; empty: they are not. JAX keeps none that
     # call the host, as those of the training step do for the matching.
-    config.compile = ConfigDict({"cache_dir": "~/.cache/dn_detr_jax"})
+    config.compile = ConfigDict(
+        {
+            "cache_dir": "~/.cache/dn_detr_jax",
+            # Of XLA, "platform:name=value", for the platforms cpu, gpu and tpu. On a CPU many
+            # operations are too small for all cores: run several at a time.
+            "options": ("cpu:xla_cpu_enable_concurrency_optimized_scheduler=true",),
+        }
+    )
     config.mesh = ConfigDict(
         {
             "data": -1,  # devices along the data axis; -1: all of them
@@ -240,6 +248,51 @@ def parse_duration(duration: str, key: str) -> tuple[float, str]:
     if unit == "%" and number > 100:
         raise ConfigError(key, duration, "a percentage is at most 100%")
     return number, unit if unit == "%" else unit.rstrip("s") + "s"
+
+
+_OPTION = re.compile(r"(cpu|gpu|tpu):([A-Za-z]\w*)=(\S+)")
+
+
+def compiler_options(config: ConfigDict, platform: str) -> dict[str, Any]:
+    """The options that the programs for a platform are compiled with.
+
+    Args:
+      config: of which `compile.options` is read.
+      platform: of the devices, "cpu", "gpu" or "tpu".
+
+    Returns:
+      For `jax.stages.Lowered.compile` and `jax.jit`: values by name.
+
+    Raises:
+      ConfigError: an entry that can't be read.
+
+    Examples:
+      >>> compiler_options(base_config(), "cpu")
+      {'xla_cpu_enable_concurrency_optimized_scheduler': True}
+      >>> compiler_options(base_config(), "tpu")
+      {}
+    """
+    entries = config.compile.options
+    expected = 'XLA\'s options, for example ("gpu:xla_gpu_enable_triton_gemm=false",)'
+    if not isinstance(entries, tuple | list):
+        raise ConfigError("compile.options", entries, expected)
+    options = {}
+    for entry in entries:
+        match = _OPTION.fullmatch(entry) if isinstance(entry, str) else None
+        if match is None:
+            raise ConfigError("compile.options", entry, expected)
+        if match[1] == platform:
+            options[match[2]] = _option_value(match[3])
+    return options
+
+
+def _option_value(text: str) -> bool | int | float | str:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for number in (int, float):
+        with contextlib.suppress(ValueError):
+            return number(text)
+    return text
 
 
 def flat_keys(config: ConfigDict, prefix: str = "") -> list[str]:
@@ -517,6 +570,7 @@ def _check_run(checker: _Checker) -> None:
     for key in ("train.batch_size", "eval.batch_size"):
         fits = devices == -1 or checker[key] % devices == 0
         checker.check(key, fits, f"a multiple of mesh.data = {devices}")
+    compiler_options(checker.config, "cpu")
     checker.one_of("mesh.shard_optimizer", True, False)
     checker.whole(1, "train.accumulate_steps")
     rows = checker["train.batch_size"] // max(devices, 1)

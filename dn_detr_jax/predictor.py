@@ -27,7 +27,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 from PIL import Image
 
-from dn_detr_jax.config import base_config
+from dn_detr_jax.config import base_config, compiler_options
 from dn_detr_jax.data import transforms
 from dn_detr_jax.data.coco_classes import Category, assumed_categories
 from dn_detr_jax.data.errors import DataError
@@ -39,7 +39,6 @@ from dn_detr_jax.models.registry import abstract_params, build_model
 from dn_detr_jax.training.checkpoints import Checkpoints, read_run_config
 from dn_detr_jax.training.compile_cache import compile_and_log, use_compile_cache
 from dn_detr_jax.training.errors import CheckpointError
-from dn_detr_jax.training.setup import COMPILER_OPTIONS
 
 Picture = str | os.PathLike | bytes | Image.Image | np.ndarray
 _SINGLE = (str, os.PathLike, bytes, Image.Image, np.ndarray)
@@ -289,7 +288,8 @@ class Predictor:
                     jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=self._sharding),
                     jax.ShapeDtypeStruct((self.batch_size, 2), jnp.int32, sharding=self._sharding),
                 )
-                options = COMPILER_OPTIONS.get(self._device.platform)
+                # Not those of the run: another version of XLA may not know them.
+                options = compiler_options(base_config(), self._device.platform)
                 name = "prediction for {} x {}".format(*canvas)
                 self._programs[canvas] = compile_and_log(lowered, name, options)
             return self._programs[canvas]

@@ -49,11 +49,10 @@ from dn_detr_jax.collectives import (
     total_bytes,
 )
 from dn_detr_jax.command_line import run_main
-from dn_detr_jax.config import ConfigError, validate
+from dn_detr_jax.config import ConfigError, compiler_options, validate
 from dn_detr_jax.models.registry import abstract_params, build_model, trainable
 from dn_detr_jax.sharding import make_mesh, replicated
 from dn_detr_jax.training.optimizer import make_optimizer
-from dn_detr_jax.training.setup import COMPILER_OPTIONS
 from dn_detr_jax.training.state import TrainState, abstract_state
 from dn_detr_jax.training.step import abstract_batch, jit_train_step
 
@@ -305,7 +304,8 @@ def compile_step(config: ConfigDict, mesh: Mesh, canvas: tuple[int, int]) -> jax
     """
     step = abstract_step(config, mesh)
     lowered = step.function.lower(step.state, abstract_batch(config, "train", mesh, canvas))
-    return compile_or_explain(lowered, COMPILER_OPTIONS.get(mesh.devices.flat[0].platform))
+    options = compiler_options(config, mesh.devices.flat[0].platform)
+    return compile_or_explain(lowered, options)
 
 
 def compile_or_explain(
@@ -315,6 +315,8 @@ def compile_or_explain(
     try:
         return lowered.compile(options)
     except jax.errors.JaxRuntimeError as error:
+        if re.search("No such compile option|While setting option", str(error)):
+            raise ConfigError("compile.options", options, str(error).splitlines()[0]) from None
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise OutOfMemory(str(error).splitlines()[0], *parse_out_of_memory(str(error))) from None

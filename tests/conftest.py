@@ -10,12 +10,12 @@ from hypothesis import settings
 from tiny_detector import TinyDetector, random_params
 
 import dn_detr_jax
+import dn_detr_jax.predictor as predictor_module
 from dn_detr_jax.config import base_config
 from dn_detr_jax.data.coco_classes import Category
 from dn_detr_jax.data.datasets import open_dataset
 from dn_detr_jax.models.registry import abstract_params, build_model
 from dn_detr_jax.training.checkpoints import Checkpoints
-from dn_detr_jax.training.setup import COMPILER_OPTIONS
 
 # Everything is tested on the CPU, also where libtpu is installed without a TPU.
 jax.config.update("jax_platforms", "cpu")
@@ -84,7 +84,7 @@ def digits_run(tmp_path_factory, digits_dir):
     with Checkpoints(workdir, config, categories=categories) as checkpoints:
         checkpoints.save(4, {"params": params})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(COMPILER_OPTIONS, "cpu", fast_jit.OPTIONS)
+        patch.setattr(predictor_module, "compiler_options", lambda *_: fast_jit.OPTIONS)
         yield workdir
 
 

@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from dn_detr_jax.config import ConfigError, base_config, flat_keys, nearest_key, validate
+from dn_detr_jax.config import (
+    ConfigError,
+    base_config,
+    compiler_options,
+    flat_keys,
+    nearest_key,
+    validate,
+)
 
 
 def _with(changes):
@@ -21,6 +28,14 @@ def _with(changes):
         with section.ignore_type():
             section[last] = value
     return config
+
+
+def test_compiler_options_are_those_of_the_platform():
+    """Catches options for a GPU that reach the compiler of CPUs, and values that stay texts."""
+    options = "gpu:xla_a=false", "cpu:xla_b=2", "gpu:xla_c=0.5", "gpu:xla_d=auto", "gpu:xla_a=True"
+    config = _with({"compile.options": options})
+    assert compiler_options(config, "gpu") == {"xla_a": True, "xla_c": 0.5, "xla_d": "auto"}
+    assert compiler_options(config, "cpu") == {"xla_b": 2}
 
 
 def test_the_defaults_are_valid():
@@ -40,6 +55,11 @@ def test_the_defaults_are_valid():
         ("data.canvases", ((800, 1344, 3),)),
         ("data.max_objects", -1),
         ("data.threads", 1.5),
+        ("compile.options", "cpu:xla_x=1"),
+        ("compile.options", ("xla_x=1",)),
+        ("compile.options", ("cuda:xla_x=1",)),
+        ("compile.options", ("gpu:xla_x",)),
+        ("compile.options", (("gpu", "xla_x", 1),)),
         ("data.workers", -1),
         ("data.augment.flip", 1.1),
         ("data.augment.flip", float("nan")),

@@ -19,7 +19,7 @@ from dn_detr_jax.interop import torch_files
 from dn_detr_jax.interop.convert import HEAD_PATHS, flat, params_to_torch
 from dn_detr_jax.interop.import_torch import import_file
 from dn_detr_jax.models.registry import abstract_params, build_model
-from dn_detr_jax.training import loop, report, setup
+from dn_detr_jax.training import loop, report
 from dn_detr_jax.training.checkpoints import Checkpoints
 
 TINY = Path(__file__).parent / "data" / "tiny.py"
@@ -34,6 +34,7 @@ def official_like(digits_dir, num_classes=10):
     config.model.backbone.update(stages=1, frozen_stages=0)
     config.model.decoder_layers = 1
     config.eval.update(instability_images=0, pictures=2)
+    config.compile.options = fast_jit.CONFIG
     return config
 
 
@@ -44,11 +45,6 @@ def imported(folder, config):
     account = import_file(folder / "official.pth", config, folder / "imported")
     assert account.unused == account.unfilled == ()
     return folder / "imported", flat(params)
-
-
-@pytest.fixture(autouse=True)
-def compile_quickly(monkeypatch):
-    monkeypatch.setattr(setup, "COMPILER_OPTIONS", {"cpu": fast_jit.OPTIONS})
 
 
 def stored(workdir, config, step):

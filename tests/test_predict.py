@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fast_jit
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -27,7 +28,6 @@ from dn_detr_jax.models.registry import build_model
 from dn_detr_jax.predictor import place, read_picture, read_run
 from dn_detr_jax.sharding import make_mesh, put_batch
 from dn_detr_jax.training.checkpoints import CheckpointError, Checkpoints
-from dn_detr_jax.training.setup import COMPILER_OPTIONS
 from dn_detr_jax.training.step import jit_detect
 
 _ROOT = Path(__file__).parent.parent
@@ -67,7 +67,7 @@ def test_a_split_gives_what_its_evaluation_sees(digits_run, predictor, validatio
     for batch in eval_batches(validation, run.config, subset=subset):
         arrays = {k: v for k, v in batch.items() if isinstance(v, np.ndarray)}
         arrays = put_batch(arrays, mesh)
-        program = program or detect.lower(run.params, arrays).compile(COMPILER_OPTIONS["cpu"])
+        program = program or detect.lower(run.params, arrays).compile(fast_jit.OPTIONS)
         found = program(run.params, arrays)
         evaluator.add(*(found[name] for name in ("image_id", "scores", "labels", "boxes")))
     files = [validation.source[i].image for i in subset]

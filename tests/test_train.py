@@ -217,6 +217,7 @@ def test_loss_that_is_not_finite_ends_the_run(tmp_path, digits_dir):
         (["--config.mesh.data=4"], ["mesh.data", "4"]),
         (["--eval_only"], ["no complete checkpoint"]),
         (["--config.data.canvases=((64, 64),)"], ["canvases", "128"]),
+        (["--config.compile.options=('cpu:xla_fast=1',)"], ["compile.options", "xla_fast"]),
     ],
     ids=lambda value: value[0].split("=")[0].strip("-") if value[0].startswith("--") else "",
 )

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dn_detr_jax.agreement import check_agreement
-from dn_detr_jax.config import ConfigError, validate
+from dn_detr_jax.config import ConfigError, compiler_options, validate
 from dn_detr_jax.data.datasets import Dataset, open_dataset
 from dn_detr_jax.data.errors import DataError
 from dn_detr_jax.data.loader import eval_batches, eval_plan
@@ -29,9 +29,6 @@ from dn_detr_jax.training.state import TrainState
 from dn_detr_jax.training.step import abstract_batch, jit_detect, jit_match
 
 PyTree = Any
-
-# By platform. On the CPU many operations are too small for all cores: run several at a time.
-COMPILER_OPTIONS = {"cpu": {"xla_cpu_enable_concurrency_optimized_scheduler": True}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +65,7 @@ def set_up(config: ConfigDict, training: Dataset | None = None) -> Setup:
     validate(config)
     use_compile_cache(config.compile.cache_dir)
     mesh = make_mesh(config.mesh.data)
+    check_compiler_options(config, mesh)
     for key in ("train", "eval"):
         if config[key].batch_size % mesh.size:
             raise ConfigError(
@@ -104,6 +102,18 @@ def resolve(config: ConfigDict, dataset: Dataset) -> ConfigDict:
         config.data.max_objects = max(int(dataset.annotations.counts.max(initial=0)), 1)
     validate(config)
     return config
+
+
+def check_compiler_options(config: ConfigDict, mesh: Mesh) -> None:
+    """Raises ConfigError if the compiler does not take one of the options of the config."""
+    device = mesh.devices.flat[0]
+    for name, value in compiler_options(config, device.platform).items():
+        try:
+            with jax.default_device(device):
+                jax.jit(lambda: 0).lower().compile({name: value})
+        except jax.errors.JaxRuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError("compile.options", f"{name}={value}", reason) from None
 
 
 def check_same_classes(training: Dataset, validation: Dataset) -> None:
@@ -202,7 +212,7 @@ def compile_programs(
 
     tasks = [(purpose, canvas) for purpose in canvases for canvas in canvases[purpose]]
     platform = mesh.devices.flat[0].platform
-    options = COMPILER_OPTIONS.get(platform)
+    options = compiler_options(config, platform)
     # Accelerators time candidate kernels while compiling, which must not overlap.
     workers = os.cpu_count() or 1 if platform == "cpu" else 1
     with ThreadPoolExecutor(workers) as pool:
