@@ -121,7 +121,8 @@ def solve_on_host(cost: np.ndarray, valid: np.ndarray) -> np.ndarray:
     """Solves every assignment problem of a shard with SciPy.
 
     Args:
-      cost: finite float32 [B, L, N, M].
+      cost: finite float32 [B, L, N, M]; fastest where the costs of an object's queries are
+        neighbours in memory.
       valid: bool [B, M].
 
     Returns:
@@ -134,7 +135,7 @@ def solve_on_host(cost: np.ndarray, valid: np.ndarray) -> np.ndarray:
     for picture in np.flatnonzero(valid.any(axis=1)):
         real = np.flatnonzero(valid[picture])
         # Objects as rows: SciPy's shortest augmenting paths grow with the smaller side.
-        problems = np.ascontiguousarray(cost[picture].swapaxes(1, 2)[:, real])
+        problems = cost[picture].swapaxes(1, 2)[:, real]
         for layer, problem in enumerate(problems):
             rows, queries = linear_sum_assignment(problem)
             result[picture, layer, real[rows]] = queries
@@ -154,9 +155,14 @@ def assign(cost: jax.Array, valid: jax.Array, mesh: Mesh | None = None) -> jax.A
       int32 [B, L, M], as `solve_on_host`.
     """
 
+    def solve(by_object, valid):
+        return solve_on_host(np.asarray(by_object).swapaxes(2, 3), valid)
+
     def call(cost, valid):
         shape = jax.ShapeDtypeStruct((*cost.shape[:2], cost.shape[3]), jnp.int32)
-        return jax.pure_callback(solve_on_host, shape, cost, valid, vmap_method="sequential")
+        # Transposed on the device, so that the host reads the costs of an object as one row.
+        by_object = cost.swapaxes(2, 3)
+        return jax.pure_callback(solve, shape, by_object, valid, vmap_method="sequential")
 
     if mesh is None:
         return call(cost, valid)
