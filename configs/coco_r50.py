@@ -13,6 +13,9 @@ checkpoint is evaluated without any training:
         --out runs/official
     python train.py --config configs/coco_r50.py --workdir runs/official --eval_only
 
+Denoising groups are packed: a picture of more than 40 objects gets fewer than the five groups;
+`dn.layout=paper` gives them to all, at the price of 500 denoising queries for every picture.
+
 To vary: `model.backbone.depth=101`, `model.backbone.dilation=True` (DC5), `model.num_patterns=3`,
 `dn.groups=0` (plain DAB-DETR), `model.dtype=bfloat16`.
 """

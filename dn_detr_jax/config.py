@@ -103,7 +103,7 @@ def base_config() -> ConfigDict:
             "groups": 5,  # denoising groups; 0 trains plain DAB-DETR
             # "packed": each picture gets as many whole groups as fit into `slots`; "paper": all the
             # groups, with groups x data.max_objects slots for every picture (twice if contrastive).
-            "layout": "paper",
+            "layout": "packed",
             "slots": 200,  # denoising queries per picture of the packed layout
             "label_noise": 0.2,  # probability that a label is replaced
             "box_noise": 0.4,  # centre shift and scaling, as a share of the box size
