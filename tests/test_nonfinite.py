@@ -15,7 +15,6 @@ from dn_detr_jax.config import base_config
 from dn_detr_jax.training import loop
 from dn_detr_jax.training.errors import TrainingError
 from dn_detr_jax.training.nonfinite import Watch, unless_nonfinite
-from dn_detr_jax.training.setup import COMPILER_OPTIONS
 from dn_detr_jax.training.state import TrainState
 
 _FINE = {"loss": 2.0, "loss_bbox": 1.0, "grad_norm": 3.0, "nonfinite_costs": 0.0}
@@ -145,7 +144,7 @@ def run(tmp_path, digits_dir, monkeypatch):
     config.model.backbone.stages = 1
     config.eval.num_select = 10
     config.checkpoint.keep_latest = 10
-    monkeypatch.setitem(COMPILER_OPTIONS, "cpu", fast_jit.OPTIONS)
+    config.compile.options = fast_jit.CONFIG
     compiled, seen = [], {}
 
     def compile_once(*arguments):
