@@ -15,7 +15,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dn_detr_jax.agreement import check_agreement
+from dn_detr_jax.agreement import barrier, check_agreement
 from dn_detr_jax.config import ConfigError, compiler_options, validate
 from dn_detr_jax.data.datasets import Dataset, open_dataset
 from dn_detr_jax.data.errors import DataError
@@ -217,6 +217,8 @@ def compile_programs(
     workers = os.cpu_count() or 1 if platform == "cpu" else 1
     with ThreadPoolExecutor(workers) as pool:
         programs = dict(pool.map(compile_one, tasks))
+    # Where devices meet for the first time, they wait for each other for 30 seconds (Gloo).
+    barrier("compiled")
     match = jit_match(mesh)
 
     def detect(params, batch):
