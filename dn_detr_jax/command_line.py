@@ -83,7 +83,10 @@ def one_line(message: str) -> str:
 
 
 def _fail(message: str) -> None:
-    sys.exit("error: " + one_line(message))
+    message = one_line(message)
+    if len(message) > 2000:  # a value that was pasted by mistake
+        message = f"{message[:1500]} ... {message[-400:]}"
+    sys.exit(f"error: {message}")
 
 
 def _parse_flags(argv: Sequence[str], arguments: Sequence[str]) -> list[str]:
@@ -94,7 +97,9 @@ def _parse_flags(argv: Sequence[str], arguments: Sequence[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
     except flags.IllegalFlagValueError as error:
-        _fail(str(error).strip().splitlines()[-1])
+        lines = str(error).strip().splitlines()
+        named = [i for i, line in enumerate(lines) if line.startswith("flag ")]
+        _fail(" ".join(lines[named[-1] if named else -1 :]))  # what comes before says it twice
     except flags.Error as error:
         _fail(str(error))
     any_number = bool(arguments) and arguments[-1].endswith("...")

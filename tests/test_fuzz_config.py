@@ -73,7 +73,7 @@ ANYTHING = st.recursive(
     lambda inner: st.one_of(
         st.lists(inner, max_size=3).map(tuple),
         st.lists(inner, max_size=3),
-        st.dictionaries(st.text(max_size=2), inner, max_size=2),
+        st.dictionaries(st.sampled_from(["a", "b"]), inner, max_size=2),
         st.just(ConfigDict({"x": 1})),
     ),
     max_leaves=6,
@@ -292,7 +292,7 @@ def test_any_argument_is_taken_or_is_one_line(parse, key, argument):
     with within(20), contextlib.redirect_stderr(io.StringIO()):
         result = parse(f"--config.{key}={argument}")
     if isinstance(result, str):
-        assert result.strip() and "\n" not in result and len(result) < 110_000
+        assert f"config.{key}" in result and "\n" not in result and len(result) < 3000
 
 
 @pytest.mark.parametrize("key", ["data.canvases", "seed", "optimizer.lr_multipliers", "data.dir"])

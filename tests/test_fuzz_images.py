@@ -194,13 +194,13 @@ from dn_detr_jax.data.errors import DataError
 from dn_detr_jax.data.images import decode, decode_upright, read_header
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 for path in sorted(pathlib.Path(sys.argv[1]).iterdir()):
-    data, before, start, said = path.read_bytes(), peak(), time.monotonic(), []
+    data, before, start, said = path.read_bytes(), peak(), time.process_time(), []
     for read in (decode, decode_upright, lambda data: decode(data, (60000, 60000))):
         try:
             said.append(str(read(data).shape))
         except DataError as error:
             said.append(str(error))
-    print(json.dumps([path.name, said, peak() - before, time.monotonic() - start]))
+    print(json.dumps([path.name, said, peak() - before, time.process_time() - start]))
 """
 
 
@@ -213,7 +213,7 @@ def test_a_few_bytes_never_take_much_memory_or_time(tmp_path):
         env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
