@@ -39,6 +39,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from PIL import Image
 
+from benchmarks.processes import family, megabytes
 from dn_detr_jax.command_line import run_main
 from dn_detr_jax.config import ConfigError, validate
 from dn_detr_jax.data import images, transforms
@@ -219,22 +220,10 @@ def median(values: Iterable[float]) -> float:
     return float(statistics.median(values))
 
 
-def family() -> list[int]:
-    """This process and all that descend from it."""
-    found = [os.getpid()]
-    for pid in found:
-        try:
-            for task in Path(f"/proc/{pid}/task").iterdir():
-                found += [int(child) for child in (task / "children").read_text().split()]
-        except OSError:  # it has ended
-            continue
-    return found
-
-
 def family_cpu() -> float:
     """CPU seconds of all the processes that are there now."""
     ticks = 0
-    for pid in family():
+    for pid in family(os.getpid()):
         try:
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         except OSError:
@@ -245,14 +234,7 @@ def family_cpu() -> float:
 
 def family_megabytes() -> float:
     """Memory of all the processes together, shared pages counted once."""
-    kilobytes = 0
-    for pid in family():
-        try:
-            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-        except OSError:
-            continue
-        kilobytes += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
-    return kilobytes / 1024
+    return megabytes(family(os.getpid()))
 
 
 def segments() -> set[str]:

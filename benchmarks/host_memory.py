@@ -1,0 +1,156 @@
+"""Does the memory of the host grow while a training runs?
+
+    python -m benchmarks.host_memory --json memory.json
+    python -m benchmarks.host_memory --config.data.workers=2
+
+Trains a tiny detector with the real train.py for 2,000 steps, with its loader, logging, evaluations
+and checkpoints, and looks from outside at the memory of the process and of its children, about
+`--samples` times, at the moments when steps are logged. All of it is counted (proportional set
+size: pages shared with others in part), and the part that no file backs, which is where leaks are.
+
+The row has the largest memory in each quarter of the steps, and the slope over the second half, in
+MB per 1,000 steps, by least squares over the means of ten equal parts of it, with the standard
+error that the parts' deviations from the line give. Steps differ in what they have just done, an
+evaluation for example; means over parts make that even. Linux only.
+"""
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from benchmarks import common
+from benchmarks.processes import family, megabytes
+from benchmarks.trainings import Training, last_line, small_config, write_config
+from dn_detr_jax.command_line import run_main
+from dn_detr_jax.config import ConfigError
+
+FLAGS = flags.FLAGS
+PARTS = 10
+
+
+def long_config() -> ConfigDict:
+    """The tiny detector, for 2,000 steps."""
+    config = small_config()
+    config.train.update(
+        duration="2000 steps",
+        log_every="5 steps",
+        eval_every="100 steps",
+        checkpoint_every="50 steps",
+    )
+    return config
+
+
+def define_flags() -> None:
+    """Defines them, when this is the program."""
+    config_flags.DEFINE_config_dict("config", long_config())
+    flags.DEFINE_integer("samples", 400, "How often to look, at most.", lower_bound=4 * PARTS)
+    flags.DEFINE_string("folder", "", "For data, run and log; empty: a temporary one.")
+    flags.DEFINE_string("json", "", "Write the rows to this file, too.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Memory after a step, in MB."""
+
+    step: int
+    all: float
+    anonymous: float
+
+
+def watch(training: Training, total: int) -> list[Sample]:
+    """Samples of a training, from its first step to its last."""
+    samples: list[Sample] = []
+    every = total / FLAGS.samples
+    due = 0.0
+
+    def is_due() -> bool:
+        time.sleep(0.01)
+        return last_line(training.workdir).get("step", -1) >= due
+
+    while training.wait_until(is_due):
+        step = last_line(training.workdir)["step"]
+        if step >= total:  # what follows, the report, is not the training
+            break
+        pids = family(training.process.pid)
+        samples.append(Sample(step, megabytes(pids), megabytes(pids, "Pss_Anon")))
+        due = step + every
+    training.end_well()
+    return samples
+
+
+def slope(steps: np.ndarray, values: np.ndarray) -> tuple[float, float]:
+    """The slope of a line through the means of equal parts, and its standard error.
+
+    Args:
+      steps: [n], ascending.
+      values: [n].
+    """
+    parts = np.array_split(np.arange(len(steps)), PARTS)
+    x = np.array([steps[part].mean() for part in parts])
+    y = np.array([values[part].mean() for part in parts])
+    centred = x - x.mean()
+    rise = float(centred @ y / (centred @ centred))
+    rest = y - y.mean() - rise * centred
+    return rise, float(np.sqrt(rest @ rest / (PARTS - 2) / (centred @ centred)))
+
+
+def account(samples: Sequence[Sample], total: int) -> list[dict[str, Any]]:
+    """A row for each kind of memory."""
+    steps = np.array([sample.step for sample in samples])
+    half = steps >= total / 2
+    rows = []
+    for kind in ("all", "anonymous"):
+        values = np.array([getattr(sample, kind) for sample in samples])
+        rise, error = slope(steps[half], values[half])
+        quarters = [values[steps * 4 // total == i].max() for i in range(4)]
+        rows.append(
+            {
+                "memory": kind,
+                "steps": total,
+                "samples": len(samples),
+                **{f"quarter_{i + 1}_mb": round(q, 1) for i, q in enumerate(quarters)},
+                "mb_per_1000_steps": round(1000 * rise, 2),
+                "standard_error": round(1000 * error, 2),
+                "series": [[s, round(v, 2)] for s, v in zip(steps.tolist(), values, strict=True)],
+            }
+        )
+    return rows
+
+
+def measure(folder: Path) -> None:
+    """The run in a folder, and its report."""
+    report = common.Report("host_memory")
+    total = int(FLAGS.config.train.duration.split()[0])
+    training = Training(write_config(FLAGS.config, folder), folder / "run")
+    start = time.monotonic()
+    samples = watch(training, total)
+    minutes = round((time.monotonic() - start) / 60, 1)
+    for row in account(samples, total):
+        report.add(row | {"workers": FLAGS.config.data.workers, "minutes": minutes})
+    report.show()
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the benchmark."""
+    del argv
+    if not FLAGS.config.train.duration.endswith("steps"):
+        raise ConfigError("train.duration", FLAGS.config.train.duration, "in steps")
+    if FLAGS.folder:
+        folder = Path(FLAGS.folder).absolute()
+        folder.mkdir(parents=True)
+        measure(folder)
+    else:
+        with tempfile.TemporaryDirectory() as name:
+            measure(Path(name))
+
+
+if __name__ == "__main__":
+    define_flags()
+    run_main(main, (ConfigError, OSError, RuntimeError))

@@ -1,0 +1,173 @@
+"""Trainings of a tiny detector with the real train.py, as processes that others look at.
+
+No flags are defined here, so that several benchmarks can share it.
+"""
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from benchmarks import common
+from dn_detr_jax.config import base_config, validate
+
+PATIENCE = 600  # seconds for one start of train.py
+
+
+def small_config() -> ConfigDict:
+    """A detector that compiles in seconds, and a run of a few seconds."""
+    config = base_config()
+    config.data.update(
+        name="digits_tiny",
+        canvases=((96, 96),),
+        max_objects=6,
+        eval_short_side=64,
+        eval_max_long_side=96,
+    )
+    config.data.augment.update(
+        short_sides=(56, 64), max_long_side=96, crop_resize=(64,), crop_size=(40, 56)
+    )
+    config.model.update(
+        num_classes=10,
+        hidden_dim=16,
+        num_heads=2,
+        ffn_dim=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        num_queries=9,
+        dropout=0.1,
+    )
+    config.model.backbone.update(
+        depth=18, width=4, stages=1, norm="group_norm", stem="light", frozen_stages=-1
+    )
+    config.dn.groups = 2
+    config.optimizer.update(learning_rate=1e-3, lr_multipliers=(), schedule="cosine", warmup="5%")
+    config.train.update(
+        duration="100 steps",
+        batch_size=4,
+        ema_decay=0.99,
+        log_every="1 steps",
+        eval_every="20 steps",
+        checkpoint_every="5 steps",
+    )
+    config.eval.update(batch_size=8, num_select=20, instability_images=20, pictures=4)
+    return config
+
+
+def write_config(config: ConfigDict, folder: Path) -> Path:
+    """Writes a config for train.py, with data and compiled programs in a folder; its path.
+
+    Raises:
+      ConfigError: a value can't be.
+    """
+    config.data.dir, config.compile.cache_dir = str(folder / "data"), str(folder / "cache")
+    validate(config)
+    path = folder / "config.py"
+    values = f"ConfigDict({config.to_dict()!r})"
+    path.write_text(f"from ml_collections import ConfigDict\nget_config = lambda: {values}\n")
+    return path
+
+
+class Training:
+    """One start of train.py in a work directory.
+
+    Attributes:
+      workdir: of the run, which may have been started before.
+      process: running, or ended.
+      began: value of `time.monotonic` at its start.
+    """
+
+    def __init__(self, config_file: Path, workdir: Path):
+        """Starts it; what it prints is added to a file beside the work directory, `.log`.
+
+        Args:
+          config_file: of `write_config`.
+          workdir: of the run.
+        """
+        self.workdir, self.began, self._began_at = workdir, time.monotonic(), time.time()
+        self._log = workdir.with_suffix(".log")
+        command = [sys.executable, str(common.ROOT / "train.py")]
+        command += [f"--config={config_file}", f"--workdir={workdir}"]
+        with self._log.open("a") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment())
+
+    def wait_until(self, happened: Callable[[], bool]) -> bool:
+        """Waits for something; False if the process has ended before.
+
+        Raises:
+          RuntimeError: that took too long; the process is killed.
+        """
+        while not happened():
+            if self.process.poll() is not None:
+                return False
+            if time.monotonic() > self.began + PATIENCE:
+                self.process.kill()
+                raise RuntimeError(f"{self._log}: not done after {PATIENCE} seconds")
+            time.sleep(0.003)
+        return self.process.poll() is None
+
+    def handles(self, number: int) -> bool:
+        """Whether the process has a handler for a signal."""
+        with contextlib.suppress(OSError):
+            status = Path(f"/proc/{self.process.pid}/status").read_text()
+            found = re.search(r"SigCgt:\s*(\w+)", status)
+            return found is not None and bool(int(found[1], 16) >> (number - 1) & 1)
+        return False
+
+    def trains(self) -> bool:
+        """Whether it has logged a step of its own; the lines of processes before are older."""
+        return last_line(self.workdir).get("time", 0.0) > self._began_at
+
+    def end(self) -> int:
+        """Waits for the end; the exit status."""
+        return self.process.wait(PATIENCE)
+
+    def end_well(self) -> None:
+        """Waits for the end; RuntimeError if it is not a good one."""
+        if self.end():
+            raise RuntimeError(f"{self.workdir}: ended with an error: {self.tail()}")
+
+    def tail(self) -> str:
+        """The last line that it printed."""
+        lines = self._log.read_text(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "it printed nothing"
+
+
+def environment() -> dict[str, str]:
+    """Of the trainings: on a CPU, programs that are compiled quickly."""
+    found = dict(os.environ)
+    if found.get("JAX_PLATFORMS") == "cpu":
+        quick = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+        found.setdefault("XLA_FLAGS", quick)
+    return found
+
+
+def last_line(workdir: Path) -> dict[str, Any]:
+    """The last complete line of `metrics.jsonl`, {} if there is none; however long the file is."""
+    try:
+        with (workdir / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 20_000))
+            lines = file.read().split(b"\n")[:-1]
+        return json.loads(lines[-1])
+    except (OSError, ValueError, IndexError):
+        return {}
+
+
+def checkpoints(workdir: Path) -> list[int]:
+    """Steps of the complete checkpoints."""
+    folder = workdir / "checkpoints"
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def unfinished(workdir: Path) -> bool:
+    """Whether a checkpoint is being written, or was when the process ended."""
+    return any((workdir / "checkpoints").glob("*orbax-checkpoint-tmp*"))
