@@ -5,6 +5,7 @@ average, may be split over the devices instead (Rajbhandari et al., "ZeRO", SC 2
 device then updates its part, and the new parameters are gathered once per step.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -107,7 +108,12 @@ def evaluation_params(state: TrainState, mesh: Mesh) -> PyTree:
     """What is evaluated: the moving average where there is one, with a copy on every device."""
     if state.ema is None:
         return state.params
-    return jax.jit(lambda p: p, out_shardings=replicated(mesh))(state.ema)
+    return _gather(mesh)(state.ema)
+
+
+@functools.cache  # a new function each time would be compiled for every evaluation
+def _gather(mesh: Mesh) -> Callable[[PyTree], PyTree]:
+    return jax.jit(lambda p: p, out_shardings=replicated(mesh))
 
 
 def moving_average(ema: PyTree, params: PyTree, step: jax.Array, decay: float) -> PyTree:

@@ -334,19 +334,19 @@ def train_step(
         # Every device goes on with its part of the gradients, to update its part of the moments.
         split = largest_axis_over_data(grads, mesh)
         grads = jax.lax.with_sharding_constraint(grads, split)
-    metrics |= {"loss": loss, "grad_norm": optax.tree.norm(grads)}
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    before_update = metrics | {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+    metrics = before_update | {
+        "update_norm": optax.tree.norm(updates),
+        "param_norm": optax.tree.norm(params),
+    }
     ema = state.ema
     if ema is not None:
         ema = moving_average(ema, params, state.step, config.train.ema_decay)
     new = TrainState(state.step + 1, params, opt_state, ema)
     if config.on_nonfinite == "skip":
-        new, metrics["skipped"] = unless_nonfinite(new, state, metrics)
-    metrics |= {
-        "update_norm": optax.tree.norm(updates),
-        "param_norm": optax.tree.norm(new.params),
-    }
+        new, metrics["skipped"] = unless_nonfinite(new, state, before_update)
     return new, metrics
 
 
