@@ -38,7 +38,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import flags
+from absl import flags, logging
 from ml_collections import config_flags
 
 from benchmarks import common
@@ -262,6 +262,7 @@ def main(argv: Sequence[str]) -> None:
     """Runs the benchmark."""
     del argv
     jax.config.update("jax_platforms", "cpu")  # this process only reads
+    logging.set_verbosity(logging.WARNING)
     if FLAGS.folder:
         folder = Path(FLAGS.folder).absolute()
         folder.mkdir(parents=True)  # runs that were there would be continued
