@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import shutil
 import signal
@@ -404,6 +405,14 @@ def test_another_model_names_the_first_differing_parameters(saved):
 
 async def _full_disk(*args, **kwargs):
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_the_tasks_of_a_failed_save_are_not_told_one_by_one(copied, caplog):
+    """Catches pages of asyncio after the one line that says what happened."""
+    with Checkpoints(copied, None):
+        for place in ("/site-packages/orbax/checkpoint/serialization.py", "/mine.py"):
+            logging.getLogger("asyncio").error("Task exception ...\nfuture: <defined at %s>", place)
+    assert [record.args for record in caplog.records if record.name == "asyncio"] == [("/mine.py",)]
 
 
 def test_a_full_disk_is_reported_and_leaves_the_others_intact(copied, monkeypatch):

@@ -111,6 +111,21 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, name):
     writer.close()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no file that is always full")
+def test_an_error_is_not_replaced_by_that_of_closing(tmp_path):
+    """Catches a run that says of its curves what it should say of its checkpoint."""
+    for error in (None, RuntimeError("the checkpoint")):
+        with (
+            pytest.raises(OSError if error is None else RuntimeError),
+            MetricWriter(tmp_path) as writer,
+        ):
+            full = Path("/dev/full")
+            writer._tensorboard._file._writer = full.open("ab")
+            writer.scalars(1, {"loss": 1.0})
+            if error is not None:
+                raise error
+
+
 def test_two_writers_at_once_share_no_file(tmp_path):
     """Catches names that hold whole seconds: the second writer empties the first one's file."""
     for step in (1, 2):

@@ -26,6 +26,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,7 @@ class Checkpoints:
         self._saving: int | None = None
         self._scores: dict[int, float] = {}
         logging.get_absl_logger().addFilter(_is_not_from_orbax)
+        getLogger("asyncio").addFilter(_is_not_of_orbax)
         with self._reported("opening the directory"):
             self._document = _document(config, categories) if config is not None else None
             if self._document is not None:
@@ -725,3 +727,8 @@ def _listed(steps: Sequence[int]) -> str:
 def _is_not_from_orbax(record: Any) -> bool:
     # Orbax logs the traceback of every failure that it also raises, from several threads.
     return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
+def _is_not_of_orbax(record: Any) -> bool:
+    # A full disk fails the task of every array; when the program ends, asyncio tells of each.
+    return f"{os.sep}orbax{os.sep}" not in record.getMessage()

@@ -159,8 +159,10 @@ class MetricWriter:
     def __enter__(self) -> "MetricWriter":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        # What ended the run says more than that the rest can't be written either.
+        with contextlib.nullcontext() if error is None else contextlib.suppress(OSError):
+            self.close()
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
