@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from benchmarks import common
 from dn_detr_jax.config import base_config, validate
 
-PATIENCE = 600  # seconds for one start of train.py
+PATIENCE = 3600  # seconds for one start of train.py; machines may be busy
 
 
 def small_config() -> ConfigDict:
