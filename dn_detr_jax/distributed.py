@@ -25,7 +25,7 @@ from typing import Any
 from absl import flags
 
 from dn_detr_jax.command_line import one_line
-from dn_detr_jax.roll_call import Peers, RollCallError, call_roll
+from dn_detr_jax.roll_call import VANISHED, Peers, RollCallError, call_roll
 
 # Number and index of the processes, where launchers say them: Open MPI, MPICH and its relatives,
 # PyTorch's. Slurm's variables are JAX' own.
@@ -34,7 +34,7 @@ _LAUNCHERS = (
     ("PMI_SIZE", "PMI_RANK"),
     ("WORLD_SIZE", "RANK"),
 )
-_NEWS_SECONDS = 3.0  # until an error of the devices is taken for what is wrong itself
+_NEWS_SECONDS = 3.0  # until an error is taken for what is wrong itself
 
 
 class DistributedError(RuntimeError):
@@ -169,7 +169,7 @@ def _check_flags(mode: str, given: Mapping[str, Any]) -> None:
 
 def _is_address(address: str) -> bool:
     match = re.fullmatch(r"(\[[0-9a-fA-F:.%]+\]|[^\s:\[\]]+):(\d+)", address)
-    return bool(match) and 0 < int(match[2]) < 2**16
+    return match is not None and 0 < int(match[2]) < 2**16
 
 
 def _detected(
@@ -256,32 +256,23 @@ def working_together(
 def _end_with_error(error: BaseException, expected_errors: tuple[type[Exception], ...]) -> None:
     """Ends this process and, through what they watch, all others."""
     assert _peers is not None
-    if _is_of_devices(error):
-        # It may be here before the news that a process is lost, which says more and ends this one.
+    expected = isinstance(error, expected_errors)
+    if not expected or error.__cause__ is not None:
+        # It may come from a lost process. The news of that says more, and ends this process.
         time.sleep(_NEWS_SECONDS)
     line = one_line(str(error)) or type(error).__name__
-    if not isinstance(error, expected_errors):
+    if not expected:
         traceback.print_exception(error)
         line = f"{type(error).__name__}: {line}"
     _peers.leave(line[:1000])
     _end(f"error: process {_peers.index}: {line}")
 
 
-def _is_of_devices(error: BaseException | None) -> bool:
-    import jax
-
-    while error is not None:
-        if isinstance(error, jax.errors.JaxRuntimeError):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
 def _end_without_them(lost: str) -> None:
     """Called in a thread of its own: the main one may be waiting for a device, for ever."""
     assert _peers is not None
-    advice = "start all processes again, with the same command, to continue"
-    _end(f"error: process {_peers.index}: {lost}; {advice}")
+    advice = "; start all processes again, with the same command, to continue"
+    _end(f"error: process {_peers.index}: {lost}{advice if VANISHED in lost else ''}")
 
 
 def _end(message: str) -> None:

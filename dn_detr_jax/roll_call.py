@@ -211,7 +211,8 @@ def _listen(port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         raise RollCallError(
             f"process 0 can't listen on port {port} of this machine ({error}): another program, "
-            "or another process 0, uses it; choose another port in --coordinator_address"
+            "or another process 0, uses it; choose another port (--coordinator_address, or "
+            "JAX_COORDINATOR_PORT where the cluster names the host)"
         ) from error
 
 

@@ -1,8 +1,10 @@
 """Who a process is among others: from flags, from the environment, or an error."""
 
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -132,3 +134,74 @@ def test_wrong_flags_end_train_py_with_one_line(tmp_path, environment):
     assert done.returncode == 1
     assert done.stderr.startswith("error: --coordinator_address and --process_id missing")
     assert done.stderr.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_a_coordinator_that_is_not_there_ends_train_py_with_one_line(tmp_path, environment):
+    """In bounded time, and without what JAX says: a stack trace that names no address."""
+    with socket.create_server(("", 0)) as listening:
+        address = f"localhost:{listening.getsockname()[1]}"
+    command = [sys.executable, str(_ROOT / "train.py"), "--config=configs/digits.py"]
+    command += [f"--workdir={tmp_path / 'run'}", "--num_processes=2", "--process_id=1"]
+    command += [f"--coordinator_address={address}", "--start_timeout=1"]
+    done = subprocess.run(
+        command, cwd=_ROOT, capture_output=True, text=True, check=False, timeout=100
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: process 1: process 0 can't be reached at {address}")
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+_SCRIPT = """
+import sys, time
+from dn_detr_jax import agreement, distributed
+
+index, address, what = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+with distributed.working_together(distributed.Membership(address, 2, index), (OSError,)):
+    agreement.barrier("start")
+    print("started", flush=True)
+    agreement.barrier("said so")
+    if what == "error" and index == 1:
+        raise OSError("image 17\\ncan't be read")
+    if index == 0:
+        time.sleep(1000)
+    agreement.barrier("never reached")
+"""
+
+
+def _two(what):
+    """Two processes that have started; the second one waits for the first, or fails."""
+    with socket.create_server(("", 0)) as listening:
+        address = f"localhost:{listening.getsockname()[1]}"
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", _SCRIPT, str(i), address, what], env=env, **pipes)
+        for i in range(2)
+    ]
+    for process in processes:
+        while "started" not in process.stdout.readline():
+            assert process.poll() is None, process.stderr.read()
+    return processes
+
+
+def test_the_error_of_one_is_the_last_line_of_all():
+    """Catches a process that waits for ever, here in a sleep, for one that has failed."""
+    processes = _two("error")
+    errors = [process.communicate(timeout=60)[1].splitlines()[-1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1]
+    assert errors[1] == "error: process 1: image 17 can't be read"
+    assert errors[0] == "error: process 0: process 1 has ended: image 17 can't be read"
+
+
+def test_the_end_of_the_coordinator_is_noticed():
+    """JAX has noticed it too, and may be faster: then its own message has to do."""
+    first, second = _two("killed")
+    killed = time.monotonic()
+    first.kill()
+    stderr = second.communicate(timeout=60)[1]
+    assert time.monotonic() - killed < 30
+    if second.returncode == 1:
+        assert "process 0 has ended without a word" in stderr.splitlines()[-1]
+    else:
+        assert second.returncode < 0 and "the JAX distributed service detected" in stderr
+    first.communicate()
