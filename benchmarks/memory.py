@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
     report = common.Report("memory")
     for setting in common.settings_of_flags(FLAGS.config):
         for layout in ("paper", "packed"):
-            for remat in ((), *((part,) for part in PARTS), PARTS):
+            for remat in ((), ("attention",), *((part,) for part in PARTS), PARTS):
                 config = copy.deepcopy(FLAGS.config)
                 common.apply_setting(config, setting)
                 config.dn.layout, config.model.remat = layout, remat

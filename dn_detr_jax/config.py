@@ -81,7 +81,8 @@ def base_config() -> ConfigDict:
             "random_refpoints_xy": False,  # anchors' centres uniform over the image at the start
             "dtype": "float32",  # of the compute; parameters are always float32
             # Of "backbone", "encoder", "decoder": parts whose layers keep only their inputs for the
-            # backward pass and compute the rest again. Less memory, more compute, the same numbers.
+            # backward pass and compute the rest again; and of "attention": the scores of encoder
+            # and decoder alone. Less memory, more compute, the same numbers.
             "remat": (),
         }
     )
@@ -474,7 +475,7 @@ def _check_model(checker: _Checker) -> None:
     )
     checker.one_of("model.activation", "prelu", "relu")
     checker.one_of("model.dtype", "float32", "bfloat16")
-    remat, parts = checker["model.remat"], ("backbone", "encoder", "decoder")
+    remat, parts = checker["model.remat"], ("backbone", "encoder", "decoder", "attention")
     right = isinstance(remat, tuple | list) and all(part in parts for part in remat)
     checker.check("model.remat", right, f'some of {parts}, for example ("encoder",)')
     checker.number(lambda value: 0 <= value < 1, "from 0 to below 1", "model.dropout")

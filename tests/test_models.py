@@ -266,8 +266,9 @@ def rematerialised(tiny, parts):
     return loss
 
 
-def test_rematerialisation_does_not_change_the_numbers(tiny):
-    loss = rematerialised(tiny, ("backbone", "encoder", "decoder"))
+@pytest.mark.parametrize("parts", [("backbone", "encoder", "decoder"), ("attention",)])
+def test_rematerialisation_does_not_change_the_numbers(tiny, parts):
+    loss = rematerialised(tiny, parts)
     arguments = tiny.params, picture_batch(), object_noise()
     (want, want_terms), want_gradient = tiny.loss_and_gradient(*arguments)
     (got, got_terms), gradient = fast_jit(jax.value_and_grad(loss, has_aux=True))(*arguments)
@@ -293,11 +294,14 @@ def test_rematerialisation_keeps_less_for_the_backward_pass(tiny):
         return sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
 
     everything = kept(())
-    saved = {part: everything - kept((part,)) for part in ("backbone", "encoder", "decoder")}
+    parts = "backbone", "encoder", "decoder", "attention"
+    saved = {part: everything - kept((part,)) for part in parts}
     # Tokens x tokens x heads x pictures of float32: the least that an attention keeps.
     assert saved["encoder"] > (CANVAS // 4) ** 4 * 2 * 3 * 4
     assert saved["decoder"] > 2 * 20 * (CANVAS // 4) ** 2 * 2 * 3 * 4
     assert saved["backbone"] > 4 * (CANVAS // 4) ** 2 * 8 * 3 * 4
+    attentions = (CANVAS // 4) ** 4 * 2 * 3 * 4 + 2 * 20 * (CANVAS // 4) ** 2 * 2 * 3 * 4
+    assert attentions < saved["attention"] < saved["encoder"] + saved["decoder"]
 
 
 # --- independence from the canvas -----------------------------------------------------------------

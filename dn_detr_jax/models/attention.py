@@ -10,7 +10,13 @@ LAYER_NORM_EPS = 1e-5
 
 
 def attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, num_heads: int
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array,
+    num_heads: int,
+    *,
+    remat: bool = False,
 ) -> jax.Array:
     """Multi-head scaled dot-product attention; scores and softmax in float32.
 
@@ -20,6 +26,7 @@ def attention(
       value: [B, K, heads * e]; e may differ from d.
       mask: bool, broadcasting to [B, Q, K], True: may attend. Every row needs one True.
       num_heads: heads.
+      remat: compute the scores again in the backward pass in place of keeping them.
 
     Returns:
       [B, Q, heads * e] in the dtype of `value`.
@@ -28,12 +35,16 @@ def attention(
     def heads(x):
         return x.reshape(*x.shape[:2], num_heads, -1)
 
-    query, key, value = heads(query), heads(key), heads(value)
-    scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
-    scores = scores * (query.shape[-1] ** -0.5)
-    scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    out = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+    def weighted_sum(query, key, value):
+        scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
+        scores = scores * (query.shape[-1] ** -0.5)
+        scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+        return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+
+    if remat:
+        weighted_sum = jax.checkpoint(weighted_sum)
+    out = weighted_sum(heads(query), heads(key), heads(value))
     return out.reshape(*out.shape[:2], -1)
 
 

@@ -36,6 +36,7 @@ class DecoderLayer(nn.Module):
         content.
       position_gain: see `Decoder`.
       dtype: of the compute.
+      remat_attention: compute the scores of the attentions again, see `attention`.
     """
 
     num_heads: int
@@ -45,6 +46,7 @@ class DecoderLayer(nn.Module):
     first: bool
     position_gain: float
     dtype: jnp.dtype
+    remat_attention: bool = False
 
     def _project(self, x: jax.Array, name: str) -> jax.Array:
         return Linear(x.shape[-1], dtype=self.dtype, name=name)(x)
@@ -88,9 +90,10 @@ class DecoderLayer(nn.Module):
           [B, Q, D].
         """
         project = self._project
+        options = {"remat": self.remat_attention}
         query = project(x, "self_query_content") + project(query_position, "self_query_position")
         key = project(x, "self_key_content") + project(query_position, "self_key_position")
-        y = attention(query, key, project(x, "self_value"), mask, self.num_heads)
+        y = attention(query, key, project(x, "self_value"), mask, self.num_heads, **options)
         x = self._residual(x, y, "self", train)
 
         query, key = project(x, "cross_query_content"), project(memory, "cross_key_content")
@@ -105,6 +108,7 @@ class DecoderLayer(nn.Module):
             project(memory, "cross_value"),
             memory_valid[:, None, :],
             self.num_heads,
+            **options,
         )
         x = self._residual(x, y, "cross", train)
         return FeedForward(
@@ -128,6 +132,7 @@ class Decoder(nn.Module):
         weights everywhere, as published.
       dtype: of the compute; anchors stay in float32.
       remat: compute layers again in the backward pass, see `config.model.remat`.
+      remat_attention: compute the scores of the attentions again, see `attention`.
     """
 
     num_layers: int
@@ -139,6 +144,7 @@ class Decoder(nn.Module):
     position_gain: float
     dtype: jnp.dtype
     remat: bool = False
+    remat_attention: bool = False
 
     @nn.compact
     def __call__(
@@ -203,6 +209,7 @@ class Decoder(nn.Module):
                 first=i == 0,
                 position_gain=self.position_gain,
                 dtype=self.dtype,
+                remat_attention=self.remat_attention,
                 name=f"layer{i}",
             )(
                 x,

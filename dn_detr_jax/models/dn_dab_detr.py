@@ -78,7 +78,8 @@ class DNDabDetr(nn.Module):
       position_gain: how the position part of the cross-attention starts, see `Decoder`.
       random_refpoints_xy: anchors start with centres uniform over the picture.
       dtype: of the compute.
-      remat: parts whose layers are computed again in the backward pass, "encoder" and "decoder".
+      remat: parts whose layers are computed again in the backward pass, "encoder" and "decoder";
+        and "attention", the scores of both.
     """
 
     backbone: ResNet
@@ -144,9 +145,16 @@ class DNDabDetr(nn.Module):
 
         shared = (self.num_heads, self.ffn_dim, self.activation, self.dropout)
         position, valid = tokens(position).astype(self.dtype), tokens(valid)
-        memory = Encoder(
-            self.encoder_layers, *shared, self.dtype, "encoder" in self.remat, name="encoder"
-        )(tokens(projected), position, valid, train=train)
+        again = {"remat_attention": "attention" in self.remat}
+        encoder = Encoder(
+            self.encoder_layers,
+            *shared,
+            dtype=self.dtype,
+            remat="encoder" in self.remat,
+            **again,
+            name="encoder",
+        )
+        memory = encoder(tokens(projected), position, valid, train=train)
 
         content, anchors, mask = self._queries(image.shape[0], dn, attend_padding)
         box_head = MLP(
@@ -163,6 +171,7 @@ class DNDabDetr(nn.Module):
             position_gain=self.position_gain,
             dtype=self.dtype,
             remat="decoder" in self.remat,
+            **again,
             name="decoder",
         )
         states, references = decoder(

@@ -21,6 +21,7 @@ class EncoderLayer(nn.Module):
       activation: "prelu" or "relu".
       dropout: rate.
       dtype: of the compute.
+      remat_attention: compute the scores of the attention again, see `attention`.
     """
 
     num_heads: int
@@ -28,6 +29,7 @@ class EncoderLayer(nn.Module):
     activation: str
     dropout: float
     dtype: jnp.dtype
+    remat_attention: bool = False
 
     @nn.compact
     def __call__(
@@ -46,6 +48,7 @@ class EncoderLayer(nn.Module):
             project(x, "value"),
             valid[:, None, :],
             self.num_heads,
+            remat=self.remat_attention,
         )
         y = Linear(x.shape[-1], nn.initializers.zeros, dtype=self.dtype, name="out")(y)
         y = nn.Dropout(self.dropout)(y, deterministic=not train)
@@ -66,6 +69,7 @@ class Encoder(nn.Module):
       dropout: rate.
       dtype: of the compute.
       remat: compute layers again in the backward pass, see `config.model.remat`.
+      remat_attention: compute the scores of the attention again, see `attention`.
     """
 
     num_layers: int
@@ -75,6 +79,7 @@ class Encoder(nn.Module):
     dropout: float
     dtype: jnp.dtype
     remat: bool = False
+    remat_attention: bool = False
 
     @nn.compact
     def __call__(
@@ -101,6 +106,7 @@ class Encoder(nn.Module):
                 self.activation,
                 self.dropout,
                 self.dtype,
+                self.remat_attention,
                 name=f"layer{i}",
             )(x, position * scale(x), valid, train)
             self.sow("intermediates", f"enc{i}", x)
