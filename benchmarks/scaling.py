@@ -84,7 +84,7 @@ def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
         axes.set_xticks(devices, [str(n) for n in devices])
         axes.set_xlabel("devices")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.18))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)
