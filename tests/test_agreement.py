@@ -1,11 +1,11 @@
 """What two processes do together: their rows, the matching, what they gather and compare."""
 
+import dataclasses
 import json
 import os
 import socket
 import subprocess
 import sys
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -121,7 +121,8 @@ def test_a_folder_that_is_not_shared_is_noticed(facts):
     assert facts[0]["left"] == []
 
 
-class _Device(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Device:
     id: int
     process_index: int
     platform: str = "cpu"
@@ -132,6 +133,16 @@ def _devices(*counts):
     each = [[(i, process) for i in range(count)] for process, count in enumerate(counts)]
     turns = sorted(pair for pairs in each for pair in pairs)
     return [_Device(number, process) for number, (_, process) in enumerate(turns)]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "processes"), [(-1, [0, 0, 1, 1, 2, 2]), (6, [0, 0, 1, 1, 2, 2]), (3, [0, 1, 2])]
+)
+def test_the_mesh_goes_by_processes(wanted, processes):
+    """Catches the order of jax's devices, which need not be that of the rows."""
+    devices = _devices(2, 2, 2)
+    assert [d.process_index for d in devices] == [0, 1, 2, 0, 1, 2]
+    assert [d.process_index for d in make_mesh(wanted, devices).devices.flat] == processes
 
 
 @pytest.mark.parametrize(
