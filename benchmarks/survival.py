@@ -83,7 +83,9 @@ class Durations:
         training.end_well()
         self.total = time.monotonic() - training.began
         lines = metrics(workdir)
-        self.evaluation = max(line.get("time/eval_seconds", 0) for line in lines)
+        self.evaluation = min(
+            line["time/eval_seconds"] for line in lines if "time/eval_seconds" in line
+        )
         self.step = statistics.median(
             line["time/seconds"] for line in lines if "time/seconds" in line
         )
@@ -135,6 +137,7 @@ class Signals:
             return ready and self._pause(training, 0.9 * durations.start)
         if not training.wait_until(training.trains):
             return False
+        durations.start = min(durations.start, time.monotonic() - training.began)
         # Some steps on, so that not every process does the same steps again.
         goal = last_line(workdir)["step"] + self._random.randint(0, 4)
         training.wait_until(lambda: last_line(workdir)["step"] >= goal)
@@ -143,7 +146,7 @@ class Signals:
             return there and self._pause(training, durations.checkpoint)
         if moment == "evaluation":
             there = training.wait_until(lambda: evaluates(workdir))
-            return there and self._pause(training, durations.evaluation)
+            return there and self._pause(training, 0.7 * durations.evaluation)
         return self._pause(training, 10 * durations.step)
 
     def _pause(self, training: Training, longest: float) -> bool:
