@@ -27,9 +27,10 @@ from absl import flags
 from dn_detr_jax.command_line import one_line
 from dn_detr_jax.roll_call import VANISHED, Peers, RollCallError, call_roll
 
-# Number and index of the processes, where launchers say them: Open MPI, MPICH and its relatives,
-# PyTorch's. Slurm's variables are JAX' own.
+# Number and index of the processes, where launchers say them: srun, Open MPI, MPICH and its
+# relatives, PyTorch's.
 _LAUNCHERS = (
+    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
     ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
     ("PMI_SIZE", "PMI_RANK"),
     ("WORLD_SIZE", "RANK"),
@@ -184,8 +185,11 @@ def _detected(
         from jax._src.clusters import ClusterEnv
 
         detect = ClusterEnv.auto_detect_unset_distributed_params
+    except (ImportError, AttributeError):  # another JAX: flags and launchers are left
+        return address, count, index, None
+    try:
         address, count, index, devices = detect(address, count, index, None, None, seconds)
-    except Exception as error:  # of network, name service, a cluster's interface, or another JAX
+    except Exception as error:  # of network, name service or a cluster's interface
         if None not in (address, count, index):
             return address, count, index, None
         raise DistributedError(

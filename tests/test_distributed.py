@@ -98,6 +98,16 @@ def test_a_launcher_that_jax_does_not_know_is_no_licence_to_train_alone(environm
     assert find_membership() == Membership("head:1234", 4, 2)
 
 
+def test_a_jax_that_can_not_be_asked_leaves_flags_and_launchers(environment, monkeypatch):
+    """Its detection is no public interface: without it one process must still be able to train."""
+    monkeypatch.setitem(sys.modules, "jax._src.clusters", None)
+    assert find_membership() is None
+    assert find_membership("auto", "a:1", 2, 1) == Membership("a:1", 2, 1)
+    environment(_SLURM | {"SLURM_STEP_NUM_TASKS": "16"})
+    with pytest.raises(DistributedError, match=r"SLURM_STEP_NUM_TASKS=16.*--coordinator_address"):
+        find_membership()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
