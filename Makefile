@@ -23,7 +23,7 @@ eval: $(VENV)/.installed  ## evaluate the best checkpoint of WORKDIR
 	$(VENV)/bin/python train.py --config $(CONFIG) --workdir $(WORKDIR) --eval_only $(ARGS)
 
 test: $(VENV)/.installed-dev  ## all tests
-	@$(VENV)/bin/python -m pytest --numprocesses=2 --dist=loadfile $(ARGS)
+	@$(VENV)/bin/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## what a change must pass besides the tests
 	$(VENV)/bin/ruff check .
