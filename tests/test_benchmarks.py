@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from fast_jit import fast_jit
+from fast_jit import XLA_FLAGS, fast_jit
 from tiny_detector import object_noise, picture_batch
 
 from benchmarks import common, matching, peer, step_parts
@@ -25,7 +25,7 @@ from dn_detr_jax.models.registry import abstract_params, build_model
 _ROOT = Path(__file__).parent.parent
 _ENV = os.environ | {
     "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+    "XLA_FLAGS": XLA_FLAGS,
 }
 
 

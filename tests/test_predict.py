@@ -262,7 +262,7 @@ def test_command_writes_results_and_goes_on_after_a_broken_file(
     (folder / "000000000001.jpg").write_bytes(b"broken")
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+        "XLA_FLAGS": fast_jit.XLA_FLAGS,
     }
     command = [sys.executable, "-m", "dn_detr_jax.predict", f"--workdir={digits_run}", str(folder)]
     done = subprocess.run(

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fast_jit
 import jax
 import jax.numpy as jnp
 import pytest
@@ -21,7 +22,6 @@ from dn_detr_jax.sharding import make_mesh
 
 _ROOT = Path(__file__).parent.parent
 _CONFIG = "tests/data/tiny_step.py"
-_QUICK_ON_CPU = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 
 def _has_libtpu():
@@ -85,7 +85,7 @@ def test_the_devices_present_are_a_topology_too(tmp_path):
     """Catches figures of a chip that is not there, and a step that does not compile."""
     file = tmp_path / "cost.json"
     arguments = f"--config {_CONFIG} --topology local --batch_per_device 2 --canvas 32x32"
-    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": _QUICK_ON_CPU}
+    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": fast_jit.XLA_FLAGS}
     status, out, err = _run(*arguments.split(), "--json", str(file), **environment)
     assert status == 0, err
     record = json.loads(file.read_text())

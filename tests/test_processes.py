@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+import fast_jit
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -23,7 +24,6 @@ import pytest
 
 _ROOT = Path(__file__).parent.parent
 _CONFIG = _ROOT / "tests" / "data" / "tiny_processes.py"
-_COMPILE_QUICKLY = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 _SECONDS = 900  # far more than anything here takes, on a busy machine too
 
 
@@ -35,7 +35,9 @@ class Run:
         self.outputs.mkdir(exist_ok=True)
         command = [sys.executable, str(_ROOT / "train.py"), f"--config={_CONFIG}"]
         command += [f"--workdir={workdir}", f"--config.data.dir={digits_dir}", *arguments]
-        flags = f"{_COMPILE_QUICKLY} --xla_force_host_platform_device_count={devices // processes}"
+        flags = (
+            f"{fast_jit.XLA_FLAGS} --xla_force_host_platform_device_count={devices // processes}"
+        )
         env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
         address = f"localhost:{_free_port()}"
         self.processes = []

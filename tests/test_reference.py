@@ -36,8 +36,7 @@ AMPLIFIED = (
 @pytest.fixture(scope="module")
 def components():
     """What the command prints, in a process of its own that does not optimise the programs."""
-    options = " ".join(f"--{name}={str(value).lower()}" for name, value in fast_jit.OPTIONS.items())
-    environment = os.environ | {"XLA_FLAGS": options, "PYTHONPATH": str(DATA.parents[2])}
+    environment = os.environ | {"XLA_FLAGS": fast_jit.XLA_FLAGS, "PYTHONPATH": str(DATA.parents[2])}
     path = DATA / "components.npz"
     command = [sys.executable, "-m", "dn_detr_jax.interop.check_reference", str(path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import fast_jit
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -21,7 +22,7 @@ _CONFIG = _ROOT / "tests" / "data" / "tiny.py"
 # Optimising the tiny programs takes longer than running them.
 _ENV = os.environ | {
     "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+    "XLA_FLAGS": fast_jit.XLA_FLAGS,
 }
 
 

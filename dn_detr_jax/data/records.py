@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from dn_detr_jax.data.annotations import Annotations, load_table, save_table
 from dn_detr_jax.data.coco_classes import Category
-from dn_detr_jax.data.errors import DataError
+from dn_detr_jax.data.errors import DataError, reason
 from dn_detr_jax.data.tfrecord import TFRecords
 
 logger = logging.getLogger(__name__)
@@ -89,8 +89,9 @@ class RecordSource(Sequence):
         except OSError:
             raise
         except Exception as error:  # whatever damaged records lead their readers to
-            reason = " ".join(str(error).split())[:300]
-            raise DataError(f"{self._folder}: a damaged record at {index} ({reason})") from error
+            raise DataError(
+                f"{self._folder}: a damaged record at {index} ({reason(error)})"
+            ) from error
         return Example(
             image=image,
             image_id=int(self._annotations.image_ids[index]),
@@ -112,8 +113,7 @@ def open_records(folder: Path, split: str) -> tuple[Sequence[bytes], tfds.featur
     except (DataError, OSError):
         raise
     except Exception as error:  # TFDS passes on whatever its files lead it to
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise DataError(f"{folder}: not readable as a folder of TFDS ({reason})") from error
+        raise DataError(f"{folder}: not readable as a folder of TFDS ({reason(error)})") from error
 
 
 def _open_records(folder: Path, split: str) -> tuple[Sequence[bytes], tfds.features.FeaturesDict]:

@@ -27,6 +27,8 @@ from typing import Any, BinaryIO
 import jax.numpy as jnp
 import numpy as np
 
+from dn_detr_jax.data.errors import reason
+
 # Keys under which training checkpoints keep a state dict, the preferred one first.
 STATE_KEYS = ("model", "ema_model", "state_dict", "model_ema", "model_state_dict")
 
@@ -104,9 +106,8 @@ def read(path: str | Path, entry: str | None = None) -> TorchFile:
     except Exception as error:  # whatever a damaged file leads its reader to
         if isinstance(error, OSError) and error.filename is not None:  # it can't be opened
             raise
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise FileError(
-            f"{path}: damaged, or in another format than its suffix: {reason}"
+            f"{path}: damaged, or in another format than its suffix: {reason(error)}"
         ) from error
 
 
