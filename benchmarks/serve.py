@@ -39,7 +39,7 @@ def our_program(config: ConfigDict, batch: dict) -> tuple[Callable, Callable, di
     from dn_detr_jax.models.registry import build_model
     from dn_detr_jax.predictor import detect
 
-    model = build_model(config.model)
+    model = build_model(config.model, config.compile.attention)
     params = jax.jit(model.init)(
         jax.random.key(0), jnp.zeros((1, 64, 64, 3)), jnp.full((1, 2), 64)
     )["params"]

@@ -64,7 +64,8 @@ class Step:
         """Compiles it; `objects` as for `common.made_up_batch`."""
         validate(config)
         self.config = config
-        self.mesh, self.model = make_mesh(config.mesh.data), build_model(config.model)
+        self.mesh = make_mesh(config.mesh.data)
+        self.model = build_model(config.model, config.compile.attention)
         shapes = abstract_params(self.model)
         is_trained = trainable(shapes, config.model)
         total = 100_000  # steps; only the schedule of the learning rate depends on it
@@ -104,12 +105,13 @@ class Step:
 
     def flops(self) -> float:
         """Of the model in one step, over all devices, see the module's text."""
-        if not self.config.model.remat and self.config.train.accumulate_steps == 1:
+        kept = not self.config.model.remat and self.config.compile.attention == "xla"
+        if kept and self.config.train.accumulate_steps == 1:
             return self.lowered.cost_analysis()["flops"]
         config = copy.deepcopy(self.config)
         config.model.remat, config.train.accumulate_steps = (), 1  # loops are counted once
         step, _ = jit_train_step(
-            model=build_model(config.model),
+            model=build_model(config.model),  # of a fused attention nothing is counted
             optimizer=self.optimizer,
             trainable=self.mask,
             config=config,

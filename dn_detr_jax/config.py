@@ -159,6 +159,9 @@ def base_config() -> ConfigDict:
             # Of XLA, "platform:name=value", for the platforms cpu, gpu and tpu. On a CPU many
             # operations are too small for all cores: run several at a time.
             "options": ("cpu:xla_cpu_enable_concurrency_optimized_scheduler=true",),
+            # "cudnn": fused kernels, on NVIDIA's GPUs and with model.dtype "bfloat16". They keep no
+            # scores for the backward pass. Not measured, see docs/performance.md.
+            "attention": "xla",
         }
     )
     config.mesh = ConfigDict(
@@ -294,6 +297,13 @@ def _option_value(text: str) -> bool | int | float | str:
         with contextlib.suppress(ValueError):
             return number(text)
     return text
+
+
+def check_attention(config: ConfigDict, platform: str) -> None:
+    """Raises ConfigError if a platform ("cpu", "gpu", "tpu") lacks the attention of the config."""
+    if config.compile.attention == "cudnn" and platform != "gpu":
+        expected = f'"xla" on the platform {platform}: cuDNN is for NVIDIA\'s GPUs'
+        raise ConfigError("compile.attention", "cudnn", expected)
 
 
 def flat_keys(config: ConfigDict, prefix: str = "") -> list[str]:
@@ -475,6 +485,19 @@ def _check_model(checker: _Checker) -> None:
     )
     checker.one_of("model.activation", "prelu", "relu")
     checker.one_of("model.dtype", "float32", "bfloat16")
+    checker.one_of("compile.attention", "xla", "cudnn")
+    fused, widest = checker["compile.attention"] == "cudnn", 2 * hidden // heads
+    checker.check(
+        "compile.attention",
+        not fused or checker["model.dtype"] == "bfloat16",
+        '"xla" for model.dtype = "float32": cuDNN\'s attention takes "bfloat16"',
+    )
+    checker.check(
+        "compile.attention",
+        not fused or widest <= 128,
+        f'"xla" for heads of {widest} channels, 2 x model.hidden_dim / model.num_heads: cuDNN\'s '
+        "attention takes at most 128",
+    )
     remat, parts = checker["model.remat"], ("backbone", "encoder", "decoder", "attention")
     right = isinstance(remat, tuple | list) and all(part in parts for part in remat)
     checker.check("model.remat", right, f'some of {parts}, for example ("encoder",)')

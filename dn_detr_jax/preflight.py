@@ -49,7 +49,7 @@ from dn_detr_jax.collectives import (
     total_bytes,
 )
 from dn_detr_jax.command_line import run_main
-from dn_detr_jax.config import ConfigError, compiler_options, validate
+from dn_detr_jax.config import ConfigError, check_attention, compiler_options, validate
 from dn_detr_jax.models.registry import abstract_params, build_model, trainable
 from dn_detr_jax.sharding import make_mesh, replicated
 from dn_detr_jax.training.optimizer import make_optimizer
@@ -275,7 +275,8 @@ def abstract_step(config: ConfigDict, mesh: Mesh) -> AbstractStep:
     if per_device % parts:
         expected = f"a divisor of the {per_device} pictures per device"
         raise ConfigError("train.accumulate_steps", parts, expected)
-    model = build_model(config.model)
+    check_attention(config, mesh.devices.flat[0].platform)
+    model = build_model(config.model, config.compile.attention)
     shapes = abstract_params(model)
     is_trained = trainable(shapes, config.model)
     # Only the schedule's constants depend on the numbers of steps.

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from dn_detr_jax.config import (
     ConfigError,
     base_config,
+    check_attention,
     compiler_options,
     flat_keys,
     nearest_key,
@@ -38,6 +39,24 @@ def test_compiler_options_are_those_of_the_platform():
     assert compiler_options(config, "cpu") == {"xla_b": 2}
 
 
+def test_cudnn_is_for_gpus_alone():
+    config = _with({"compile.attention": "cudnn", "model.dtype": "bfloat16"})
+    validate(config)
+    check_attention(config, "gpu")
+    for platform in "cpu", "tpu":
+        with pytest.raises(ConfigError, match=rf"compile\.attention = 'cudnn'.*{platform}"):
+            check_attention(config, platform)
+        check_attention(base_config(), platform)
+
+
+def test_cudnn_needs_bfloat16_and_narrow_heads():
+    """Catches jax's own exceptions, which come while the step is traced and name no key."""
+    for wrong in {"model.dtype": "float32"}, {"model.num_heads": 2}:
+        config = _with({"compile.attention": "cudnn", "model.dtype": "bfloat16"} | wrong)
+        with pytest.raises(ConfigError, match=r"compile\.attention"):
+            validate(config)
+
+
 def test_the_defaults_are_valid():
     validate(base_config())
 
@@ -60,6 +79,7 @@ def test_the_defaults_are_valid():
         ("compile.options", ("cuda:xla_x=1",)),
         ("compile.options", ("gpu:xla_x",)),
         ("compile.options", (("gpu", "xla_x", 1),)),
+        ("compile.attention", "flash"),
         ("data.workers", -1),
         ("data.augment.flip", 1.1),
         ("data.augment.flip", float("nan")),

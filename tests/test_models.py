@@ -1,5 +1,6 @@
 """The detector: sizes, start, gradients, precision, and independence from the canvas."""
 
+import functools
 import math
 
 import jax
@@ -8,8 +9,16 @@ import numpy as np
 import pytest
 from fast_jit import fast_jit
 from flax import traverse_util
-from tiny_detector import CANVAS, object_noise, picture_batch, random_params, tiny_config
+from tiny_detector import (
+    CANVAS,
+    GROUPS,
+    object_noise,
+    picture_batch,
+    random_params,
+    tiny_config,
+)
 
+from dn_detr_jax import denoising
 from dn_detr_jax.config import base_config
 from dn_detr_jax.denoising import Denoising
 from dn_detr_jax.models import attention, position
@@ -421,17 +430,75 @@ def test_box_encoding_equals_a_plain_loop():
     np.testing.assert_allclose(position.box_encoding(box[:2], 6), want[:12], atol=1e-5)
 
 
-def test_attention_equals_a_plain_loop():
-    """Heads, scaling and mask; keys and values of different widths, as in the decoder."""
+fused = functools.partial(attention.fused_attention, implementation="xla")
+
+
+@pytest.mark.parametrize("function", [attention.attention, fused], ids=["plain", "fused"])
+def test_attention_equals_a_plain_loop(function):
+    """Heads, scaling and mask; keys and values of different widths, as in the decoder; odd numbers
+    of queries and keys."""
     rng = np.random.default_rng(0)
     query, key = (rng.normal(size=(2, n, 6)).astype(np.float32) for n in (3, 5))
     value = rng.normal(size=(2, 5, 4)).astype(np.float32)
     mask = rng.random((2, 3, 5)) < 0.5
     mask[..., 2] = True
-    got = fast_jit(attention.attention, static_argnums=4)(query, key, value, mask, 2)
+    got = fast_jit(function, static_argnums=4)(query, key, value, mask, 2)
     for b, q, head in np.ndindex(2, 3, 2):
         k, v = slice(3 * head, 3 * head + 3), slice(2 * head, 2 * head + 2)
         visible = np.flatnonzero(mask[b, q])
         scores = np.exp([query[b, q, k] @ key[b, i, k] / math.sqrt(3) for i in visible])
         want = sum(s * value[b, i, v] for s, i in zip(scores, visible, strict=True)) / scores.sum()
         np.testing.assert_allclose(got[b, q, v], want, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 6), (2, 1, 5), (1, 4, 5)])
+def test_fused_attention_has_the_gradient_of_the_plain_one(shape):
+    """Masks of every kind that the detector makes; catches fillings that get a gradient."""
+    rng = np.random.default_rng(0)
+    queries, keys = 4 if shape[1] == 4 else 3, shape[2]
+    sizes = (queries, 12), (keys, 12), (keys, 8)
+    arrays = [rng.normal(size=(2, *size)).astype(np.float32) for size in sizes]
+    mask = np.arange(keys) < rng.integers(1, keys, (*shape[:2], 1))
+
+    @functools.partial(fast_jit, static_argnums=1)
+    def gradients(arrays, function):
+        out, vjp = jax.vjp(lambda *args: function(*args, mask, 2), *arrays)
+        return out, vjp(jnp.cos(out))
+
+    want, got = gradients(arrays, attention.attention), gradients(arrays, fused)
+    for expected, value in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
+        np.testing.assert_allclose(value, expected, atol=1e-5)
+
+
+def test_every_attention_becomes_a_kernel_of_cudnn(tiny, monkeypatch):
+    """Lowers the loss and its gradient for a GPU, where jax checks types, widths and lengths; that
+    takes no GPU. Catches an attention that still computes scores of its own."""
+    checked = "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version"
+    monkeypatch.setattr(checked, lambda: 91_000)
+    config = tiny_config()
+    config.model.dtype = "bfloat16"
+
+    def lowered(kind):
+        model = build_model(config.model, kind)
+
+        def loss(params, batch):
+            dn = denoising.prepare(
+                *(batch[name] for name in ("labels", "boxes", "valid")),
+                object_noise(),
+                groups=GROUPS,
+                label_noise=0.2,
+                box_noise=0.4,
+            )
+            images = normalize_images(batch["image"], batch["size"])
+            out = model.apply({"params": params}, images, batch["size"], dn)
+            return sum(jnp.sum(value) for value in out.values())
+
+        traced = jax.jit(jax.grad(loss)).trace(tiny.shapes, picture_batch())
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    text = lowered("cudnn")
+    attentions = config.model.encoder_layers + 2 * config.model.decoder_layers
+    assert text.count("@__cudnn$fmhaScaleBiasSoftmax(") == attentions
+    assert text.count("@__cudnn$fmhaScaleBiasSoftmaxBackward(") == attentions
+    scores = "stablehlo.exponential"
+    assert lowered("xla").count(scores) - text.count(scores) == attentions

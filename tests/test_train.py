@@ -219,6 +219,7 @@ def test_loss_that_is_not_finite_ends_the_run(tmp_path, digits_dir):
         (["--eval_only"], ["no complete checkpoint"]),
         (["--config.data.canvases=((64, 64),)"], ["canvases", "128"]),
         (["--config.compile.options=('cpu:xla_fast=1',)"], ["compile.options", "xla_fast"]),
+        (["--config.compile.attention=cudnn", "--config.model.dtype=bfloat16"], ["cudnn", "cpu"]),
     ],
     ids=lambda value: value[0].split("=")[0].strip("-") if value[0].startswith("--") else "",
 )

@@ -48,6 +48,53 @@ def attention(
     return out.reshape(*out.shape[:2], -1)
 
 
+def fused_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array,
+    num_heads: int,
+    *,
+    implementation: str = "cudnn",
+) -> jax.Array:
+    """`attention` as one kernel, which keeps no scores for the backward pass.
+
+    cuDNN takes even numbers of queries and keys, and heads whose queries, keys and values have one
+    width, a multiple of 8. What is missing is added here, and taken off the result.
+
+    Args:
+      query: [B, Q, heads * d], heads outermost; bfloat16 or float16, as are the other two.
+      key: [B, K, heads * d]
+      value: [B, K, heads * e]; e may differ from d.
+      mask: bool, broadcasting to [B, Q, K], True: may attend. Every row needs one True.
+      num_heads: heads.
+      implementation: of `jax.nn.dot_product_attention`.
+
+    Returns:
+      [B, Q, heads * e] in the dtype of `value`.
+    """
+    (batch, queries, depth), keys = query.shape, key.shape[1]
+    widths = depth // num_heads, value.shape[-1] // num_heads
+    width = max(widths) + -max(widths) % 8
+
+    def heads(x):
+        x = x.reshape(*x.shape[:2], num_heads, -1)
+        return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, width - x.shape[-1])))
+
+    mask = jnp.broadcast_to(mask, (batch, queries, keys))
+    mask = jnp.pad(mask, ((0, 0), (0, queries % 2), (0, 0)), mode="edge")
+    mask = jnp.pad(mask, ((0, 0), (0, 0), (0, keys % 2)))  # nobody sees the added key
+    out = jax.nn.dot_product_attention(
+        heads(query),
+        heads(key),
+        heads(value),
+        mask=mask[:, None],
+        scale=widths[0] ** -0.5,
+        implementation=implementation,
+    )
+    return out[:, :queries, :, : widths[1]].reshape(batch, queries, -1)
+
+
 def layer_norm(name: str) -> nn.LayerNorm:
     """Layer norm with PyTorch's epsilon and the two-pass variance.
 

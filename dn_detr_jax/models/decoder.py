@@ -7,6 +7,8 @@ in every head (Meng et al., "Conditional DETR", ICCV 2021), and modulates that p
 the width and height of the anchor.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -36,7 +38,7 @@ class DecoderLayer(nn.Module):
         content.
       position_gain: see `Decoder`.
       dtype: of the compute.
-      remat_attention: compute the scores of the attentions again, see `attention`.
+      attention_fn: `attention`, or another with its arguments.
     """
 
     num_heads: int
@@ -46,7 +48,7 @@ class DecoderLayer(nn.Module):
     first: bool
     position_gain: float
     dtype: jnp.dtype
-    remat_attention: bool = False
+    attention_fn: Callable[..., jax.Array] = attention
 
     def _project(self, x: jax.Array, name: str) -> jax.Array:
         return Linear(x.shape[-1], dtype=self.dtype, name=name)(x)
@@ -90,10 +92,9 @@ class DecoderLayer(nn.Module):
           [B, Q, D].
         """
         project = self._project
-        options = {"remat": self.remat_attention}
         query = project(x, "self_query_content") + project(query_position, "self_query_position")
         key = project(x, "self_key_content") + project(query_position, "self_key_position")
-        y = attention(query, key, project(x, "self_value"), mask, self.num_heads, **options)
+        y = self.attention_fn(query, key, project(x, "self_value"), mask, self.num_heads)
         x = self._residual(x, y, "self", train)
 
         query, key = project(x, "cross_query_content"), project(memory, "cross_key_content")
@@ -102,13 +103,12 @@ class DecoderLayer(nn.Module):
             query = query + project(query_position, "cross_query_position")
             key = key + key_position
         query_sine = self._project_position(query_sine, "cross_query_sine")
-        y = attention(
+        y = self.attention_fn(
             _interleave_heads(query, query_sine, self.num_heads),
             _interleave_heads(key, key_position, self.num_heads),
             project(memory, "cross_value"),
             memory_valid[:, None, :],
             self.num_heads,
-            **options,
         )
         x = self._residual(x, y, "cross", train)
         return FeedForward(
@@ -132,7 +132,7 @@ class Decoder(nn.Module):
         weights everywhere, as published.
       dtype: of the compute; anchors stay in float32.
       remat: compute layers again in the backward pass, see `config.model.remat`.
-      remat_attention: compute the scores of the attentions again, see `attention`.
+      attention_fn: `attention`, or another with its arguments.
     """
 
     num_layers: int
@@ -144,7 +144,7 @@ class Decoder(nn.Module):
     position_gain: float
     dtype: jnp.dtype
     remat: bool = False
-    remat_attention: bool = False
+    attention_fn: Callable[..., jax.Array] = attention
 
     @nn.compact
     def __call__(
@@ -209,7 +209,7 @@ class Decoder(nn.Module):
                 first=i == 0,
                 position_gain=self.position_gain,
                 dtype=self.dtype,
-                remat_attention=self.remat_attention,
+                attention_fn=self.attention_fn,
                 name=f"layer{i}",
             )(
                 x,

@@ -6,6 +6,8 @@ of a label and one indicator channel: 1 and the noised label for denoising queri
 runs at inference.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -13,7 +15,7 @@ from flax import linen as nn
 from dn_detr_jax import denoising
 from dn_detr_jax.boxes import inverse_sigmoid
 from dn_detr_jax.denoising import Denoising
-from dn_detr_jax.models.attention import MLP, Linear
+from dn_detr_jax.models.attention import MLP, Linear, attention, fused_attention
 from dn_detr_jax.models.backbone import ResNet
 from dn_detr_jax.models.decoder import Decoder
 from dn_detr_jax.models.encoder import Encoder
@@ -79,7 +81,8 @@ class DNDabDetr(nn.Module):
       random_refpoints_xy: anchors start with centres uniform over the picture.
       dtype: of the compute.
       remat: parts whose layers are computed again in the backward pass, "encoder" and "decoder";
-        and "attention", the scores of both.
+        and "attention", the scores of both, unless `attention` is "cudnn", which never keeps them.
+      attention: "xla", or "cudnn" for its fused kernels, on NVIDIA's GPUs and in bfloat16.
     """
 
     backbone: ResNet
@@ -100,6 +103,7 @@ class DNDabDetr(nn.Module):
     random_refpoints_xy: bool
     dtype: jnp.dtype
     remat: tuple[str, ...] = ()
+    attention: str = "xla"
 
     @nn.compact
     def __call__(
@@ -145,13 +149,15 @@ class DNDabDetr(nn.Module):
 
         shared = (self.num_heads, self.ffn_dim, self.activation, self.dropout)
         position, valid = tokens(position).astype(self.dtype), tokens(valid)
-        again = {"remat_attention": "attention" in self.remat}
+        attention_fn = functools.partial(attention, remat="attention" in self.remat)
+        if self.attention == "cudnn":
+            attention_fn = fused_attention
         encoder = Encoder(
             self.encoder_layers,
             *shared,
             dtype=self.dtype,
             remat="encoder" in self.remat,
-            **again,
+            attention_fn=attention_fn,
             name="encoder",
         )
         memory = encoder(tokens(projected), position, valid, train=train)
@@ -171,7 +177,7 @@ class DNDabDetr(nn.Module):
             position_gain=self.position_gain,
             dtype=self.dtype,
             remat="decoder" in self.remat,
-            **again,
+            attention_fn=attention_fn,
             name="decoder",
         )
         states, references = decoder(

@@ -4,6 +4,8 @@ Liu et al., "DAB-DETR: Dynamic Anchor Boxes are Better Queries for DETR", ICLR 2
 normalised after their residuals; there is no norm behind the last one.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -21,7 +23,7 @@ class EncoderLayer(nn.Module):
       activation: "prelu" or "relu".
       dropout: rate.
       dtype: of the compute.
-      remat_attention: compute the scores of the attention again, see `attention`.
+      attention_fn: `attention`, or another with its arguments.
     """
 
     num_heads: int
@@ -29,7 +31,7 @@ class EncoderLayer(nn.Module):
     activation: str
     dropout: float
     dtype: jnp.dtype
-    remat_attention: bool = False
+    attention_fn: Callable[..., jax.Array] = attention
 
     @nn.compact
     def __call__(
@@ -42,13 +44,12 @@ class EncoderLayer(nn.Module):
             return Linear(x.shape[-1], nn.initializers.zeros, init, self.dtype, name=name)(x)
 
         placed = x + position
-        y = attention(
+        y = self.attention_fn(
             project(placed, "query"),
             project(placed, "key"),
             project(x, "value"),
             valid[:, None, :],
             self.num_heads,
-            remat=self.remat_attention,
         )
         y = Linear(x.shape[-1], nn.initializers.zeros, dtype=self.dtype, name="out")(y)
         y = nn.Dropout(self.dropout)(y, deterministic=not train)
@@ -69,7 +70,7 @@ class Encoder(nn.Module):
       dropout: rate.
       dtype: of the compute.
       remat: compute layers again in the backward pass, see `config.model.remat`.
-      remat_attention: compute the scores of the attention again, see `attention`.
+      attention_fn: `attention`, or another with its arguments.
     """
 
     num_layers: int
@@ -79,7 +80,7 @@ class Encoder(nn.Module):
     dropout: float
     dtype: jnp.dtype
     remat: bool = False
-    remat_attention: bool = False
+    attention_fn: Callable[..., jax.Array] = attention
 
     @nn.compact
     def __call__(
@@ -106,7 +107,7 @@ class Encoder(nn.Module):
                 self.activation,
                 self.dropout,
                 self.dtype,
-                self.remat_attention,
+                self.attention_fn,
                 name=f"layer{i}",
             )(x, position * scale(x), valid, train)
             self.sow("intermediates", f"enc{i}", x)

@@ -14,7 +14,7 @@ from dn_detr_jax.models.backbone import ResNet
 from dn_detr_jax.models.dn_dab_detr import DNDabDetr
 
 
-def _dn_dab_detr(config: ConfigDict) -> DNDabDetr:
+def _dn_dab_detr(config: ConfigDict, attention: str) -> DNDabDetr:
     dtype = jnp.dtype(config.dtype)
     sizes = config.backbone.to_dict()
     sizes.pop("frozen_stages")
@@ -22,21 +22,27 @@ def _dn_dab_detr(config: ConfigDict) -> DNDabDetr:
     given = ("name", "backbone", "dtype", "remat")
     options = {k: v for k, v in config.items() if k not in given}
     backbone = ResNet(**sizes, dtype=dtype, remat="backbone" in remat)
-    return DNDabDetr(backbone=backbone, **options, dtype=dtype, remat=remat)
+    return DNDabDetr(
+        backbone=backbone, **options, dtype=dtype, remat=remat, attention=attention
+    )
 
 
 MODELS = {"dn_dab_detr": _dn_dab_detr}
 
 
-def build_model(config: ConfigDict) -> nn.Module:
-    """Builds the detector of `config.model`.
+def build_model(config: ConfigDict, attention: str = "xla") -> nn.Module:
+    """Builds a detector.
+
+    Args:
+      config: `config.model`.
+      attention: `config.compile.attention`; parameters are the same, and results but for rounding.
 
     Raises:
       ConfigError: unknown name.
     """
     if config.name not in MODELS:
         raise ConfigError("model.name", config.name, f"unknown; known: {', '.join(MODELS)}")
-    return MODELS[config.name](config)
+    return MODELS[config.name](config, attention)
 
 
 def num_matching_queries(config: ConfigDict) -> int:

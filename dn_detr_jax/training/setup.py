@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dn_detr_jax.agreement import barrier, check_agreement
-from dn_detr_jax.config import ConfigError, compiler_options, validate
+from dn_detr_jax.config import ConfigError, check_attention, compiler_options, validate
 from dn_detr_jax.data.datasets import Dataset, open_dataset
 from dn_detr_jax.data.errors import DataError
 from dn_detr_jax.data.loader import eval_batches, eval_plan
@@ -66,6 +66,7 @@ def set_up(config: ConfigDict, training: Dataset | None = None) -> Setup:
     use_compile_cache(config.compile.cache_dir)
     mesh = make_mesh(config.mesh.data)
     check_compiler_options(config, mesh)
+    check_attention(config, mesh.devices.flat[0].platform)
     for key in ("train", "eval"):
         if config[key].batch_size % mesh.size:
             raise ConfigError(
@@ -88,7 +89,7 @@ def set_up(config: ConfigDict, training: Dataset | None = None) -> Setup:
             check_classes(config, dataset)
     processes = jax.process_index(), jax.process_count()
     eval_batches(validation, config, *processes).close()  # checks that the pictures fit
-    model = build_model(config.model)
+    model = build_model(config.model, config.compile.attention)
     detect = jit_detect(model=model, config=config, mesh=mesh)
     return Setup(config, mesh, model, validation, detect)
 
