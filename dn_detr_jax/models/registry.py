@@ -22,9 +22,7 @@ def _dn_dab_detr(config: ConfigDict, attention: str) -> DNDabDetr:
     given = ("name", "backbone", "dtype", "remat")
     options = {k: v for k, v in config.items() if k not in given}
     backbone = ResNet(**sizes, dtype=dtype, remat="backbone" in remat)
-    return DNDabDetr(
-        backbone=backbone, **options, dtype=dtype, remat=remat, attention=attention
-    )
+    return DNDabDetr(backbone=backbone, **options, dtype=dtype, remat=remat, attention=attention)
 
 
 MODELS = {"dn_dab_detr": _dn_dab_detr}

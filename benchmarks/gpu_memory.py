@@ -1,0 +1,172 @@
+"""What the compiler plans for the training step on NVIDIA's GPUs, without having one.
+
+    pip install "jax[cuda13]"
+    python -m benchmarks.gpu_memory --canvas 800x1344 --batch_size 16,64 --dtype bfloat16
+
+jax compiles ahead of time for GPUs of which it is told the properties, here Hopper's. A row for
+every batch size and every way to compute attention:
+
+- "xla": scores are kept for the backward pass; "recomputed": `model.remat=("attention",)`;
+  "cudnn": `compile.attention="cudnn"`;
+- the memory that the compiler plans for a device: all of it, and its temporaries;
+- the kernels of cuDNN's attention, the collectives, and what they send.
+
+With `--devices` several, the batch sizes are those of all devices together. Nothing is run, so that
+there are no times; XLA can't try out kernels, for which it would need the device, so that matrix
+products are left to cuBLAS; and it counts no operations and no memory traffic for such a program.
+"""
+
+import copy
+import sys
+import time
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jax.experimental import topologies
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from benchmarks import common
+from dn_detr_jax import matching
+from dn_detr_jax.chips import CHIPS
+from dn_detr_jax.command_line import run_main
+from dn_detr_jax.config import ConfigError, compiler_options
+from dn_detr_jax.preflight import GIB, Cost, abstract_step
+from dn_detr_jax.sharding import make_mesh
+from dn_detr_jax.training.step import abstract_batch
+
+FLAGS = flags.FLAGS
+GPUS = "NVIDIA H200", "NVIDIA H100 80GB HBM3"
+ATTENTIONS = "xla", "recomputed", "cudnn"
+
+# As CUDA's device query gives it for an H100 SXM; an H200 differs in its memory alone. In the text
+# form of XLA's GpuTargetConfigProto.
+_HOPPER = """
+platform_name: "CUDA"
+device_description_str: "{kind}"
+runtime_version {{ major: 13 }}
+dnn_version_info {{ major: {cudnn[0]} minor: {cudnn[1]} }}
+gpu_device_info {{
+  cuda_compute_capability {{ major: 9 }}
+  core_count: 132
+  fpus_per_core: 128
+  clock_rate_ghz: 1.98
+  device_memory_size: {memory:.0f}
+  memory_bandwidth: {bandwidth:.0f}
+  l2_cache_size: 52428800
+  shared_memory_per_core: 233472
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  threads_per_core_limit: 2048
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+}}
+"""
+
+
+def gpus(kind: str, number: int) -> Sequence[Any]:
+    """Devices to compile for, of one host; they can't run anything.
+
+    Args:
+      kind: of `GPUS`.
+      number: of them.
+
+    Raises:
+      ValueError: jax has no compiler for GPUs here.
+    """
+    try:
+        cudnn = metadata.version("nvidia-cudnn-cu13").split(".")
+        properties = _HOPPER.format(
+            kind=kind,
+            cudnn=cudnn,
+            memory=CHIPS[kind].memory,
+            bandwidth=CHIPS[kind].memory_bandwidth,
+        )
+        return topologies.get_topology_desc(
+            platform="cuda",
+            topology_name=kind,
+            target_config=properties,
+            topology=f"1x1x{number}",
+        ).devices
+    except (metadata.PackageNotFoundError, RuntimeError) as error:
+        raise ValueError(f'no compiler for GPUs: pip install "jax[cuda13]" ({error})') from None
+
+
+def compile_step(config: ConfigDict, mesh: Mesh) -> jax.stages.Compiled:
+    """Compiles the training step for GPUs that need not be there.
+
+    Args:
+      config: whole configuration, of which the first canvas is taken.
+      mesh: of `gpus`.
+    """
+    options = {"xla_gpu_enable_triton_gemm": False} | compiler_options(config, "gpu")
+    with mock.patch.object(matching, "assign", _call_nobody):
+        step = abstract_step(config, mesh)
+        batch = abstract_batch(config, "train", mesh, config.data.canvases[0])
+        return step.function.lower(step.state, batch).compile(options)
+
+
+def _call_nobody(cost: jax.Array, valid: jax.Array, mesh: Mesh) -> jax.Array:
+    """In place of `matching.assign`: its call of the host, for which jax wants a real device."""
+
+    def call(cost, valid):
+        shape = jax.ShapeDtypeStruct((*cost.shape[:2], cost.shape[3]), jnp.int32)
+        target = jax.ffi.ffi_call("xla_ffi_python_gpu_callback", shape)
+        return target(cost.swapaxes(2, 3), valid, index=np.uint64(0))
+
+    sharded = jax.shard_map(call, mesh=mesh, in_specs=(P("data"), P("data")), out_specs=P("data"))
+    return sharded(cost, valid)
+
+
+def measure(config: ConfigDict, kind: str, devices: int) -> dict[str, Any]:
+    """The plan for the step of a config, as columns."""
+    start = time.monotonic()
+    compiled = compile_step(config, make_mesh(-1, gpus(kind, devices)))
+    cost, text = Cost.of(compiled, devices), compiled.as_text()
+    return {
+        "planned_gib": round(cost.total / GIB, 2),
+        "temporaries_gib": round(cost.temporaries / GIB, 2),
+        "cudnn_attentions": text.count('custom_call_target="__cudnn$fmha'),
+        "collectives": sum(collective.count for collective in cost.collectives),
+        "sent_mb": round(cost.bytes_sent / 1e6, 1),
+        "compile_s": round(time.monotonic() - start, 1),
+    }
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the benchmark."""
+    del argv
+    jax.config.update("jax_platforms", "cpu")  # leaves GPUs of this machine to others
+    report = common.Report("gpu_memory")
+    for setting in common.settings_of_flags(FLAGS.config):
+        for attention in FLAGS.attention:
+            print(f"{setting.columns()}, attention {attention} ...", file=sys.stderr, flush=True)
+            config = copy.deepcopy(FLAGS.config)
+            common.apply_setting(config, setting)
+            if attention == "cudnn":
+                config.compile.attention = "cudnn"
+            if attention == "recomputed":
+                config.model.remat = ("attention",)
+            row = {"gpu": FLAGS.gpu, "devices": FLAGS.devices, "attention": attention}
+            report.add(setting.columns() | row | measure(config, FLAGS.gpu, FLAGS.devices))
+    report.show()
+
+
+if __name__ == "__main__":
+    common.define_flags(batch_size=["16"], dtype=["bfloat16"])
+    flags.DEFINE_enum("gpu", GPUS[0], GPUS, "What to compile for.")
+    flags.DEFINE_integer("devices", 1, "How many of them.", lower_bound=1)
+    flags.DEFINE_multi_enum("attention", ATTENTIONS, ATTENTIONS, "Several by repeating the flag.")
+    run_main(main, (ConfigError, OSError, ValueError))
