@@ -280,8 +280,12 @@ _PERMITTED: dict[tuple[str, str], Any] = {
 _PERMITTED |= {("__builtin__", "set"): _Function(set), ("builtins", "set"): _Function(set)}
 
 
-class _Unpickler(pickle.Unpickler):
-    """Knows the names of `_PERMITTED` only; tensors become `_TensorView`s."""
+class _Unpickler(pickle._Unpickler):
+    """Knows the names of `_PERMITTED` only; tensors become `_TensorView`s.
+
+    It is the one in Python: that in C keeps what it remembers in an array, for which one wrong
+    byte can ask for all the memory of the machine.
+    """
 
     def __init__(self, file: BinaryIO, path: Path, storages: dict[str, _Storage]):
         super().__init__(file, encoding="latin1")
