@@ -25,6 +25,7 @@ from benchmarks import common
 from dn_detr_jax import denoising, matching
 from dn_detr_jax.config import compiler_options
 from dn_detr_jax.models.dn_dab_detr import normalize_images
+from dn_detr_jax.training.optimizer import global_norm
 from dn_detr_jax.training.step import criterion, denoising_queries
 
 PyTree = Any
@@ -151,7 +152,7 @@ def programs(step: Any) -> dict[str, Callable[[], Any]]:
     def update(params, opt_state, grads):
         updates, opt_state = step.optimizer.update(grads, opt_state, params)
         new = optax.apply_updates(params, updates)
-        norms = [optax.tree.norm(tree) for tree in (grads, updates, new)]
+        norms = [global_norm(tree) for tree in (grads, updates, new)]
         return new, opt_state, norms
 
     grads = jax.tree.map(jnp.ones_like, params)

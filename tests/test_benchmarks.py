@@ -17,7 +17,7 @@ import pytest
 from fast_jit import XLA_FLAGS, fast_jit
 from tiny_detector import object_noise, picture_batch
 
-from benchmarks import common, matching, peer, step_parts
+from benchmarks import common, gpu_plan, matching, peer, step_parts
 from dn_detr_jax import denoising
 from dn_detr_jax.config import base_config
 from dn_detr_jax.models.registry import abstract_params, build_model
@@ -238,3 +238,38 @@ def test_the_peer_is_the_same_architecture():
     assert torch_peer.count_parameters(model) == counted
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     assert frozen and all("embedder" in name or "stages.0" in name for name in frozen)
+
+
+# --- what the compiler plans for a GPU ------------------------------------------------------------
+
+
+def test_kernels_are_those_of_the_entry():
+    """Catches what runs within other kernels, and results of several arrays that are overlooked."""
+    program = """%fused (p: f32[]) -> f32[] {
+  ROOT %copy.1 = f32[] copy(%p)
+}
+
+ENTRY %main (a: f32[]) -> (f32[], f32[]) {
+  %a = f32[] parameter(0)
+  %fusion.1 = (f32[], f32[]) fusion(%a), kind=kLoop, calls=%fused
+  %get-tuple-element = f32[] get-tuple-element(%fusion.1), index=0
+  %call.2 = (f32[2]{0}, s8[8]{0}) custom-call(%a), custom_call_target="__cudnn$fmhaSoftmax"
+  ROOT %copy = f32[] copy(%get-tuple-element)
+}
+"""
+    assert gpu_plan.count_kernels(program) == 3
+
+
+def test_a_step_is_compiled_for_gpus_that_are_not_there(tmp_path):
+    """Catches an attention that cuDNN refuses, and one that goes on keeping its scores."""
+    pytest.importorskip("jax_cuda13_plugin")
+    config, out = _ROOT / "tests" / "data" / "tiny.py", tmp_path / "rows.json"
+    arguments = "--batch_size=4", "--devices=2", f"--json={out}"
+    done = _run("gpu_plan", f"--config={config}", *arguments)
+    assert done.returncode == 0, done.stderr
+    kept, recomputed, fused = json.loads(out.read_text())["rows"]
+    attentions = 1 + 2 * 2  # of one encoder and two decoder layers
+    assert fused["cudnn_attentions"] == 2 * attentions  # forward and backward
+    assert kept["cudnn_attentions"] == recomputed["cudnn_attentions"] == 0
+    assert fused["temporaries_gib"] <= kept["temporaries_gib"] >= recomputed["temporaries_gib"]
+    assert kept["collectives"] == fused["collectives"] > 0 < kept["kernels"]

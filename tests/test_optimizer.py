@@ -10,6 +10,7 @@ from dn_detr_jax.config import ConfigError, base_config
 from dn_detr_jax.training.optimizer import (
     clip_by_global_norm,
     describe,
+    global_norm,
     make_optimizer,
     parameter_paths,
 )
@@ -57,6 +58,18 @@ def _numpy_adamw(params, gradients, config, factors, frozen):
 
 def _flat(tree):
     return dict(zip(parameter_paths(tree), map(np.asarray, jax.tree.leaves(tree)), strict=True))
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_norm_of_small_and_large_arrays_together(split):
+    """Catches arrays that are left out or counted twice."""
+    rng = np.random.default_rng(0)
+    shapes = (3, 5), (2**18,), (2**9, 2**9 + 1), (), (0,)
+    arrays = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+    for part in arrays, arrays[:1], arrays[2:3], arrays[4:]:
+        want = np.sqrt(sum(np.sum(np.square(array, dtype=np.float64)) for array in part))
+        np.testing.assert_allclose(global_norm(part, split=split), want, rtol=1e-5)
+    assert global_norm({}, split=split) == 0
 
 
 @pytest.mark.parametrize("clip_norm", [0.1, 1e3, 0.0])

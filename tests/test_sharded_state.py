@@ -52,7 +52,6 @@ model = build_model(config.model)
 shapes = abstract_params(model)
 is_trained = trainable(shapes, config.model)
 mask = traverse_util.unflatten_dict(is_trained, sep="/")
-optimizer, _ = make_optimizer(config, shapes, 10, 100, is_trained)
 # Nothing is zero or neutral, and no assignment is a tie.
 start = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), shapes)
 
@@ -60,6 +59,7 @@ def flat(tree):
     return {k: np.asarray(v) for k, v in traverse_util.flatten_dict(tree, sep="/").items()}
 
 def train(name, config, mesh):
+    optimizer, _ = make_optimizer(config, shapes, 10, 100, is_trained)
     step, names = jit_train_step(model=model, optimizer=optimizer, trainable=mask, config=config,
                                  mesh=mesh)
     state = start_from(init_state(model, optimizer, config, mesh), jax.device_put(start))
@@ -117,6 +117,7 @@ facts["next_finite"] = bool(np.isfinite(list(flags[1].values())).all())
 facts["arrays"] = len(states[0])
 for devices, sharded in ((4, True), (2, True), (1, False)):
     config.mesh.shard_optimizer = sharded
+    optimizer, _ = make_optimizer(config, shapes, 10, 100, is_trained)
     with Checkpoints(folder / "run", config) as checkpoints:
         target = abstract_state(model, optimizer, config, make_mesh(devices))
         restored, _ = checkpoints.restore(target)

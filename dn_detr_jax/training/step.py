@@ -11,6 +11,7 @@ Noise is drawn and counts are taken before the batch is split, so that the parts
 gradients, add up to those of the batch at once.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +34,7 @@ from dn_detr_jax.sharding import (
     with_sharding,
 )
 from dn_detr_jax.training.nonfinite import unless_nonfinite
+from dn_detr_jax.training.optimizer import global_norm
 from dn_detr_jax.training.state import TrainState, abstract_state, moving_average, shardings
 
 PyTree = Any
@@ -336,10 +338,11 @@ def train_step(
         grads = jax.lax.with_sharding_constraint(grads, split)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    before_update = metrics | {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+    norm = functools.partial(global_norm, split=config.mesh.shard_optimizer)
+    before_update = metrics | {"loss": loss, "grad_norm": norm(grads)}
     metrics = before_update | {
-        "update_norm": optax.tree.norm(updates),
-        "param_norm": optax.tree.norm(params),
+        "update_norm": norm(updates),
+        "param_norm": norm(params),
     }
     ema = state.ema
     if ema is not None:

@@ -1,7 +1,7 @@
 """What the compiler plans for the training step on NVIDIA's GPUs, without having one.
 
     pip install "jax[cuda13]"
-    python -m benchmarks.gpu_memory --canvas 800x1344 --batch_size 16,64 --dtype bfloat16
+    python -m benchmarks.gpu_plan --canvas 800x1344 --batch_size 16,64 --dtype bfloat16
 
 jax compiles ahead of time for GPUs of which it is told the properties, here Hopper's. A row for
 every batch size and every way to compute attention:
@@ -9,7 +9,8 @@ every batch size and every way to compute attention:
 - "xla": scores are kept for the backward pass; "recomputed": `model.remat=("attention",)`;
   "cudnn": `compile.attention="cudnn"`;
 - the memory that the compiler plans for a device: all of it, and its temporaries;
-- the kernels of cuDNN's attention, the collectives, and what they send.
+- the kernels that a step starts one after the other, and how many of them are cuDNN's attention;
+- the collectives, and what they send.
 
 With `--devices` several, the batch sizes are those of all devices together. Nothing is run, so that
 there are no times; XLA can't try out kernels, for which it would need the device, so that matrix
@@ -17,6 +18,7 @@ products are left to cuBLAS; and it counts no operations and no memory traffic f
 """
 
 import copy
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -130,6 +132,13 @@ def _call_nobody(cost: jax.Array, valid: jax.Array, mesh: Mesh) -> jax.Array:
     return sharded(cost, valid)
 
 
+def count_kernels(program: str) -> int:
+    """Kernels that a compiled program starts: of its entry, with collectives and copies."""
+    kinds = "fusion|copy|custom-call|all-reduce-start|copy-start"
+    entry = program[program.index("ENTRY ") :]
+    return len(re.findall(rf"^ +(?:ROOT )?%[\w.-]+ = .+? (?:{kinds})\(", entry, re.MULTILINE))
+
+
 def measure(config: ConfigDict, kind: str, devices: int) -> dict[str, Any]:
     """The plan for the step of a config, as columns."""
     start = time.monotonic()
@@ -138,6 +147,7 @@ def measure(config: ConfigDict, kind: str, devices: int) -> dict[str, Any]:
     return {
         "planned_gib": round(cost.total / GIB, 2),
         "temporaries_gib": round(cost.temporaries / GIB, 2),
+        "kernels": count_kernels(text),
         "cudnn_attentions": text.count('custom_call_target="__cudnn$fmha'),
         "collectives": sum(collective.count for collective in cost.collectives),
         "sent_mb": round(cost.bytes_sent / 1e6, 1),
@@ -149,7 +159,7 @@ def main(argv: Sequence[str]) -> None:
     """Runs the benchmark."""
     del argv
     jax.config.update("jax_platforms", "cpu")  # leaves GPUs of this machine to others
-    report = common.Report("gpu_memory")
+    report = common.Report("gpu_plan")
     for setting in common.settings_of_flags(FLAGS.config):
         for attention in FLAGS.attention:
             print(f"{setting.columns()}, attention {attention} ...", file=sys.stderr, flush=True)
