@@ -220,6 +220,7 @@ def expand_user(path: str, key: str) -> Path:
 
 _LIMIT = 2**31  # of whole numbers: shapes, ids and steps are int32 on the devices
 _MOST_PIXELS = 2**28  # of a canvas; no picture of more can be read
+_MOST_COPIES = 2**20  # of a picture's objects; the mask of the paper's layout has that many rows
 _LEAST_FLOAT, _MOST_FLOAT = 1e-37, 1e38  # which float32 holds
 _DURATION = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(steps?|epochs?|%)\s*")
 
@@ -539,6 +540,13 @@ def _check_model(checker: _Checker) -> None:
 
 def _check_losses(checker: _Checker) -> None:
     checker.whole(0, "dn.groups")
+    copies = checker["dn.groups"] * checker["data.max_objects"]
+    checker.check(
+        "dn.groups",
+        copies <= _MOST_COPIES,
+        f"fewer: times data.max_objects = {checker['data.max_objects']} they make {copies} queries "
+        f"for a picture, of at most {_MOST_COPIES}",
+    )
     _check_probabilities(checker, "dn.label_noise", "loss.focal_alpha")
     checker.number(lambda value: 0 <= value < 1, "from 0 to below 1", "dn.box_noise")
     checker.one_of("dn.contrastive", True, False)

@@ -78,6 +78,7 @@ def load_exported(path: str | os.PathLike) -> "ExportedDetector":
         ) from error
     try:
         exported = jax.export.deserialize(bytearray(program))
+        text = exported.mlir_module()
     except ImportError as error:
         raise ExportedError(f"{path}: can't be read here: {_line(error)}") from error
     except Exception as error:  # whatever the reader of another version runs into
@@ -85,7 +86,7 @@ def load_exported(path: str | os.PathLike) -> "ExportedDetector":
             f"{path}: exported with jax {metadata['versions']['jax']}, which jax "
             f"{jax.__version__} can't read ({_line(error)}); export it again"
         ) from error
-    _check_program(path, metadata, exported, params)
+    _check_program(path, metadata, exported, text, params)
     return ExportedDetector(metadata, exported, params)
 
 
@@ -119,6 +120,7 @@ def _check_program(
     path: str,
     metadata: dict[str, Any],
     exported: jax.export.Exported,
+    text: str,
     params: dict[str, np.ndarray],
 ) -> None:
     """Raises unless the program takes these parameters and pictures, and calls nothing outside."""
@@ -136,7 +138,7 @@ def _check_program(
             f"{path}: damaged: its program is not for the {len(params)} parameters, and the "
             f"pictures and detections of {METADATA}; export it again"
         )
-    calls = set(re.findall(r"custom_call @([\w.$]+)", exported.mlir_module()))
+    calls = set(re.findall(r"custom_call @([\w.$]+)", text))
     if calls - _HARMLESS_CALLS:
         named = ", ".join(sorted(calls - _HARMLESS_CALLS))
         raise ExportedError(f"{path}: its program calls {named}, which no detector needs")

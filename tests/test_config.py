@@ -105,6 +105,7 @@ def test_the_defaults_are_valid():
         ("model.backbone.frozen_stages", 5),
         ("model.backbone.frozen_stages", -2),
         ("dn.groups", -1),
+        ("dn.groups", 2**20),
         ("dn.label_noise", 1.5),
         ("dn.box_noise", -0.4),
         ("dn.attend_padding", 1.5),

@@ -221,10 +221,18 @@ def test_checksums_that_say_nothing_are_damage(saved, tmp_path, content):
     assert read_all_ways(workdir) == 0
 
 
-def test_damaged_metrics_do_not_make_another_step_the_best(saved, tmp_path):
+@pytest.mark.parametrize("accident", ["changed", "metrics lost", "all lost"])
+def test_damaged_metrics_do_not_make_another_step_the_best(saved, tmp_path, accident):
     """A digit that is flipped in a file would choose what is evaluated and exported."""
     workdir = shutil.copytree(saved, tmp_path / "run")
-    (workdir / "checkpoints" / "2" / "metrics" / "metrics").write_text('{"AP": 0.9}')
+    folder = workdir / "checkpoints" / "2"
+    if accident == "changed":
+        (folder / "metrics" / "metrics").write_text('{"AP": 0.9}')
+    elif accident == "metrics lost":
+        shutil.rmtree(folder / "metrics")
+    else:
+        shutil.rmtree(folder)
+        folder.mkdir()
     with Checkpoints(workdir, None, read_only=True) as checkpoints:
         with pytest.raises(CheckpointError, match=r"2/metrics: damaged.*--step: 1, 2"):
             checkpoints.find("best")

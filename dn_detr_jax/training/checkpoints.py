@@ -393,9 +393,10 @@ class Checkpoints:
         scores = {}
         for step in self.all_steps():
             folder = self.directory / str(step)
-            if not (folder / "metrics").exists():
-                continue
             try:
+                written = any(name.startswith("metrics/") for name in _read_checksums(folder))
+                if not written and not (folder / "metrics").exists():
+                    continue
                 _verify_checksums(folder, ["metrics"])
                 metrics = json.loads((folder / "metrics" / "metrics").read_text())
                 if _SCORE in metrics:
