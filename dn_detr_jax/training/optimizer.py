@@ -81,7 +81,7 @@ def global_norm(tree: PyTree, *, split: bool = False) -> jax.Array:
     """The root of the sum of the squares of all numbers in a tree of arrays, a scalar.
 
     Small arrays are put together before they are summed. One sum for each of them, as of
-    `optax.tree.norm`, makes four in ten of all the kernels of a training step on a GPU
+    `optax.tree.norm`, makes a third of all the kernels of a training step on a GPU
     (docs/performance.md).
 
     Args:
