@@ -221,6 +221,14 @@ def test_checksums_that_say_nothing_are_damage(saved, tmp_path, content):
     assert read_all_ways(workdir) == 0
 
 
+def test_a_pipe_in_an_item_that_nobody_asked_for_is_named(saved, tmp_path):
+    """Orbax reads what describes the arrays of every item, and would wait there for ever."""
+    workdir = shutil.copytree(saved, tmp_path / "run")
+    _to_pipe(workdir / "checkpoints" / "1" / "params" / "_METADATA", None)
+    with pytest.raises(CheckpointError, match=r"1/params/_METADATA: neither a file nor a folder"):
+        Checkpoints(workdir, None, read_only=True)
+
+
 @pytest.mark.parametrize("accident", ["changed", "metrics lost", "all lost"])
 def test_damaged_metrics_do_not_make_another_step_the_best(saved, tmp_path, accident):
     """A digit that is flipped in a file would choose what is evaluated and exported."""

@@ -129,7 +129,7 @@ class Checkpoints:
 
     def _check_files(self) -> None:
         """Raises if there is a pipe or a device, on which Orbax would wait for ever."""
-        for path in self.directory.glob("[0-9]*/*"):
+        for path in self.directory.glob("[0-9]*/**/*"):
             if path.exists() and not (path.is_file() or path.is_dir()):
                 raise CheckpointError(f"{path}: neither a file nor a folder")
 
