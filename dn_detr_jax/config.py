@@ -615,7 +615,7 @@ def _check_run(checker: _Checker) -> None:
     checker.check(
         "eval.num_select",
         checker["eval.num_select"] <= most or not most,
-        f"at most queries x model.num_classes = {most}",
+        f"at most model.num_queries x model.num_classes (x model.num_patterns) = {most}",
     )
     checker.whole(0, "eval.instability_images", "eval.pictures", "checkpoint.keep_best")
     checker.whole(1, "checkpoint.keep_latest")
