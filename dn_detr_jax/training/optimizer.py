@@ -81,20 +81,27 @@ def global_norm(tree: PyTree, *, split: bool = False) -> jax.Array:
     """The root of the sum of the squares of all numbers in a tree of arrays, a scalar.
 
     Small arrays are put together before they are summed. One sum for each of them, as of
-    `optax.tree.norm`, makes a third of all the kernels of a training step on a GPU
-    (docs/performance.md).
+    `optax.tree.norm`, makes a third of all the kernels of a training step on a GPU. On a TPU, where
+    arrays lie in tiles, putting them together costs more than it saves (docs/performance.md).
 
     Args:
       tree: float arrays.
       split: they are split over devices, which would have to exchange them: sums each for itself.
     """
-    arrays = jax.tree.leaves(tree)
-    if not split:
+
+    def norm(*arrays):
+        squares = [jnp.sum(jnp.square(array)) for array in arrays]
+        return jnp.sqrt(sum(squares, start=jnp.float32(0)))
+
+    def norm_together(*arrays):
         small = [jnp.ravel(array) for array in arrays if array.size <= _SMALL]
-        arrays = [array for array in arrays if array.size > _SMALL]
-        arrays += [jnp.concatenate(small)] if small else []
-    squares = [jnp.sum(jnp.square(array)) for array in arrays]
-    return jnp.sqrt(sum(squares, start=jnp.float32(0)))
+        large = [array for array in arrays if array.size > _SMALL]
+        return norm(*large, jnp.concatenate(small)) if small else norm(*large)
+
+    arrays = jax.tree.leaves(tree)
+    if split or not arrays:
+        return norm(*arrays)
+    return jax.lax.platform_dependent(*arrays, tpu=norm, default=norm_together)
 
 
 def clip_by_global_norm(max_norm: float, *, split: bool = False) -> optax.GradientTransformation:
