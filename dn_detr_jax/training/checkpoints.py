@@ -323,14 +323,10 @@ class Checkpoints:
 
     def has_average(self, step: int) -> bool:
         """Whether the checkpoint of a step holds a moving average of the parameters."""
-        folder = self.directory / str(step)
-        if (folder / "ema").exists():
-            return True
         try:
-            files = _read_checksums(folder)
+            return _was_written(self.directory / str(step), "ema")
         except (OSError, ValueError):
             return False  # damaged: whoever reads it is told
-        return any(file.startswith("ema/") for file in files)
 
     def find(self, step: str | int) -> int:
         """The number of the checkpoint "latest", "best" or of a step, which must exist."""
@@ -394,8 +390,7 @@ class Checkpoints:
         for step in self.all_steps():
             folder = self.directory / str(step)
             try:
-                written = any(name.startswith("metrics/") for name in _read_checksums(folder))
-                if not written and not (folder / "metrics").exists():
+                if not _was_written(folder, "metrics"):
                     continue
                 _verify_checksums(folder, ["metrics"])
                 metrics = json.loads((folder / "metrics" / "metrics").read_text())
@@ -688,6 +683,13 @@ def _verify_checksums(folder: Path, items: Sequence[str]) -> None:
             raise ValueError(f"{name} has {found[0]} of {expected[0]} bytes")
         if found != expected:
             raise ValueError(f"{name} has another content than was written")
+
+
+def _was_written(folder: Path, item: str) -> bool:
+    """Whether a checkpoint has an item, or has lost it; raises if its checksums can't be read."""
+    return (folder / item).exists() or any(
+        name.startswith(f"{item}/") for name in _read_checksums(folder)
+    )
 
 
 def _read_checksums(folder: Path) -> dict[str, list[int]]:
