@@ -11,14 +11,13 @@ from fast_jit import fast_jit
 from flax import traverse_util
 from tiny_detector import (
     CANVAS,
-    GROUPS,
+    denoising_queries,
     object_noise,
     picture_batch,
     random_params,
     tiny_config,
 )
 
-from dn_detr_jax import denoising
 from dn_detr_jax.config import base_config
 from dn_detr_jax.denoising import Denoising
 from dn_detr_jax.models import attention, position
@@ -482,13 +481,7 @@ def test_every_attention_becomes_a_kernel_of_cudnn(tiny, monkeypatch):
         model = build_model(config.model, kind)
 
         def loss(params, batch):
-            dn = denoising.prepare(
-                *(batch[name] for name in ("labels", "boxes", "valid")),
-                object_noise(),
-                groups=GROUPS,
-                label_noise=0.2,
-                box_noise=0.4,
-            )
+            dn = denoising_queries(batch, object_noise())
             images = normalize_images(batch["image"], batch["size"])
             out = model.apply({"params": params}, images, batch["size"], dn)
             return sum(jnp.sum(value) for value in out.values())

@@ -89,6 +89,12 @@ def object_noise(objects=4, seed=2):
     )
 
 
+def denoising_queries(batch, noise):
+    """The denoising queries of a batch, with the noise of the published configuration."""
+    targets = batch["labels"], batch["boxes"], batch["valid"]
+    return denoising.prepare(*targets, noise, groups=GROUPS, label_noise=0.2, box_noise=0.4)
+
+
 class Result(NamedTuple):
     """Outputs by name, apart for denoising and matching queries, and the loss."""
 
@@ -117,9 +123,7 @@ class TinyDetector:
 
     def _train(self, params, batch, noise, attend_padding=False):
         """With them, and the loss."""
-        labels, boxes, valid = batch["labels"], batch["boxes"], batch["valid"]
-        options = {"groups": GROUPS, "label_noise": 0.2, "box_noise": 0.4}
-        dn = denoising.prepare(labels, boxes, valid, noise, **options)
+        dn = denoising_queries(batch, noise)
         images = normalize_images(batch["image"], batch["size"])
         outputs = self.model.apply(
             {"params": params}, images, batch["size"], dn, attend_padding=attend_padding
