@@ -39,10 +39,9 @@ from benchmarks import common
 from dn_detr_jax import matching
 from dn_detr_jax.chips import CHIPS
 from dn_detr_jax.command_line import run_main
-from dn_detr_jax.config import ConfigError, compiler_options
-from dn_detr_jax.preflight import GIB, Cost, abstract_step
+from dn_detr_jax.config import ConfigError
+from dn_detr_jax.preflight import GIB, Cost, compile_step
 from dn_detr_jax.sharding import make_mesh
-from dn_detr_jax.training.step import abstract_batch
 
 FLAGS = flags.FLAGS
 GPUS = "NVIDIA H200", "NVIDIA H100 80GB HBM3"
@@ -106,18 +105,18 @@ def gpus(kind: str, number: int) -> Sequence[Any]:
         raise ValueError(f'no compiler for GPUs: pip install "jax[cuda13]" ({error})') from None
 
 
-def compile_step(config: ConfigDict, mesh: Mesh) -> jax.stages.Compiled:
+def compile_for(config: ConfigDict, mesh: Mesh) -> jax.stages.Compiled:
     """Compiles the training step for GPUs that need not be there.
 
     Args:
       config: whole configuration, of which the first canvas is taken.
       mesh: of `gpus`.
     """
-    options = {"xla_gpu_enable_triton_gemm": False} | compiler_options(config, "gpu")
+    config = copy.deepcopy(config)
+    untried = "gpu:xla_gpu_enable_triton_gemm=false"
+    config.compile.options = (untried, *config.compile.options)
     with mock.patch.object(matching, "assign", _call_nobody):
-        step = abstract_step(config, mesh)
-        batch = abstract_batch(config, "train", mesh, config.data.canvases[0])
-        return step.function.lower(step.state, batch).compile(options)
+        return compile_step(config, mesh, config.data.canvases[0])
 
 
 def _call_nobody(cost: jax.Array, valid: jax.Array, mesh: Mesh) -> jax.Array:
@@ -142,7 +141,7 @@ def count_kernels(program: str) -> int:
 def measure(config: ConfigDict, kind: str, devices: int) -> dict[str, Any]:
     """The plan for the step of a config, as columns."""
     start = time.monotonic()
-    compiled = compile_step(config, make_mesh(-1, gpus(kind, devices)))
+    compiled = compile_for(config, make_mesh(-1, gpus(kind, devices)))
     cost, text = Cost.of(compiled, devices), compiled.as_text()
     return {
         "planned_gib": round(cost.total / GIB, 2),
