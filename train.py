@@ -26,17 +26,16 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from dn_detr_jax import distributed
-from dn_detr_jax.command_line import (
+from dn_detr_jax.commands.command_line import (
     define_step_flag,
     leave_on_sigterm,
     log_to_terminal,
     run_main,
 )
-from dn_detr_jax.config import ConfigError, validate
-from dn_detr_jax.data.errors import DataError
-from dn_detr_jax.evaluation.errors import EvaluationError
-from dn_detr_jax.training.errors import TrainingError
+from dn_detr_jax.config import (
+    validate,
+)
+from dn_detr_jax.distributed import launch
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "The experiment, a file in configs/.")
@@ -44,16 +43,7 @@ flags.DEFINE_string("workdir", None, "For checkpoints, metrics and pictures; con
 flags.DEFINE_bool("eval_only", False, "Evaluate a checkpoint of the work directory.")
 define_step_flag("best", "With --eval_only: best, latest or a number of steps.")
 flags.mark_flags_as_required(["config", "workdir"])
-distributed.define_flags()
-
-_EXPECTED = (
-    ConfigError,
-    DataError,
-    distributed.DistributedError,
-    EvaluationError,
-    TrainingError,
-    OSError,
-)
+launch.define_flags()
 
 
 def main(argv: Sequence[str]) -> None:
@@ -62,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
     if not FLAGS.eval_only:
         leave_on_sigterm()  # until the training begins, and when it has ended
     validate(FLAGS.config)
-    membership = distributed.find_membership(
+    membership = launch.find_membership(
         FLAGS.distributed,
         FLAGS.coordinator_address,
         FLAGS.num_processes,
@@ -73,10 +63,8 @@ def main(argv: Sequence[str]) -> None:
         log_to_terminal()
     else:
         log_to_terminal(f"process {membership.index}: ", logging.WARNING)
-    with distributed.working_together(
-        membership, _EXPECTED, FLAGS.start_timeout, FLAGS.heartbeat_timeout
-    ):
-        from dn_detr_jax.agreement import check_agreement
+    with launch.working_together(membership, FLAGS.start_timeout, FLAGS.heartbeat_timeout):
+        from dn_detr_jax.distributed.consistency import check_agreement
         from dn_detr_jax.training import loop, report
 
         check_agreement({"--eval_only": FLAGS.eval_only, "--step": FLAGS.step})
@@ -88,4 +76,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, _EXPECTED)
+    run_main(main)

@@ -28,7 +28,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from dn_detr_jax.chips import CHIPS
+from dn_detr_jax.preflight.accelerators import CHIPS
 
 ROOT = Path(__file__).parent.parent
 FLAGS = flags.FLAGS

@@ -30,10 +30,11 @@ from benchmarks import common
 from benchmarks.memory import kept_bytes
 from benchmarks.train_step import Step, device, gigabytes
 from dn_detr_jax import denoising
-from dn_detr_jax.command_line import run_main
-from dn_detr_jax.config import ConfigError, validate
+from dn_detr_jax.commands.command_line import run_main
+from dn_detr_jax.config import (
+    validate,
+)
 from dn_detr_jax.data.datasets import open_dataset
-from dn_detr_jax.data.errors import DataError
 from dn_detr_jax.models.registry import abstract_params, build_model, trainable
 from dn_detr_jax.sharding import make_mesh
 from dn_detr_jax.training.optimizer import make_optimizer
@@ -183,4 +184,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("crowd", 90, "Objects of the crowded picture.", lower_bound=0)
     flags.DEFINE_integer("large_batch_size", 2, "Pictures of the step that is only traced.")
     flags.mark_flag_as_required("data")
-    run_main(main, (ConfigError, DataError, OSError, ValueError))
+    run_main(main)

@@ -37,10 +37,9 @@ from ml_collections import ConfigDict
 
 from benchmarks import common
 from dn_detr_jax import matching
-from dn_detr_jax.chips import CHIPS
-from dn_detr_jax.command_line import run_main
-from dn_detr_jax.config import ConfigError
-from dn_detr_jax.preflight import GIB, Cost, compile_step
+from dn_detr_jax.commands.command_line import run_main
+from dn_detr_jax.preflight.accelerators import CHIPS
+from dn_detr_jax.preflight.preflight import GIB, Cost, compile_step
 from dn_detr_jax.sharding import make_mesh
 
 FLAGS = flags.FLAGS
@@ -178,4 +177,4 @@ if __name__ == "__main__":
     flags.DEFINE_enum("gpu", GPUS[0], GPUS, "What to compile for.")
     flags.DEFINE_integer("devices", 1, "How many of them.", lower_bound=1)
     flags.DEFINE_multi_enum("attention", ATTENTIONS, ATTENTIONS, "Several by repeating the flag.")
-    run_main(main, (ConfigError, OSError, ValueError))
+    run_main(main)

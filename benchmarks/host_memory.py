@@ -28,8 +28,8 @@ from ml_collections import ConfigDict, config_flags
 from benchmarks import common
 from benchmarks.processes import family, megabytes
 from benchmarks.trainings import Training, last_line, small_config, write_config
-from dn_detr_jax.command_line import run_main
-from dn_detr_jax.config import ConfigError
+from dn_detr_jax.commands.command_line import run_main
+from dn_detr_jax.errors import ConfigError
 
 FLAGS = flags.FLAGS
 PARTS = 10
@@ -153,4 +153,4 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    run_main(main, (ConfigError, OSError, RuntimeError))
+    run_main(main)

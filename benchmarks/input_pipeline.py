@@ -40,11 +40,12 @@ from ml_collections import ConfigDict, config_flags
 from PIL import Image
 
 from benchmarks.processes import family, megabytes
-from dn_detr_jax.command_line import run_main
-from dn_detr_jax.config import ConfigError, validate
+from dn_detr_jax.commands.command_line import run_main
+from dn_detr_jax.config import (
+    validate,
+)
 from dn_detr_jax.data import images, transforms
 from dn_detr_jax.data.datasets import Dataset, Example, open_dataset
-from dn_detr_jax.data.errors import DataError
 from dn_detr_jax.data.loader import train_batches, train_plan
 
 FLAGS = flags.FLAGS
@@ -384,4 +385,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, (ConfigError, DataError, OSError))
+    run_main(main)

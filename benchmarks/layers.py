@@ -25,8 +25,10 @@ from ml_collections import ConfigDict
 
 from benchmarks import common
 from benchmarks.train_step import device, gigabytes
-from dn_detr_jax.command_line import run_main
-from dn_detr_jax.config import ConfigError, validate
+from dn_detr_jax.commands.command_line import run_main
+from dn_detr_jax.config import (
+    validate,
+)
 from dn_detr_jax.models.attention import attention
 from dn_detr_jax.models.decoder import _interleave_heads
 from dn_detr_jax.models.encoder import EncoderLayer
@@ -168,4 +170,4 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     common.define_flags(batch_size=["2"])
-    run_main(main, (ConfigError, OSError, ValueError))
+    run_main(main)

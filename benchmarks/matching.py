@@ -33,8 +33,10 @@ from ml_collections import ConfigDict
 from benchmarks import common
 from benchmarks.train_step import Step, device
 from dn_detr_jax import matching
-from dn_detr_jax.command_line import run_main
-from dn_detr_jax.config import ConfigError, validate
+from dn_detr_jax.commands.command_line import run_main
+from dn_detr_jax.config import (
+    validate,
+)
 
 FLAGS = flags.FLAGS
 
@@ -199,4 +201,4 @@ if __name__ == "__main__":
     flags.DEFINE_list("objects_each", ["1", "7", "20", "100"], "Objects of every picture.")
     flags.DEFINE_integer("step_batch_size", 0, "Of the second table; 0: the config's.")
     flags.DEFINE_bool("step", True, "Also the share of the real training step.")
-    run_main(main, (ConfigError, OSError, ValueError))
+    run_main(main)

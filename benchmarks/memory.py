@@ -17,8 +17,10 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from benchmarks import common
-from dn_detr_jax.command_line import run_main
-from dn_detr_jax.config import ConfigError, validate
+from dn_detr_jax.commands.command_line import run_main
+from dn_detr_jax.config import (
+    validate,
+)
 from dn_detr_jax.models.registry import abstract_params, build_model
 from dn_detr_jax.sharding import make_mesh
 from dn_detr_jax.training.step import abstract_batch, compute_losses
@@ -62,4 +64,4 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     common.define_flags(batch_size=["2"], dtype=["bfloat16"])
-    run_main(main, (ConfigError, OSError, ValueError))
+    run_main(main)

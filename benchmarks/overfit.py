@@ -18,10 +18,10 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from dn_detr_jax.command_line import log_to_terminal, run_main
-from dn_detr_jax.config import ConfigError, base_config
-from dn_detr_jax.data.errors import DataError
-from dn_detr_jax.training.errors import TrainingError
+from dn_detr_jax.commands.command_line import log_to_terminal, run_main
+from dn_detr_jax.config import (
+    base_config,
+)
 
 FLAGS = flags.FLAGS
 
@@ -122,4 +122,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, (ConfigError, DataError, TrainingError, OSError))
+    run_main(main)

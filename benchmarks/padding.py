@@ -27,11 +27,12 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from dn_detr_jax.command_line import run_main
-from dn_detr_jax.config import ConfigError, validate
+from dn_detr_jax.commands.command_line import run_main
+from dn_detr_jax.config import (
+    validate,
+)
 from dn_detr_jax.data import coco
 from dn_detr_jax.data.canvases import padding, propose, required_sizes
-from dn_detr_jax.data.errors import DataError
 from dn_detr_jax.data.plan import Canvas, place, plan_epoch
 from dn_detr_jax.data.transforms import draw_geometry
 
@@ -190,4 +191,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, (ConfigError, DataError, OSError))
+    run_main(main)

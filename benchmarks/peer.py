@@ -28,8 +28,10 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from benchmarks import common
-from dn_detr_jax.command_line import run_main
-from dn_detr_jax.config import ConfigError, validate
+from dn_detr_jax.commands.command_line import run_main
+from dn_detr_jax.config import (
+    validate,
+)
 
 FLAGS = flags.FLAGS
 CONTENDERS = "ours", "ours_dn", "peer", "peer_compiled"
@@ -124,4 +126,4 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
     common.define_flags()
     common.define_contender_flags(CONTENDERS)
-    run_main(main, (ConfigError, OSError, ValueError))
+    run_main(main)

@@ -20,9 +20,14 @@ import matplotlib
 from absl import flags
 from ml_collections import config_flags
 
-from dn_detr_jax.command_line import run_main
-from dn_detr_jax.config import ConfigError
-from dn_detr_jax.preflight import PreflightError, memory_text, quantity, run_preflight, versions
+from dn_detr_jax.commands.command_line import run_main
+from dn_detr_jax.errors import PreflightError
+from dn_detr_jax.preflight.preflight import (
+    memory_text,
+    quantity,
+    run_preflight,
+    versions,
+)
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "The experiment, a file in configs/.")
@@ -122,4 +127,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, (PreflightError, ConfigError, OSError))
+    run_main(main)

@@ -23,8 +23,11 @@ from ml_collections import ConfigDict
 
 from benchmarks import common
 from benchmarks.peer import add_ratios
-from dn_detr_jax.command_line import run_main
-from dn_detr_jax.config import ConfigError, compiler_options, validate
+from dn_detr_jax.commands.command_line import run_main
+from dn_detr_jax.config import (
+    compiler_options,
+    validate,
+)
 
 FLAGS = flags.FLAGS
 CONTENDERS = "ours", "peer", "peer_compiled"
@@ -36,8 +39,8 @@ def our_program(config: ConfigDict, batch: dict) -> tuple[Callable, Callable, di
     import jax.numpy as jnp
 
     from benchmarks.train_step import device
+    from dn_detr_jax.inference.predictor import detect
     from dn_detr_jax.models.registry import build_model
-    from dn_detr_jax.predictor import detect
 
     model = build_model(config.model, config.compile.attention)
     params = jax.jit(model.init)(
@@ -140,4 +143,4 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
     common.define_flags(["1"])
     common.define_contender_flags(CONTENDERS)
-    run_main(main, (ConfigError, OSError, ValueError))
+    run_main(main)

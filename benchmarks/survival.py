@@ -50,8 +50,7 @@ from benchmarks.trainings import (
     unfinished,
     write_config,
 )
-from dn_detr_jax.command_line import run_main
-from dn_detr_jax.config import ConfigError
+from dn_detr_jax.commands.command_line import run_main
 
 FLAGS = flags.FLAGS
 KINDS = "SIGKILL", "SIGTERM"
@@ -278,4 +277,4 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    run_main(main, (ConfigError, OSError, RuntimeError))
+    run_main(main)

@@ -9,8 +9,8 @@ A row for every combination of canvas, batch size and dtype, with
 - seconds to trace and to compile, and of a step: median, fastest and slowest round;
 - the flops of the model in one step: those that the compiler's cost analysis finds in the program
   as traced, before it is optimised and without what rematerialisation adds; MFU divides them by the
-  step's time and by the peak of the devices, and is empty where `dn_detr_jax.chips` does not know
-  the device;
+  step's time and by the peak of the devices, and is empty where
+  `dn_detr_jax.preflight.accelerators` does not know the device;
 - memory: what the compiler planned for a device (arguments, results and temporaries), and the
   peak that the device reports, where it does (a CPU does not);
 - the share of the step during which the host solves assignments.
@@ -31,8 +31,11 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from benchmarks import common, step_parts
-from dn_detr_jax.command_line import run_main
-from dn_detr_jax.config import ConfigError, compiler_options, validate
+from dn_detr_jax.commands.command_line import run_main
+from dn_detr_jax.config import (
+    compiler_options,
+    validate,
+)
 from dn_detr_jax.matching import host_timer
 from dn_detr_jax.models.registry import abstract_params, build_model, trainable
 from dn_detr_jax.sharding import make_mesh, put_batch
@@ -217,4 +220,4 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
     common.define_flags()
     flags.DEFINE_bool("parts", True, "Also where the time goes.")
-    run_main(main, (ConfigError, OSError, ValueError))
+    run_main(main)

@@ -9,7 +9,7 @@ The paper reports AP 44.1 on val2017 for this setting (Li et al., CVPR 2022: DN-
 The backbone starts from torchvision's or timm's ImageNet weights of ResNet-50. An official
 checkpoint is evaluated without any training:
 
-    python -m dn_detr_jax.interop.import_torch checkpoint.pth --config configs/coco_r50.py \\
+    python -m dn_detr_jax import checkpoint.pth --config configs/coco_r50.py \\
         --out runs/official
     python train.py --config configs/coco_r50.py --workdir runs/official --eval_only
 

@@ -13,7 +13,7 @@ published rate scaled to the batch, 12 epochs with a cosine. No AP is claimed fo
 
 To vary: `train.duration`, `train.batch_size` with `optimizer.learning_rate` in proportion (1e-4 for
 16 pictures), `data.augment.flip=0` where left and right matter, smaller canvases and sizes for
-smaller pictures (`python -m dn_detr_jax.data.canvases` proposes them).
+smaller pictures (`python -m dn_detr_jax canvases` proposes them).
 """
 
 from configs import coco_r50

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dn_detr_jax.config import ConfigError
+from dn_detr_jax.errors import ConfigError
 
 PyTree = Any
 

@@ -10,12 +10,12 @@ from hypothesis import settings
 from tiny_detector import TinyDetector, random_params
 
 import dn_detr_jax
-import dn_detr_jax.predictor as predictor_module
+import dn_detr_jax.inference.predictor as predictor_module
+from dn_detr_jax.checkpoints.manager import Checkpoints
 from dn_detr_jax.config import base_config
 from dn_detr_jax.data.coco_classes import Category
 from dn_detr_jax.data.datasets import open_dataset
 from dn_detr_jax.models.registry import abstract_params, build_model
-from dn_detr_jax.training.checkpoints import Checkpoints
 
 # Everything is tested on the CPU, also where libtpu is installed without a TPU.
 jax.config.update("jax_platforms", "cpu")

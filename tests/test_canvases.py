@@ -19,9 +19,9 @@ from dn_detr_jax.data.canvases import (
     required_sizes,
 )
 from dn_detr_jax.data.datasets import open_dataset
-from dn_detr_jax.data.errors import DataError
 from dn_detr_jax.data.plan import assign_canvases, check_canvases, plan_eval
 from dn_detr_jax.data.transforms import largest_sizes
+from dn_detr_jax.errors import DataError
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from dn_detr_jax.config import base_config
 from dn_detr_jax.data import images
 from dn_detr_jax.data.check import check, check_split, report
 from dn_detr_jax.data.datasets import open_dataset
-from dn_detr_jax.data.errors import DataError
+from dn_detr_jax.errors import DataError
 
 TRAIN = "annotations/instances_train2017.json"
 
@@ -284,7 +284,7 @@ def test_examples_are_limited(tmp_path):
 
 
 def run_command(*arguments):
-    command = [sys.executable, "-m", "dn_detr_jax.data.check", *map(str, arguments)]
+    command = [sys.executable, "-m", "dn_detr_jax", "check", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 

@@ -20,9 +20,13 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
+from dn_detr_jax.checkpoints.manager import (
+    Checkpoints,
+    read_config,
+)
 from dn_detr_jax.config import base_config
 from dn_detr_jax.data.coco_classes import Category
-from dn_detr_jax.training.checkpoints import CheckpointError, Checkpoints, read_config
+from dn_detr_jax.errors import CheckpointError
 
 
 @flax.struct.dataclass
@@ -467,7 +471,7 @@ def test_leftovers_of_a_killed_process_are_ignored_and_removed(copied):
 ENDLESS_SAVES = """
 import sys
 import jax, jax.numpy as jnp
-from dn_detr_jax.training.checkpoints import Checkpoints
+from dn_detr_jax.checkpoints.manager import Checkpoints
 checkpoints = Checkpoints(sys.argv[1], None, keep_latest=2)
 first = checkpoints.latest_step() or 0
 for step in range(first + 1, 10_000):

@@ -10,8 +10,8 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from dn_detr_jax.errors import EvaluationError
 from dn_detr_jax.evaluation.coco_ap import CocoEvaluator, format_table
-from dn_detr_jax.evaluation.errors import EvaluationError
 
 KEYS = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
 CATEGORY_IDS = (7, 3, 90, 12)  # with holes, not sorted

@@ -19,8 +19,8 @@ from dn_detr_jax.config import base_config
 from dn_detr_jax.data import images
 from dn_detr_jax.data.coco_classes import COCO_CATEGORIES
 from dn_detr_jax.data.datasets import open_dataset
-from dn_detr_jax.data.errors import DataError
 from dn_detr_jax.data.loader import eval_batches, train_batches
+from dn_detr_jax.errors import DataError
 from dn_detr_jax.evaluation.coco_ap import CocoEvaluator
 
 pytestmark = needs_coco_sample

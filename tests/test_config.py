@@ -9,7 +9,6 @@ import pytest
 from ml_collections import ConfigDict
 
 from dn_detr_jax.config import (
-    ConfigError,
     base_config,
     check_attention,
     compiler_options,
@@ -17,6 +16,7 @@ from dn_detr_jax.config import (
     nearest_key,
     validate,
 )
+from dn_detr_jax.errors import ConfigError
 
 
 def _with(changes):
@@ -209,7 +209,7 @@ def test_flat_keys_are_those_of_ml_collections():
 PROGRAM = """
 from absl import flags
 from ml_collections import config_flags
-from dn_detr_jax.command_line import run_main
+from dn_detr_jax.commands.command_line import run_main
 from dn_detr_jax.config import validate
 CONFIG = config_flags.DEFINE_config_file("config")
 WORKDIR = flags.DEFINE_string("workdir", None, "where to write", required=True)
@@ -280,7 +280,7 @@ def test_wrong_command_lines_are_one_line_and_a_status(program, arguments, expec
 PROGRAM_WITH_ARGUMENTS = """
 import sys
 from absl import flags
-from dn_detr_jax.command_line import define_step_flag, run_main
+from dn_detr_jax.commands.command_line import define_step_flag, run_main
 define_step_flag("best")
 run_main(lambda argv: print(argv[1:], repr(flags.FLAGS.step)), arguments=("DIR", "FILES..."))
 """

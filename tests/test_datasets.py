@@ -12,9 +12,9 @@ from tensorboardX.record_writer import RecordWriter
 
 from dn_detr_jax.config import base_config
 from dn_detr_jax.data.datasets import open_dataset
-from dn_detr_jax.data.errors import DataError
 from dn_detr_jax.data.packing import SPLIT
 from dn_detr_jax.data.records import open_records
+from dn_detr_jax.errors import DataError
 from dn_detr_jax.training.setup import check_same_classes
 
 

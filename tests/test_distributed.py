@@ -9,7 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from dn_detr_jax.distributed import DistributedError, Membership, find_membership
+from dn_detr_jax.distributed.launch import (
+    Membership,
+    find_membership,
+)
+from dn_detr_jax.errors import DistributedError
 
 _ROOT = Path(__file__).parent.parent
 _VARIABLES = ("SLURM_", "OMPI_", "PMI_", "JAX_COORDINATOR", "JAX_LOCAL", "WORLD_SIZE", "RANK")
@@ -163,18 +167,19 @@ def test_a_coordinator_that_is_not_there_ends_train_py_with_one_line(tmp_path, e
 
 _SCRIPT = """
 import sys, time
-from dn_detr_jax import agreement, distributed
+from dn_detr_jax.distributed import consistency
+from dn_detr_jax.distributed import launch
 
 index, address, what = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-with distributed.working_together(distributed.Membership(address, 2, index), (OSError,)):
-    agreement.barrier("start")
+with launch.working_together(launch.Membership(address, 2, index)):
+    consistency.barrier("start")
     print("started", flush=True)
-    agreement.barrier("said so")
+    consistency.barrier("said so")
     if what == "error" and index == 1:
         raise OSError("image 17\\ncan't be read")
     if index == 0:
         time.sleep(1000)
-    agreement.barrier("never reached")
+    consistency.barrier("never reached")
 """
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dn_detr_jax.data.datasets import open_dataset
-from dn_detr_jax.evaluation.evaluate import Evaluator
+from dn_detr_jax.evaluation.evaluator import Evaluator
 from dn_detr_jax.models.registry import num_matching_queries
 from dn_detr_jax.sharding import make_mesh
 

@@ -15,10 +15,10 @@ from fast_jit import fast_jit
 from ml_collections import ConfigDict
 from PIL import Image
 
-from dn_detr_jax import exported
-from dn_detr_jax.export import _CanvasParser, export
-from dn_detr_jax.exported import ExportedDetector, ExportedError, load_exported
-from dn_detr_jax.predictor import Predictor, place, read_run
+from dn_detr_jax.commands.export import _CanvasParser, export
+from dn_detr_jax.inference import exported
+from dn_detr_jax.inference.exported import ExportedDetector, ExportedError, load_exported
+from dn_detr_jax.inference.predictor import Predictor, place, read_run
 
 _ROOT = Path(__file__).parent.parent
 CANVAS = (96, 128)
@@ -205,7 +205,7 @@ def test_files_that_are_no_exported_detectors(exported_file, tmp_path):
     other = tmp_path / "other.zip"
     for content in (b"", b"text", whole[: len(whole) // 2], whole[:-1]):
         other.write_bytes(content)
-        assert "not a file of dn_detr_jax.export, or a damaged one" in _error_of(other)
+        assert "not a file of dn_detr_jax.commands.export, or a damaged one" in _error_of(other)
     with zipfile.ZipFile(exported_file) as archive:
         places = [archive.getinfo(name).header_offset + 400 for name in archive.namelist()[1:3]]
     for place_ in places:
@@ -272,7 +272,13 @@ def test_a_canvas_is_height_and_width():
     ],
 )
 def test_wrong_commands_are_one_line(tmp_path, arguments, words):
-    command = [sys.executable, "-m", "dn_detr_jax.export", f"--workdir={tmp_path}", "--out=x"]
+    command = [
+        sys.executable,
+        "-m",
+        "dn_detr_jax.commands.export",
+        f"--workdir={tmp_path}",
+        "--out=x",
+    ]
     done = subprocess.run(
         [*command, *arguments], cwd=_ROOT, capture_output=True, text=True, timeout=60, check=False
     )

@@ -26,8 +26,8 @@ from dn_detr_jax.data import coco, images, records, tfrecord
 from dn_detr_jax.data.annotations import label_categories, load_table, save_table
 from dn_detr_jax.data.check import check_split, report
 from dn_detr_jax.data.datasets import open_dataset
-from dn_detr_jax.data.errors import DataError
 from dn_detr_jax.data.plan import TrainPlan, plan_eval
+from dn_detr_jax.errors import DataError
 from dn_detr_jax.evaluation.coco_ap import CocoEvaluator
 
 CONTENT = document(4)

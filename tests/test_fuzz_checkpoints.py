@@ -22,17 +22,23 @@ from hypothesis import strategies as st
 from test_fuzz_config import ANYTHING
 from tiny_detector import random_params, tiny_config
 
-from dn_detr_jax import exported, predictor
-from dn_detr_jax.config import ConfigError, base_config, flat_keys
+from dn_detr_jax.checkpoints.manager import (
+    Checkpoints,
+)
+from dn_detr_jax.commands.export import export
+from dn_detr_jax.config import (
+    base_config,
+    flat_keys,
+)
 from dn_detr_jax.data.coco_classes import Category
-from dn_detr_jax.export import export
-from dn_detr_jax.exported import ExportedError, load_exported
+from dn_detr_jax.errors import CheckpointError, ConfigError
+from dn_detr_jax.inference import exported, predictor
+from dn_detr_jax.inference.exported import ExportedError, load_exported
+from dn_detr_jax.inference.predictor import Run, read_run
 from dn_detr_jax.interop import initial
 from dn_detr_jax.models.registry import abstract_params, build_model
-from dn_detr_jax.predictor import Run, read_run
-from dn_detr_jax.training.checkpoints import CheckpointError, Checkpoints
 from dn_detr_jax.training.writers import MetricWriter, read_metrics
-from dn_detr_jax.visualize import read_curves
+from dn_detr_jax.visualize.visualize import read_curves
 
 SAME_FIXTURES = [HealthCheck.function_scoped_fixture]
 CATEGORIES = tuple(Category(i, f"class {i}") for i in range(5))

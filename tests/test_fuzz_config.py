@@ -21,10 +21,15 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict, config_flags
 from tiny_detector import tiny_config
 
-from dn_detr_jax import command_line
-from dn_detr_jax.config import ConfigError, base_config, expand_user, flat_keys, validate
-from dn_detr_jax.data.errors import DataError
+from dn_detr_jax.commands import command_line
+from dn_detr_jax.config import (
+    base_config,
+    expand_user,
+    flat_keys,
+    validate,
+)
 from dn_detr_jax.data.plan import TrainPlan, plan_eval
+from dn_detr_jax.errors import ConfigError, DataError
 from dn_detr_jax.models.registry import abstract_params, build_model, trainable
 from dn_detr_jax.sharding import make_mesh
 from dn_detr_jax.training.optimizer import describe, make_optimizer

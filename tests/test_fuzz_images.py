@@ -21,9 +21,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
-from dn_detr_jax.data.errors import DataError
 from dn_detr_jax.data.images import decode, decode_upright, read_header
-from dn_detr_jax.predictor import read_picture
+from dn_detr_jax.errors import DataError
+from dn_detr_jax.inference.predictor import read_picture
 
 REPOSITORY = Path(__file__).parent.parent
 PHOTO = Image.fromarray(photograph(23, 31))
@@ -190,7 +190,7 @@ def bombs() -> dict[str, bytes]:
 
 MEASURE = """
 import json, pathlib, resource, sys, time
-from dn_detr_jax.data.errors import DataError
+from dn_detr_jax.errors import DataError
 from dn_detr_jax.data.images import decode, decode_upright, read_header
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 for path in sorted(pathlib.Path(sys.argv[1]).iterdir()):

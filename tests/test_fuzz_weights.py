@@ -17,8 +17,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_interop import DATA, FakeTensor, Hostile, save_pth
 
+from dn_detr_jax.errors import WeightsError
 from dn_detr_jax.interop import torch_files
-from dn_detr_jax.interop.torch_files import FileError
 
 ARRAYS = {
     "a": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -52,7 +52,7 @@ def read_damaged(path, content):
     try:
         with within(10):
             return torch_files.read(path).state
-    except FileError as error:
+    except WeightsError as error:
         one_line(error, str(path))
         return None
 
@@ -150,7 +150,7 @@ def test_any_header_of_safetensors(folder, header):
 )
 def test_arrays_of_something_else_than_numbers_are_named(folder, values):
     np.savez(folder / "text.npz", weights=values)
-    with pytest.raises(FileError, match=r"text\.npz: weights holds .*expected numbers"):
+    with pytest.raises(WeightsError, match=r"text\.npz: weights holds .*expected numbers"):
         torch_files.read(folder / "text.npz")
 
 
@@ -196,7 +196,7 @@ def test_scalars_are_numbers_or_short_texts(folder, name):
     scalar += b"(" + NUMPY_DTYPE + b"(" + text(name) + b"tR" + text("0" * 64) + b"tR"
     path = folder / "f.pth"
     path.write_bytes(pickled(b"}" + text("a") + scalar + b"s"))
-    with pytest.raises(FileError, match=r"damaged.*neither number nor text"):
+    with pytest.raises(WeightsError, match=r"damaged.*neither number nor text"):
         torch_files.read(path)
 
 
@@ -245,7 +245,7 @@ def test_compressed_archives_are_refused(folder):
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("f/data.pkl", bytes(10**7))
     assert path.stat().st_size < 20_000
-    with pytest.raises(FileError, match="compressed"):
+    with pytest.raises(WeightsError, match="compressed"):
         torch_files.read(path)
 
 
@@ -283,7 +283,7 @@ def test_no_file_of_weights_runs_what_is_in_it(folder, kind):
         save_pth(path, {"model": {"a": FakeTensor([1.0])}, "x": hostile})
     else:
         path.write_bytes(pickle.dumps(hostile, 4))
-    with pytest.raises(FileError):
+    with pytest.raises(WeightsError):
         torch_files.read(path)
     assert not marker.exists()
     pickle.loads(pickle.dumps(hostile))

@@ -9,8 +9,8 @@ import pytest
 from coco_directory import photograph
 from PIL import ExifTags, Image, ImageOps
 
-from dn_detr_jax.data.errors import DataError
 from dn_detr_jax.data.images import decode, decode_upright, read_header
+from dn_detr_jax.errors import DataError
 
 
 def encoded(picture: Image.Image, kind: str, **options) -> bytes:

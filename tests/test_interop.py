@@ -17,10 +17,16 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from dn_detr_jax.config import ConfigError, base_config, validate
+from dn_detr_jax.checkpoints.manager import Checkpoints, read_config
+from dn_detr_jax.commands.export_torch import export
+from dn_detr_jax.commands.import_torch import convert
+from dn_detr_jax.config import (
+    base_config,
+    validate,
+)
+from dn_detr_jax.errors import ConfigError, ConversionError, WeightsError
 from dn_detr_jax.interop import torch_files
 from dn_detr_jax.interop.convert import (
-    ConversionError,
     backbone_from_torch,
     check_config,
     flat,
@@ -28,12 +34,9 @@ from dn_detr_jax.interop.convert import (
     params_from_torch,
     params_to_torch,
 )
-from dn_detr_jax.interop.export_torch import export
-from dn_detr_jax.interop.import_torch import convert
 from dn_detr_jax.interop.initial import load_initial
 from dn_detr_jax.interop.torch_names import BACKBONE_PREFIX, tied_names, torch_tensors
 from dn_detr_jax.models.registry import abstract_params, build_model
-from dn_detr_jax.training.checkpoints import Checkpoints, read_config
 
 DATA = Path(__file__).parent / "data"
 REPOSITORY = Path(__file__).parent.parent
@@ -316,7 +319,7 @@ def test_other_entries_of_a_file(tmp_path):
     path = save_pth(tmp_path / "f.pth", arrays)
     assert torch_files.read(path).entry == "ema_model"
     assert torch_files.read(path, "b").state["a"] == 2.0
-    with pytest.raises(torch_files.FileError, match=r"under 'c'; there are \['ema_model', 'b'\]"):
+    with pytest.raises(WeightsError, match=r"under 'c'; there are \['ema_model', 'b'\]"):
         torch_files.read(path, "c")
 
 
@@ -402,7 +405,7 @@ def test_no_code_of_a_file_is_run(tmp_path, place, function):
     else:
         content[place] = {"x": Hostile(function, script)}
         path = save_pth(tmp_path / "f.pth", content)
-    with pytest.raises(torch_files.FileError, match=r"asks for .*nothing was run"):
+    with pytest.raises(WeightsError, match=r"asks for .*nothing was run"):
         torch_files.read(path)
     assert not marker.exists()
 
@@ -417,7 +420,7 @@ def test_a_pickle_can_not_change_what_reads_it(tmp_path):
         path = tmp_path / "f.pth"
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("f/data.pkl", program)
-        with pytest.raises(torch_files.FileError):
+        with pytest.raises(WeightsError):
             torch_files.read(path)
         assert dict(vars(argparse.Namespace)) == before
     state = torch_files.read(save_pth(tmp_path / "g.pth", {"a": FakeTensor([3.0])})).state
@@ -436,7 +439,7 @@ def test_a_pickle_can_not_change_what_reads_it(tmp_path):
 )
 def test_tensors_that_leave_their_storage(tmp_path, tensor):
     """Such strides would read memory that is not the file's."""
-    with pytest.raises(torch_files.FileError, match="damaged"):
+    with pytest.raises(WeightsError, match="damaged"):
         torch_files.read(save_pth(tmp_path / "f.pth", {"model": {"a": tensor}}))
 
 
@@ -444,11 +447,11 @@ def test_files_that_are_no_state_dicts(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none.pth: there is no such file"):
         torch_files.read(tmp_path / "none.pth")
     (tmp_path / "x.txt").write_text("")
-    with pytest.raises(torch_files.FileError, match=r"suffix must be one of .safetensors"):
+    with pytest.raises(WeightsError, match=r"suffix must be one of .safetensors"):
         torch_files.read(tmp_path / "x.txt")
-    with pytest.raises(torch_files.FileError, match="no tensors"):
+    with pytest.raises(WeightsError, match="no tensors"):
         torch_files.read(save_pth(tmp_path / "f.pth", {"epoch": 3}))
-    with pytest.raises(torch_files.FileError, match="holds a list"):
+    with pytest.raises(WeightsError, match="holds a list"):
         torch_files.read(save_pth(tmp_path / "f.pth", [FakeTensor([1.0])]))
 
 
@@ -459,7 +462,7 @@ def test_truncated_files(tmp_path, state, suffix):
     data = path.read_bytes()
     for length in (0, 5, len(data) // 3, len(data) - 40):
         path.write_bytes(data[:length])
-        with pytest.raises(torch_files.FileError, match=r"f\."):
+        with pytest.raises(WeightsError, match=r"f\."):
             torch_files.read(path)
 
 
@@ -563,7 +566,7 @@ def test_import_and_export_commands(tmp_path, params, state):
         "from test_interop import small_config\n\n"
         "def get_config():\n    return small_config()\n"
     )
-    command = [sys.executable, "-m", "dn_detr_jax.interop.import_torch", "official.pth"]
+    command = [sys.executable, "-m", "dn_detr_jax", "import", "official.pth"]
     command += ["--config", str(config_file), "--out", "run"]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
 

@@ -16,9 +16,9 @@ import pytest
 from dn_detr_jax.data import transforms
 from dn_detr_jax.data.datasets import open_dataset
 from dn_detr_jax.data.digit_scenes.scenes import draw_scene
-from dn_detr_jax.data.errors import DataError
 from dn_detr_jax.data.loader import eval_batches, eval_plan, train_batches, train_plan
 from dn_detr_jax.data.records import Example
+from dn_detr_jax.errors import DataError
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from tiny_detector import (
 from dn_detr_jax.config import base_config
 from dn_detr_jax.denoising import Denoising
 from dn_detr_jax.models import attention, position
-from dn_detr_jax.models.backbone import ResNet
+from dn_detr_jax.models.backbones.resnet import ResNet
 from dn_detr_jax.models.dn_dab_detr import IMAGE_MEAN, IMAGE_STD, normalize_images
 from dn_detr_jax.models.registry import abstract_params, build_model, parameter_table, trainable
 from dn_detr_jax.training.step import compute_losses

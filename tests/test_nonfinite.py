@@ -12,8 +12,8 @@ import pytest
 from data import tiny as tiny_config
 
 from dn_detr_jax.config import base_config
+from dn_detr_jax.errors import TrainingError
 from dn_detr_jax.training import loop
-from dn_detr_jax.training.errors import TrainingError
 from dn_detr_jax.training.nonfinite import Watch, unless_nonfinite
 from dn_detr_jax.training.state import TrainState
 

@@ -6,7 +6,10 @@ import numpy as np
 import optax
 import pytest
 
-from dn_detr_jax.config import ConfigError, base_config
+from dn_detr_jax.config import (
+    base_config,
+)
+from dn_detr_jax.errors import ConfigError
 from dn_detr_jax.training.optimizer import (
     clip_by_global_norm,
     describe,

@@ -16,7 +16,7 @@ from coco_directory import document, write_split
 from dn_detr_jax.config import base_config
 from dn_detr_jax.data import packing
 from dn_detr_jax.data.datasets import open_dataset
-from dn_detr_jax.data.errors import DataError
+from dn_detr_jax.errors import DataError
 
 COUNT = 40
 

@@ -19,15 +19,17 @@ from PIL import Image, ImageOps
 from pycocotools.coco import COCO
 
 import dn_detr_jax
-from dn_detr_jax import predict
+from dn_detr_jax.checkpoints.manager import (
+    Checkpoints,
+)
+from dn_detr_jax.commands import predict
 from dn_detr_jax.data.datasets import open_dataset
-from dn_detr_jax.data.errors import DataError
 from dn_detr_jax.data.loader import eval_batches
+from dn_detr_jax.errors import CheckpointError, DataError
 from dn_detr_jax.evaluation.coco_ap import CocoEvaluator
+from dn_detr_jax.inference.predictor import place, read_picture, read_run
 from dn_detr_jax.models.registry import build_model
-from dn_detr_jax.predictor import place, read_picture, read_run
 from dn_detr_jax.sharding import make_mesh, put_batch
-from dn_detr_jax.training.checkpoints import CheckpointError, Checkpoints
 from dn_detr_jax.training.step import jit_detect
 
 _ROOT = Path(__file__).parent.parent
@@ -124,7 +126,7 @@ class _Blind:
 def test_each_canvas_is_compiled_once_and_when_needed(digits_run, pictures, caplog, monkeypatch):
     caplog.set_level(logging.INFO, "dn_detr_jax")
     run = read_run(digits_run)
-    monkeypatch.setattr("dn_detr_jax.predictor.build_model", lambda config: _Blind())
+    monkeypatch.setattr("dn_detr_jax.inference.predictor.build_model", lambda config: _Blind())
     fresh = dn_detr_jax.Predictor(run.config, run.params, run.categories)
     counts = []
     for picture in (pictures[0], pictures[0], pictures[5], pictures[1], pictures[4]):
@@ -264,7 +266,13 @@ def test_command_writes_results_and_goes_on_after_a_broken_file(
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": fast_jit.XLA_FLAGS,
     }
-    command = [sys.executable, "-m", "dn_detr_jax.predict", f"--workdir={digits_run}", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "dn_detr_jax.commands.predict",
+        f"--workdir={digits_run}",
+        str(folder),
+    ]
     done = subprocess.run(
         [*command, f"--out={tmp_path / 'found'}", "--threshold=0.4"],
         cwd=_ROOT,

@@ -16,11 +16,12 @@ import fast_jit
 import numpy as np
 import pytest
 
+from dn_detr_jax.commands import check_reference
 from dn_detr_jax.config import base_config
-from dn_detr_jax.interop import check_detector, check_reference, reference
 from dn_detr_jax.interop.convert import flat
 from dn_detr_jax.interop.torch_names import tied_names, torch_tensors
 from dn_detr_jax.models.registry import abstract_params, build_model, trainable
+from dn_detr_jax.parity import check_detector, reference
 
 DATA = Path(__file__).parent / "data" / "reference"
 # Most clipped gradients are near AdamW's epsilon, so that updates amplify rounding; single draws of
@@ -38,7 +39,7 @@ def components():
     """What the command prints, in a process of its own that does not optimise the programs."""
     environment = os.environ | {"XLA_FLAGS": fast_jit.XLA_FLAGS, "PYTHONPATH": str(DATA.parents[2])}
     path = DATA / "components.npz"
-    command = [sys.executable, "-m", "dn_detr_jax.interop.check_reference", str(path)]
+    command = [sys.executable, "-m", "dn_detr_jax", "check-reference", str(path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.stdout, done.stderr
     printed = json.loads(done.stdout)

@@ -6,7 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from dn_detr_jax.config import ConfigError, base_config
+from dn_detr_jax.config import (
+    base_config,
+)
+from dn_detr_jax.errors import ConfigError
 from dn_detr_jax.training.schedules import learning_rate_schedule, steps
 
 

@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from dn_detr_jax.config import base_config
 from dn_detr_jax.models.registry import build_model, abstract_params, trainable
 from dn_detr_jax.sharding import make_mesh, put_batch
-from dn_detr_jax.training.checkpoints import Checkpoints
+from dn_detr_jax.checkpoints.manager import Checkpoints
 from dn_detr_jax.training.optimizer import make_optimizer
 from dn_detr_jax.training.state import (
     TrainState, abstract_state, evaluation_params, init_state, start_from)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from dn_detr_jax.collectives import parse_collectives, total_bytes
+from dn_detr_jax.preflight.hlo import parse_collectives, total_bytes
 
 # Runs in a process of its own: the number of simulated devices is fixed at start-up. Writes losses
 # and gradients of 1 and of 8 devices, and the programs for 8 devices with 6 and with 10 queries.

@@ -8,8 +8,8 @@ import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from dn_detr_jax import visualize
-from dn_detr_jax.visualize import Picture
+from dn_detr_jax.visualize import visualize
+from dn_detr_jax.visualize.visualize import Picture
 
 NAMES = [str(i) for i in range(10)]
 

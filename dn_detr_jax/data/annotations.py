@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dn_detr_jax.data.coco_classes import Category, with_holes
-from dn_detr_jax.data.errors import DataError
+from dn_detr_jax.errors import DataError
 
 _MOST_LABELS = 10_000  # of labels="category_ids": more would make a class head that nobody wants
 

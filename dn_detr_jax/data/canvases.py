@@ -1,6 +1,6 @@
 """Which canvases to use for a data set: few compiled shapes, little padding.
 
-    python -m dn_detr_jax.data.canvases --config configs/coco_r50.py --config.data.dir=PATH_OF_COCO
+    python -m dn_detr_jax canvases --config configs/coco_r50.py --config.data.dir=PATH_OF_COCO
 
 Draws the training augmentation for many pictures of the data set, of which only the sizes are read,
 and searches for the 1, 2, 4, 8 and 16 canvases (or `--num_canvases`) with the least padding, once
@@ -16,14 +16,17 @@ import numpy as np
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from dn_detr_jax.command_line import run_main
-from dn_detr_jax.config import ConfigError, expand_user, validate
+from dn_detr_jax.commands.command_line import run_main
+from dn_detr_jax.config import (
+    expand_user,
+    validate,
+)
 from dn_detr_jax.data import coco
 from dn_detr_jax.data.annotations import Annotations
 from dn_detr_jax.data.datasets import find_tfds, open_dataset
-from dn_detr_jax.data.errors import DataError
 from dn_detr_jax.data.plan import Canvas, canvas_factors, place
 from dn_detr_jax.data.transforms import draw_geometry, eval_geometry, largest_sizes
+from dn_detr_jax.errors import DataError
 
 MULTIPLE = 32  # sides of canvases are multiples of this, the stride of a whole ResNet
 
@@ -330,4 +333,4 @@ def _define_flags() -> None:
 
 if __name__ == "__main__":
     _define_flags()
-    run_main(main, (ConfigError, DataError, OSError))
+    run_main(main)

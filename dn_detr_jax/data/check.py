@@ -1,8 +1,8 @@
 """Looks a COCO-format directory over before anything is trained on it, and says what is wrong.
 
-    python -m dn_detr_jax.data.check DIR
-    python -m dn_detr_jax.data.check DIR --config configs/finetune.py
-    python -m dn_detr_jax.data.check DIR --config.data.train.annotations=a.json
+    python -m dn_detr_jax check DIR
+    python -m dn_detr_jax check DIR --config configs/finetune.py
+    python -m dn_detr_jax check DIR --config.data.train.annotations=a.json
 
 Errors would stop a training; the exit status is then 1. With warnings a training goes on, as the
 report says. Of the images only the headers are read; `--decode` reads all their pixels.
@@ -19,14 +19,17 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from dn_detr_jax.command_line import run_main
-from dn_detr_jax.config import ConfigError, base_config, expand_user
+from dn_detr_jax.commands.command_line import run_main
+from dn_detr_jax.config import (
+    base_config,
+    expand_user,
+)
 from dn_detr_jax.data import coco, images
 from dn_detr_jax.data.annotations import Annotations, label_categories
 from dn_detr_jax.data.coco import Findings, SplitFiles
 from dn_detr_jax.data.coco_classes import Category
 from dn_detr_jax.data.datasets import SPLITS, find_tfds
-from dn_detr_jax.data.errors import DataError
+from dn_detr_jax.errors import ConfigError, DataError
 
 FLAGS = flags.FLAGS
 
@@ -318,4 +321,4 @@ def _define_flags() -> None:
 
 if __name__ == "__main__":
     _define_flags()
-    run_main(main, (ConfigError, DataError, OSError), arguments=("DIR",))
+    run_main(main, arguments=("DIR",))

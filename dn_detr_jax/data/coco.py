@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from dn_detr_jax.data.annotations import Annotations
 from dn_detr_jax.data.coco_classes import Category
-from dn_detr_jax.data.errors import DataError
+from dn_detr_jax.errors import DataError
 
 _FOLDERS = {
     "train": ("train2017", "train2014", "train"),
@@ -474,7 +474,7 @@ def load_split(files: SplitFiles) -> tuple[Annotations, tuple[Category, ...]]:
     if loaded is not None:
         for name in missing_files(files.images, loaded[0].file_names):
             findings.error(f"image that is not in {files.images}", name)
-    advice = "Everything at once: python -m dn_detr_jax.data.check DIR"
+    advice = "Everything at once: python -m dn_detr_jax check DIR"
     findings.raise_errors(str(files.annotations), advice)
     assert loaded is not None  # without errors there is a table
     return loaded

@@ -20,8 +20,8 @@ from dn_detr_jax.data import coco, packing
 from dn_detr_jax.data.annotations import Annotations, label_categories
 from dn_detr_jax.data.coco_classes import COCO_CATEGORIES, Category
 from dn_detr_jax.data.digit_scenes import prepare
-from dn_detr_jax.data.errors import DataError
 from dn_detr_jax.data.records import Example, RecordSource, read_table
+from dn_detr_jax.errors import DataError
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from PIL import ExifTags, Image
 
-from dn_detr_jax.data.errors import DataError
+from dn_detr_jax.errors import DataError
 
 # What may be read. Others that Pillow knows start programs (EPS) or are no photographs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")

@@ -31,7 +31,6 @@ from ml_collections import ConfigDict
 
 from dn_detr_jax.data import images, transforms
 from dn_detr_jax.data.datasets import Dataset
-from dn_detr_jax.data.errors import DataError
 from dn_detr_jax.data.plan import (
     BatchSpec,
     EpochPlan,
@@ -41,6 +40,7 @@ from dn_detr_jax.data.plan import (
     process_rows,
 )
 from dn_detr_jax.data.records import Example
+from dn_detr_jax.errors import DataError
 
 logger = logging.getLogger(__name__)
 

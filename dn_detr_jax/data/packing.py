@@ -36,7 +36,7 @@ from tqdm import tqdm
 from dn_detr_jax.data.annotations import Annotations, load_table, save_table
 from dn_detr_jax.data.coco import SplitFiles, load_split
 from dn_detr_jax.data.coco_classes import Category
-from dn_detr_jax.data.errors import DataError
+from dn_detr_jax.errors import DataError
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from dn_detr_jax.data.errors import DataError
 from dn_detr_jax.data.transforms import Geometry, draw_geometry, eval_geometry, largest_sizes
+from dn_detr_jax.errors import DataError
 
 Canvas = tuple[int, int]
 
@@ -140,7 +140,7 @@ def check_canvases(
         f"data.canvases {tuple(map(tuple, canvases))} are too small: image {image_ids[i]} of "
         f"{height} x {width} pixels (height x width) can become {final_height} x {final_width}; "
         f"a canvas of {needed} would hold it, or lower the sizes in data.augment and data.eval_*; "
-        "python -m dn_detr_jax.data.canvases --config FILE proposes canvases for a data set"
+        "python -m dn_detr_jax canvases --config FILE proposes canvases for a data set"
     )
 
 

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from dn_detr_jax.data.annotations import Annotations, load_table, save_table
 from dn_detr_jax.data.coco_classes import Category
-from dn_detr_jax.data.errors import DataError, reason
 from dn_detr_jax.data.tfrecord import TFRecords
+from dn_detr_jax.errors import DataError, short_reason
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ class RecordSource(Sequence):
             raise
         except Exception as error:  # whatever damaged records lead their readers to
             raise DataError(
-                f"{self._folder}: a damaged record at {index} ({reason(error)})"
+                f"{self._folder}: a damaged record at {index} ({short_reason(error)})"
             ) from error
         return Example(
             image=image,
@@ -113,7 +113,9 @@ def open_records(folder: Path, split: str) -> tuple[Sequence[bytes], tfds.featur
     except (DataError, OSError):
         raise
     except Exception as error:  # TFDS passes on whatever its files lead it to
-        raise DataError(f"{folder}: not readable as a folder of TFDS ({reason(error)})") from error
+        raise DataError(
+            f"{folder}: not readable as a folder of TFDS ({short_reason(error)})"
+        ) from error
 
 
 def _open_records(folder: Path, split: str) -> tuple[Sequence[bytes], tfds.features.FeaturesDict]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dn_detr_jax.data.errors import DataError
+from dn_detr_jax.errors import DataError
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from dn_detr_jax.evaluation.errors import EvaluationError
+from dn_detr_jax.errors import EvaluationError
 
 # In the order of COCOeval.stats: key, IoU thresholds, object sizes, detections per image and class
 _SUMMARY = (

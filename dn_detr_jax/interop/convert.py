@@ -14,22 +14,19 @@ import numpy as np
 from flax import traverse_util
 from ml_collections import ConfigDict
 
+from dn_detr_jax.errors import ConversionError
 from dn_detr_jax.interop.torch_names import (
     BACKBONE_PREFIX,
     canonical_name,
     tied_names,
     torch_tensors,
 )
-from dn_detr_jax.models.backbone import BLOCKS, BOTTLENECK_DEPTHS
+from dn_detr_jax.models.backbones.resnet import BLOCKS, BOTTLENECK_DEPTHS
 
 PyTree = Any
 # Parameters whose shape or meaning depends on the classes.
 HEAD_PATHS = ("class_head/kernel", "class_head/bias", "label_embedding")
 _SHOWN = 6  # names listed in an error before it says how many more there are
-
-
-class ConversionError(ValueError):
-    """A checkpoint that does not fit the model; the message says where and what would fit."""
 
 
 @dataclasses.dataclass(frozen=True)

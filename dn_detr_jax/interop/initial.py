@@ -9,17 +9,16 @@ import numpy as np
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from dn_detr_jax.config import ConfigError
+from dn_detr_jax.checkpoints.manager import Checkpoints, read_run_config
+from dn_detr_jax.errors import ConfigError, ConversionError, WeightsError
 from dn_detr_jax.interop import torch_files
 from dn_detr_jax.interop.convert import (
     HEAD_PATHS,
-    ConversionError,
     backbone_from_torch,
     flat,
     reset_heads,
 )
 from dn_detr_jax.models.registry import abstract_params, build_model
-from dn_detr_jax.training.checkpoints import Checkpoints, read_run_config
 
 PyTree = Any
 logger = logging.getLogger(__name__)
@@ -66,7 +65,7 @@ def _from_backbone(fresh: dict[str, Any], config: ConfigDict) -> dict[str, Any]:
     try:
         state = torch_files.read(path).state
         loaded, account = backbone_from_torch(state, {p: v.shape for p, v in fresh.items()})
-    except (OSError, torch_files.FileError, ConversionError) as error:
+    except (OSError, WeightsError, ConversionError) as error:
         raise ConfigError("init.backbone", path, str(error)) from error
     logger.info("backbone from %s: %d parameters", path, len(loaded))
     if account.unused:

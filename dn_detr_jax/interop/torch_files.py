@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 import jax.numpy as jnp
 import numpy as np
 
-from dn_detr_jax.data.errors import reason
+from dn_detr_jax.errors import WeightsError, short_reason
 
 # Keys under which training checkpoints keep a state dict, the preferred one first.
 STATE_KEYS = ("model", "ema_model", "state_dict", "model_ema", "model_state_dict")
@@ -60,10 +60,6 @@ _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of a file before PyTorch 
 _LEGACY_PROTOCOL = 1001
 
 
-class FileError(ValueError):
-    """A file that can't be read; the message names it and says what is wrong."""
-
-
 @dataclasses.dataclass(frozen=True)
 class TorchFile:
     """What a file holds.
@@ -90,7 +86,7 @@ def read(path: str | Path, entry: str | None = None) -> TorchFile:
 
     Raises:
       FileNotFoundError: there is no such file.
-      FileError: another format, a damaged file, one that asks for code to be run, or no state dict.
+      WeightsError: another format, a damaged file, one that asks to run code, or no state dict.
     """
     path = Path(path)
     if not path.is_file():
@@ -98,27 +94,27 @@ def read(path: str | Path, entry: str | None = None) -> TorchFile:
     readers = {".safetensors": _read_safetensors, ".npz": _read_npz}
     readers |= dict.fromkeys((".pth", ".pt", ".bin", ".ckpt"), _read_pickled)
     if path.suffix not in readers:
-        raise FileError(f"{path}: the suffix must be one of {', '.join(readers)}")
+        raise WeightsError(f"{path}: the suffix must be one of {', '.join(readers)}")
     try:
         return _select_state(path, readers[path.suffix](path), entry)
-    except FileError:
+    except WeightsError:
         raise
     except Exception as error:  # whatever a damaged file leads its reader to
         if isinstance(error, OSError) and error.filename is not None:  # it can't be opened
             raise
-        raise FileError(
-            f"{path}: damaged, or in another format than its suffix: {reason(error)}"
+        raise WeightsError(
+            f"{path}: damaged, or in another format than its suffix: {short_reason(error)}"
         ) from error
 
 
 def _select_state(path: Path, content: Any, entry: str | None) -> TorchFile:
     if not isinstance(content, Mapping):
-        raise FileError(f"{path}: holds a {type(content).__name__}, not a state dict")
+        raise WeightsError(f"{path}: holds a {type(content).__name__}, not a state dict")
     if entry is None:
         entry = next((k for k in STATE_KEYS if isinstance(content.get(k), Mapping)), "")
     elif not isinstance(content.get(entry), Mapping):
         dicts = [k for k, v in content.items() if isinstance(v, Mapping)]
-        raise FileError(f"{path}: no state dict under {entry!r}; there are {dicts or 'none'}")
+        raise WeightsError(f"{path}: no state dict under {entry!r}; there are {dicts or 'none'}")
     tensors = content[entry] if entry else content
     is_tensor = (_TensorView, np.ndarray)
     state = {
@@ -128,10 +124,10 @@ def _select_state(path: Path, content: Any, entry: str | None) -> TorchFile:
     }
     for name, value in state.items():
         if value.dtype.kind not in "biuf" and value.dtype != jnp.bfloat16:
-            raise FileError(f"{path}: {name} holds {value.dtype}, expected numbers")
+            raise WeightsError(f"{path}: {name} holds {value.dtype}, expected numbers")
     if not state:
         keys = ", ".join(map(str, list(content)[:8]))
-        raise FileError(
+        raise WeightsError(
             f"{path}: no tensors; a state dict is expected under one of {STATE_KEYS} or "
             f"at the top, the file has: {keys or 'nothing'}"
         )
@@ -297,7 +293,7 @@ class _Unpickler(pickle._Unpickler):
         if (module, name) == ("argparse", "Namespace"):
             return self._namespace
         if (module, name) not in _PERMITTED:
-            raise FileError(
+            raise WeightsError(
                 f"{self._path}: asks for {module}.{name}, which no state dict needs; nothing was "
                 "run. Save the state dict alone (torch.save(model.state_dict(), path)) if you "
                 "trust the file"
@@ -306,12 +302,12 @@ class _Unpickler(pickle._Unpickler):
 
     def persistent_load(self, pid: Any) -> _Storage:
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
-            raise FileError(f"{self._path}: holds a module, not a state dict")
+            raise WeightsError(f"{self._path}: holds a module, not a state dict")
         _, dtype, key, _, size = pid[:5]
         if len(pid) > 5 and pid[5] is not None:
-            raise FileError(f"{self._path}: storages that are views of others are not supported")
+            raise WeightsError(f"{self._path}: storages that are views of others are not supported")
         if not isinstance(dtype, _StorageType) or not isinstance(key, str | int):
-            raise FileError(f"{self._path}: a storage of unknown type")
+            raise WeightsError(f"{self._path}: a storage of unknown type")
         return self._storages.setdefault(str(key), _Storage(dtype.dtype, int(size)))
 
 
@@ -326,14 +322,14 @@ def _read_zip(path: Path) -> Any:
     names = archive.namelist()
     pickles = [name for name in names if name.rsplit("/", 1)[-1] == "data.pkl"]
     if len(pickles) != 1 or any("/code/" in name for name in names):
-        raise FileError(
+        raise WeightsError(
             f"{path}: a TorchScript archive or no torch.save file: save the state dict instead"
         )
     if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
-        raise FileError(f"{path}: compressed, which no file of torch.save is")
+        raise WeightsError(f"{path}: compressed, which no file of torch.save is")
     root = pickles[0].removesuffix("data.pkl")
     if root + "byteorder" in names and archive.read(root + "byteorder") != b"little":
-        raise FileError(f"{path}: written on a big-endian machine")
+        raise WeightsError(f"{path}: written on a big-endian machine")
     storages: dict[str, _Storage] = {}
     content = _Unpickler(io.BytesIO(archive.read(pickles[0])), path, storages).load()
     for key, storage in storages.items():
@@ -349,10 +345,10 @@ def _read_legacy(path: Path) -> Any:
             return _Unpickler(file, path, storages).load()
 
         if load() != _LEGACY_MAGIC or load() != _LEGACY_PROTOCOL:
-            raise FileError(f"{path}: not written by torch.save")
+            raise WeightsError(f"{path}: not written by torch.save")
         system = load()
         if not system.get("little_endian", True):
-            raise FileError(f"{path}: written on a big-endian machine")
+            raise WeightsError(f"{path}: written on a big-endian machine")
         content = load()
         for key in load():
             storage = storages[str(key)]
@@ -402,7 +398,7 @@ def write(path: str | Path, state: Mapping[str, np.ndarray]) -> None:
       state: tensors by name; names of one and the same array are tied in a `.pth`.
 
     Raises:
-      FileError: another suffix.
+      WeightsError: another suffix.
     """
     path = Path(path)
     if path.suffix == ".npz":
@@ -412,7 +408,7 @@ def write(path: str | Path, state: Mapping[str, np.ndarray]) -> None:
     elif path.suffix == ".pth":
         _write_zip(path, state)
     else:
-        raise FileError(f"{path}: the suffix must be .pth, .safetensors or .npz")
+        raise WeightsError(f"{path}: the suffix must be .pth, .safetensors or .npz")
 
 
 def _safetensors_bytes(state: Mapping[str, np.ndarray]) -> Iterable[bytes]:

@@ -16,7 +16,7 @@ from dn_detr_jax import denoising
 from dn_detr_jax.boxes import inverse_sigmoid
 from dn_detr_jax.denoising import Denoising
 from dn_detr_jax.models.attention import MLP, Linear, attention, fused_attention
-from dn_detr_jax.models.backbone import ResNet
+from dn_detr_jax.models.backbones.resnet import ResNet
 from dn_detr_jax.models.decoder import Decoder
 from dn_detr_jax.models.encoder import Encoder
 from dn_detr_jax.models.initializers import (

@@ -9,8 +9,8 @@ from flax import linen as nn
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from dn_detr_jax.config import ConfigError
-from dn_detr_jax.models.backbone import ResNet
+from dn_detr_jax.errors import ConfigError
+from dn_detr_jax.models.backbones.resnet import ResNet
 from dn_detr_jax.models.dn_dab_detr import DNDabDetr
 
 

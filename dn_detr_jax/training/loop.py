@@ -20,17 +20,19 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from dn_detr_jax.agreement import agreed_config, check_agreement, check_shared, gather
-from dn_detr_jax.config import ConfigError, validate
+from dn_detr_jax.checkpoints.manager import Checkpoints, holds_only_parameters
+from dn_detr_jax.config import (
+    validate,
+)
 from dn_detr_jax.data.datasets import Dataset, open_dataset
 from dn_detr_jax.data.loader import train_batches, train_plan
-from dn_detr_jax.evaluation.evaluate import Evaluation, Evaluator
+from dn_detr_jax.distributed.consistency import agreed_config, check_agreement, check_shared, gather
+from dn_detr_jax.errors import ConfigError, TrainingError
+from dn_detr_jax.evaluation.evaluator import Evaluation, Evaluator
 from dn_detr_jax.interop.initial import load_initial
 from dn_detr_jax.matching import host_timer
 from dn_detr_jax.models.registry import abstract_params, parameter_table, trainable
 from dn_detr_jax.sharding import put_batch, replicated, with_sharding
-from dn_detr_jax.training.checkpoints import Checkpoints, holds_only_parameters
-from dn_detr_jax.training.errors import TrainingError
 from dn_detr_jax.training.nonfinite import Watch
 from dn_detr_jax.training.optimizer import describe, make_optimizer
 from dn_detr_jax.training.report import draw, report

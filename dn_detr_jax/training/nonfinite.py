@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from dn_detr_jax.training.errors import TrainingError
+from dn_detr_jax.errors import TrainingError
 from dn_detr_jax.training.state import TrainState
 
 COSTS = "nonfinite_costs"  # the metric that counts them; all others must be finite

@@ -16,7 +16,10 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from dn_detr_jax.config import ConfigError, base_config
+from dn_detr_jax.config import (
+    base_config,
+)
+from dn_detr_jax.errors import ConfigError
 from dn_detr_jax.training.schedules import learning_rate_schedule
 
 PyTree = Any

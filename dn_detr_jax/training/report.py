@@ -7,18 +7,18 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from dn_detr_jax.agreement import agreed_config, check_agreement
+from dn_detr_jax.checkpoints.manager import Checkpoints
 from dn_detr_jax.data.datasets import open_dataset
 from dn_detr_jax.data.loader import train_batches
-from dn_detr_jax.evaluation import pictures
-from dn_detr_jax.evaluation.evaluate import Evaluation, Evaluator
+from dn_detr_jax.distributed.consistency import agreed_config, check_agreement
+from dn_detr_jax.evaluation import figures
+from dn_detr_jax.evaluation.evaluator import Evaluation, Evaluator
 from dn_detr_jax.models.registry import abstract_params
 from dn_detr_jax.sharding import replicated, with_sharding
-from dn_detr_jax.training.checkpoints import Checkpoints
 from dn_detr_jax.training.setup import Setup, compile_programs, set_up
 from dn_detr_jax.training.step import denoising_queries
 from dn_detr_jax.training.writers import MetricWriter, read_metrics
-from dn_detr_jax.visualize import render_curves, render_detections
+from dn_detr_jax.visualize.visualize import render_curves, render_detections
 
 PyTree = Any
 
@@ -77,7 +77,7 @@ def draw(setup: Setup, detect: Callable, params: PyTree, workdir: Path) -> Path 
     config = setup.config
     if not config.eval.pictures:
         return None
-    shown = pictures.detected(params, detect, setup.validation, config, setup.mesh)
+    shown = figures.detected(params, detect, setup.validation, config, setup.mesh)
     if jax.process_index() != 0:
         return None
     drawn = {"detections": render_detections(shown, setup.class_names)}
@@ -85,13 +85,13 @@ def draw(setup: Setup, detect: Callable, params: PyTree, workdir: Path) -> Path 
         dataset = open_dataset(config.data, "train")
         batch = next(train_batches(dataset, config, 0, 1, process_count=jax.process_count()))
         del batch["dropped_objects"], batch["bad_images"]
-        picture = pictures.typical_picture(batch)
+        picture = figures.typical_picture(batch)
         dn = denoising_queries(picture, jax.random.key(config.seed), config)
-        drawn |= pictures.denoising_groups(picture, dn, config, setup.class_names)
+        drawn |= figures.denoising_groups(picture, dn, config, setup.class_names)
     metrics = Path(workdir) / "metrics.jsonl"
     if metrics.exists():
         drawn["curves"] = render_curves({Path(workdir).name: metrics})
     last_step = max((line["step"] for line in read_metrics(workdir)), default=0)
     with MetricWriter(workdir, start_step=last_step) as writer:
         writer.images(last_step, drawn)
-    return pictures.save(drawn, workdir)
+    return figures.save(drawn, workdir)

@@ -9,7 +9,10 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from dn_detr_jax.config import ConfigError, parse_duration
+from dn_detr_jax.config import (
+    parse_duration,
+)
+from dn_detr_jax.errors import ConfigError
 
 
 def steps(duration: str, steps_per_epoch: int, total_steps: int | None, *, key: str) -> int:

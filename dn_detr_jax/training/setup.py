@@ -15,12 +15,16 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dn_detr_jax.agreement import barrier, check_agreement
-from dn_detr_jax.config import ConfigError, check_attention, compiler_options, validate
+from dn_detr_jax.config import (
+    check_attention,
+    compiler_options,
+    validate,
+)
 from dn_detr_jax.data.datasets import Dataset, open_dataset
-from dn_detr_jax.data.errors import DataError
 from dn_detr_jax.data.loader import eval_batches, eval_plan
 from dn_detr_jax.data.plan import steps_per_epoch
+from dn_detr_jax.distributed.consistency import barrier, check_agreement
+from dn_detr_jax.errors import ConfigError, DataError
 from dn_detr_jax.models.registry import abstract_params, build_model
 from dn_detr_jax.sharding import make_mesh, replicated, with_sharding
 from dn_detr_jax.training import schedules

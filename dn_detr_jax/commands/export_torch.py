@@ -1,0 +1,60 @@
+"""Writes the parameters of a work directory as a state dict of the official PyTorch code.
+
+    python -m dn_detr_jax export-torch runs/r50 --out r50.pth [--step latest]
+
+`r50.pth` is what `torch.save({"model": state_dict}, ...)` gives and the official code resumes from;
+the suffixes `.safetensors` and `.npz` give the state dict alone. Import followed by export returns
+every tensor bit by bit.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from dn_detr_jax.checkpoints.manager import Checkpoints, read_run_config
+from dn_detr_jax.commands.command_line import define_step_flag, run_main
+from dn_detr_jax.interop import torch_files
+from dn_detr_jax.interop.convert import (
+    params_to_torch,
+)
+from dn_detr_jax.models.registry import abstract_params, build_model
+
+FLAGS = flags.FLAGS
+
+
+def export(workdir: str | Path, step: str | int = "latest") -> dict:
+    """The official state dict of a checkpoint.
+
+    Args:
+      workdir: of a training or an import.
+      step: "latest", "best" or a step.
+
+    Raises:
+      CheckpointError: no such checkpoint, or a damaged one.
+      ConversionError: a model that the official code does not have.
+    """
+    config, _ = read_run_config(workdir)
+    shapes = abstract_params(build_model(config.model))
+    with Checkpoints(workdir, None, read_only=True) as checkpoints:
+        params = jax.device_get(checkpoints.restore_params(shapes, step))
+    return params_to_torch(params)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Restores, converts, and writes the file."""
+    state = export(argv[1], FLAGS.step)
+    torch_files.write(FLAGS.out, state)
+    print(f"Wrote {len(state)} tensors to {FLAGS.out}")
+
+
+def _define_flags() -> None:
+    flags.DEFINE_string("out", None, "File to write: .pth, .safetensors or .npz.")
+    define_step_flag("latest")
+    flags.mark_flags_as_required(["out"])
+
+
+if __name__ == "__main__":
+    _define_flags()
+    run_main(main, arguments=("WORKDIR",))

@@ -1,0 +1,150 @@
+"""Turns an official PyTorch checkpoint of DN-DAB-DETR into a work directory.
+
+    python -m dn_detr_jax import checkpoint.pth --config configs/coco_r50.py \\
+        --out runs/official [--config.model.num_patterns=3 ...]
+
+The work directory holds one checkpoint, of step 0, and the names of COCO's classes if there are 91.
+`train.py --eval_only --workdir runs/official` evaluates it,
+`train.py --config.init.checkpoint=runs/official` starts a training from it. With
+`--config.init.reset_heads=True` the config may have another number of classes: the class head and
+the label embedding start fresh.
+
+SOURCE is a `.pth` (with `model`, `ema_model`, or a bare state dict; `--entry` chooses), a
+`.safetensors` or an `.npz`. PyTorch is not needed, and no code of the file is run.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from flax import linen as nn
+from flax import traverse_util
+from ml_collections import ConfigDict, config_flags
+
+from dn_detr_jax.checkpoints.manager import Checkpoints
+from dn_detr_jax.commands.command_line import run_main
+from dn_detr_jax.config import (
+    validate,
+)
+from dn_detr_jax.data.coco_classes import assumed_categories
+from dn_detr_jax.errors import (
+    ConfigError,
+    ConversionError,
+)
+from dn_detr_jax.interop import torch_files
+from dn_detr_jax.interop.convert import (
+    HEAD_PATHS,
+    Account,
+    check_config,
+    flat,
+    official_config,
+    params_from_torch,
+    reset_heads,
+)
+from dn_detr_jax.models.registry import abstract_params, build_model
+
+FLAGS = flags.FLAGS
+
+
+def convert(
+    state: Mapping[str, np.ndarray], config: ConfigDict, args: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], Account]:
+    """Parameters of the config's model from an official state dict.
+
+    Args:
+      state: tensors by official name.
+      config: whole configuration; with `init.reset_heads` the heads come from its seed.
+      args: command line of the PyTorch training, which tells DC5 and the number of heads.
+
+    Returns:
+      A nested dictionary of float32 arrays, and where every tensor went.
+
+    Raises:
+      ConversionError: a checkpoint of another model, with the config that would fit.
+    """
+    check_config(official_config(state, args or {}), config, reset_heads=config.init.reset_heads)
+    model = build_model(config.model)
+    shapes = {path: leaf.shape for path, leaf in flat(abstract_params(model)).items()}
+    kept = HEAD_PATHS if config.init.reset_heads else ()
+    wanted = {path: shape for path, shape in shapes.items() if path not in kept}
+    params, account = params_from_torch(state, wanted)
+    if account.unfilled:
+        raise ConversionError(f"nothing in the source for {', '.join(account.unfilled)}")
+    if kept:
+        table = np.asarray(state["label_enc.weight"], np.float32)
+        params = reset_heads(
+            params | {"label_embedding": table}, params | _fresh_heads(model, config.seed)
+        )
+    return traverse_util.unflatten_dict(params, sep="/"), account
+
+
+def _fresh_heads(model: nn.Module, seed: int) -> dict[str, np.ndarray]:
+    """Initial values of the head's parameters, by path."""
+
+    @jax.jit  # computes nothing but what is returned
+    def init(key):
+        params = model.init(key, jnp.zeros((1, 64, 64, 3)), jnp.full((1, 2), 64))["params"]
+        return {path: value for path, value in flat(params).items() if path in HEAD_PATHS}
+
+    return jax.device_get(init(jax.random.key(seed)))
+
+
+def import_file(
+    source: str | Path, config: ConfigDict, out: str | Path, entry: str | None = None
+) -> Account:
+    """Writes the checkpoint of a file into a new work directory.
+
+    Args:
+      source: .pth, .safetensors or .npz.
+      config: whole configuration, stored with the checkpoint; `model.num_classes` 0 is filled in.
+      out: work directory without checkpoints.
+      entry: key of the state dict in the file, None: the usual ones.
+
+    Returns:
+      Where every tensor went.
+
+    Raises:
+      ConfigError, ConversionError, WeightsError, CheckpointError: with nothing written.
+    """
+    validate(config)
+    if (Path(out) / "checkpoints").exists():
+        raise ConfigError("--out", str(out), "a directory without checkpoints: none is replaced")
+    file = torch_files.read(source, entry)
+    if not config.model.num_classes:
+        config = copy.deepcopy(config)
+        config.model.num_classes = official_config(file.state, file.args)["model.num_classes"]
+    params, account = convert(file.state, config, file.args)
+    categories = assumed_categories(config.model.num_classes)
+    with Checkpoints(out, config, categories=categories) as checkpoints:
+        checkpoints.save(0, {"params": params})
+    named = f"{source} [{file.entry}]" if file.entry else f"{source}"
+    print(f"{named}: {account.summary()}")
+    if not file.args and not config.model.backbone.dilation:
+        print(
+            "The file does not say whether it is a DC5 model: if it is, import it with "
+            "--config.model.backbone.dilation=True"
+        )
+    print(f"Wrote {Path(out) / 'checkpoints' / '0'}")
+    return account
+
+
+def main(argv: Sequence[str]) -> None:
+    """Reads, converts, and writes the checkpoint."""
+    import_file(argv[1], FLAGS.config, FLAGS.out, FLAGS.entry)
+
+
+def _define_flags() -> None:
+    config_flags.DEFINE_config_file("config", None, "The experiment, a file in configs/.")
+    flags.DEFINE_string("out", None, "Work directory to make.")
+    flags.DEFINE_string("entry", None, "Key of the state dict in the file, if not the usual one.")
+    flags.mark_flags_as_required(["config", "out"])
+
+
+if __name__ == "__main__":
+    _define_flags()
+    run_main(main, arguments=("SOURCE",))

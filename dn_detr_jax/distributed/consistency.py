@@ -1,0 +1,112 @@
+"""What the processes of a run do together besides training: wait, gather, and compare notes.
+
+With one process every function here does nothing.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from dn_detr_jax.errors import DistributedError
+
+# What may be different on each machine: it changes no result.
+_OWN_KEYS = (
+    "compile.cache_dir",
+    "data.dir",
+    "data.packed_dir",
+    "data.prefetch",
+    "data.threads",
+    "data.workers",
+)
+_SHARED_SECONDS = 20.0  # until a file of one machine must be seen by the others
+
+
+def barrier(name: str) -> None:
+    """Waits until all processes are at this place."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def gather(values: np.ndarray) -> np.ndarray:
+    """The values of all processes, [P, ...] for an array [...] that each has, bit by bit."""
+    values = np.ascontiguousarray(values)
+    if jax.process_count() == 1:
+        return values[None]
+    # As bytes: JAX would make float32 of float64.
+    raw = np.frombuffer(values.tobytes(), np.uint8)
+    gathered = np.asarray(multihost_utils.process_allgather(raw))
+    return np.frombuffer(gathered.tobytes(), values.dtype).reshape(-1, *values.shape)
+
+
+def agreed_config(config: ConfigDict) -> dict[str, Any]:
+    """The part of a config that must be the same in all processes, by dotted key."""
+    flat = traverse_util.flatten_dict(config.to_dict(), sep=".")
+    return {f"config.{key}": value for key, value in flat.items() if key not in _OWN_KEYS}
+
+
+def check_agreement(values: Mapping[str, Any]) -> None:
+    """Checks that values are the same in all processes.
+
+    Args:
+      values: what JSON can hold, by a name for the error.
+
+    Raises:
+      DistributedError: the first that differs, and what it is here.
+    """
+    if jax.process_count() == 1:
+        return
+    names = sorted(values)
+    # Which names there are first: arrays of different shapes can't be gathered.
+    for key, column in (("the version of this program", [names]), ("", [values[n] for n in names])):
+        digests = gather(np.stack([_digest(value) for value in column]))  # [P, K, 8]
+        differs = (digests != digests[0]).any(axis=-1)
+        if differs.any():
+            process, position = np.argwhere(differs)[0].tolist()
+            name = key or f"{names[position]} = {str(column[position])[:200]!r}"
+            raise DistributedError(
+                f"{name}: not the same in process 0 and in process {process}; start all processes "
+                "with the same command, code and data"
+            )
+
+
+def _digest(value: Any) -> np.ndarray:
+    text = json.dumps(value, sort_keys=True, default=str)
+    return np.frombuffer(hashlib.sha256(text.encode()).digest()[:8], np.uint8)
+
+
+def check_shared(folder: Path) -> None:
+    """Checks that all processes see the files that process 0 writes into a folder.
+
+    Raises:
+      DistributedError: one does not.
+      OSError: process 0 can't write there.
+    """
+    if jax.process_count() == 1:
+        return
+    token = gather(np.frombuffer(os.urandom(8), np.uint8))[0]
+    marker = Path(folder) / f"processes-{token.tobytes().hex()}"
+    if jax.process_index() == 0:
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        marker.touch()
+    barrier("marker")
+    deadline = time.monotonic() + _SHARED_SECONDS
+    while not (seen := marker.exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    blind = np.flatnonzero(~gather(np.array(seen)))
+    if jax.process_index() == 0:
+        marker.unlink()
+    if len(blind):
+        raise DistributedError(
+            f"{folder}: process {blind[0]} does not see what process 0 writes there; with several "
+            "machines it must lie on a file system that they share"
+        )

@@ -1,0 +1,112 @@
+"""One evaluation of a detector: all pictures of a split, COCO metrics, instability of matching."""
+
+import dataclasses
+import logging
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dn_detr_jax.data.datasets import Dataset
+from dn_detr_jax.data.loader import eval_batches
+from dn_detr_jax.distributed.consistency import gather
+from dn_detr_jax.evaluation.coco_ap import CocoEvaluator, format_table
+from dn_detr_jax.evaluation.instability import InstabilityMeter, match_vectors
+from dn_detr_jax.models.registry import num_matching_queries
+from dn_detr_jax.sharding import put_batch
+
+logger = logging.getLogger(__name__)
+
+Detect = Callable[[dict, dict], dict[str, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What one evaluation found.
+
+    Attributes:
+      metrics: COCO metrics by name (`AP`, `AP50`, ..., `ARl`), 0 to 1, NaN where nothing counts;
+        and `instability`, entries per picture, once two evaluations can be compared.
+      per_class: AP by class name.
+    """
+
+    metrics: dict[str, float]
+    per_class: dict[str, float]
+
+    def table(self) -> str:
+        """The COCO summary, with AP per class below."""
+        return format_table(self.metrics, self.per_class)
+
+
+class Evaluator:
+    """Evaluates parameters on a split, and remembers the matching of the evaluation before."""
+
+    def __init__(self, dataset: Dataset, config: ConfigDict, detect: Detect, mesh: Mesh):
+        """Prepares evaluations.
+
+        Args:
+          dataset: the split.
+          config: whole configuration.
+          detect: from `training.step.jit_detect`.
+          mesh: devices.
+        """
+        self._dataset, self._config, self._detect, self._mesh = dataset, config, detect, mesh
+        self._ground_truth = dataset.coco_ground_truth()
+        self._num_queries = num_matching_queries(config.model)
+        self.meter = None
+        if config.eval.instability_images:
+            subset = dataset.image_ids[: config.eval.instability_images]
+            self.meter = InstabilityMeter(subset, self._num_queries)
+
+    def __call__(self, params: dict) -> Evaluation:
+        """Evaluates; every process takes part and gets the result."""
+        category_ids = [category.id for category in self._dataset.categories]
+        coco = CocoEvaluator(self._ground_truth, category_ids)
+        # The devices work on a batch while the host takes in the one before.
+        pending = None
+        batches = eval_batches(
+            self._dataset, self._config, jax.process_index(), jax.process_count()
+        )
+        for batch in batches:
+            del batch["dropped_objects"], batch["bad_images"]
+            found = self._detect(params, put_batch(batch, self._mesh))
+            if pending is not None:
+                self._take(coco, pending)
+            pending = found
+        if pending is not None:
+            self._take(coco, pending)
+        if coco.missing() and not self._config.data.skip_bad:
+            raise RuntimeError(f"{coco.missing()} pictures of the split were not evaluated")
+        if coco.missing():
+            logger.warning(
+                "%d pictures can't be read: they count as pictures without any detection",
+                coco.missing(),
+            )
+        return self._result(coco)
+
+    def _take(self, coco: CocoEvaluator, found: dict[str, jax.Array]) -> None:
+        found = jax.device_get(found)
+        coco.add(found["image_id"], found["scores"], found["labels"], found["boxes"])
+        if self.meter is not None:
+            vectors = match_vectors(found["assignment"], self._num_queries)
+            self.meter.update(found["image_id"], vectors)
+
+    def _result(self, coco: CocoEvaluator) -> Evaluation:
+        # The metrics are the same wherever they are computed; the first process does it for all.
+        names = list(CocoEvaluator.METRICS)
+        classes = [category["name"] for category in self._ground_truth["categories"]]
+        values = np.zeros(len(names) + len(classes))
+        if jax.process_index() == 0:
+            values[:] = [*coco.metrics().values(), *coco.per_class().values()]
+            classes = list(coco.per_class())
+        values = gather(values)[0]
+        metrics = dict(zip(names, map(float, values), strict=False))
+        per_class = dict(zip(classes, map(float, values[len(names) :]), strict=True))
+        instability = (
+            self.meter.finish(self._config.data.skip_bad) if self.meter is not None else None
+        )
+        if instability is not None:
+            metrics["instability"] = instability
+        return Evaluation(metrics, per_class)

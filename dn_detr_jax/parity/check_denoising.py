@@ -1,0 +1,160 @@
+"""The reference's denoising components: preparation, mask, split and losses of sets of targets.
+
+The contrastive cases hold a slip of the PyTorch code. It lists the objects of a batch picture by
+picture, each picture's positives and then its negatives, but gives the larger noise to the second
+half of the whole list, and takes the boxes of the first half for its loss; the class targets are
+right. With objects in one picture alone that is the same. This package treats every picture by
+itself; for the comparison the slip is put into its queries here.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dn_detr_jax import boxes as box_ops
+from dn_detr_jax import denoising
+from dn_detr_jax.parity import reference
+from dn_detr_jax.parity.comparison import ATOL, RTOL, Report
+
+
+def check(report: Report, case: reference.Case, settings: dict[str, Any]) -> None:
+    """Compares one set of targets, an entry of the manifest's `dn_cases`.
+
+    Deformable variants differ in the content of their matching queries only, which is theirs.
+    """
+    prefix = f"dn.{settings['name']}."
+    pictures = range(len(settings["gt_counts"]))
+    targets = [[case[f"{prefix}{kind}_{i}"] for i in pictures] for kind in ("labels", "boxes")]
+    # Without any object the PyTorch code has no slot at all.
+    labels, boxes, valid = reference.padded_targets(*targets, max(settings["gt_counts"]))
+    contrastive = settings["contrastive"]
+    copies = np.tile(valid, (1, 2)) if contrastive else valid
+    # The PyTorch code turns a large number of groups into one of slots, which differs by batch.
+    groups = settings["pad_size"] // copies.shape[1] if copies.size else settings["scalar"]
+    kinds = ("label_u", "label_new", "box_u")
+    draws = [case[f"{prefix}noise_{kind}"] for kind in kinds]
+    signs = case[f"{prefix}noise_box_sign01"] if contrastive else None
+    noise = reference.stored_noise(*draws, copies, groups, signs)
+    options = {
+        "label_noise": settings["label_noise_scale"],
+        "box_noise": settings["box_noise_scale"],
+    }
+
+    @jax.jit
+    def prepare(*targets):
+        return denoising.prepare(*targets, groups=groups, contrastive=contrastive, **options)
+
+    dn = prepare(labels, boxes, valid, noise)
+    rows = reference.slots_of(copies, groups)
+    order = reference.official_order(copies, groups)
+    official = _halves_of_the_batch(dn, noise, rows, groups, **options) if contrastive else dn
+    _check_queries(report, case, settings, official, order)
+    report.equal(prefix + "batch_idx", rows[0][: len(rows[0]) // groups])
+    report.equal(prefix + "map_known_indice", np.argsort(order)[rows])
+    classes = np.where(dn.target_labels < 0, settings["num_classes"], dn.target_labels)
+    report.equal(prefix + "known_labels", classes[rows])
+    report.equal(prefix + "known_bboxs", np.asarray(dn.target_boxes)[rows])
+    _check_loss(report, case, settings, dn, official, order)
+
+
+def _halves_of_the_batch(
+    dn: denoising.Denoising,
+    noise: denoising.Noise,
+    rows: tuple[np.ndarray, np.ndarray],
+    groups: int,
+    *,
+    label_noise: float,
+    box_noise: float,
+) -> denoising.Denoising:
+    """Contrastive queries with the slip of the PyTorch code, see above."""
+    count = len(rows[0]) // groups
+    negative = np.zeros(dn.valid.shape, bool)
+    negative[rows] = np.tile(np.arange(count) >= count // 2, groups)
+    labels = denoising.add_label_noise(dn.target_labels, noise, label_noise)
+    return dn.replace(
+        labels=jnp.where(negative, denoising.NO_OBJECT, labels),
+        boxes=denoising.add_contrastive_box_noise(dn.target_boxes, noise, box_noise, negative),
+        negative=jnp.asarray(negative),
+    )
+
+
+def _check_queries(
+    report: Report,
+    case: reference.Case,
+    settings: dict[str, Any],
+    dn: denoising.Denoising,
+    order: np.ndarray,
+) -> None:
+    """Content, anchors and attention mask; `order` is of the PyTorch code's slots."""
+    prefix = f"dn.{settings['name']}."
+    queries = settings["num_queries"] * max(1, settings["num_patterns"])
+
+    @jax.jit
+    def run(dn, table):
+        content = denoising.query_content(table, dn)
+        anchors = box_ops.inverse_sigmoid(denoising.query_boxes(dn))
+        return content, anchors, denoising.attention_mask(dn, queries, attend_padding=True)
+
+    content, anchors, allowed = map(np.asarray, run(dn, case["dn.label_enc"]))
+    for name, ours in (("input_query_label", content), ("input_query_bbox", anchors)):
+        stored = case[prefix + name]
+        stored = stored.swapaxes(0, 1) if settings["kind"] == "dab" else stored
+        ours = np.take_along_axis(ours, order[..., None], axis=1)
+        report.array(prefix + name, ours, atol=ATOL, expected=stored[:, : dn.num_slots])
+    order = _with_matching(order, queries)
+    allowed = np.take_along_axis(allowed, order[:, :, None], axis=1)
+    allowed = np.take_along_axis(allowed, order[:, None, :], axis=2)
+    stored = np.broadcast_to(case[prefix + "attn_mask"], allowed.shape)
+    report.equal(prefix + "attn_mask", ~allowed, expected=stored)
+
+
+def _with_matching(order: np.ndarray, queries: int) -> np.ndarray:
+    """An order [B, S] of denoising slots, with the matching queries behind them in theirs."""
+    slots = order.shape[1]
+    matching = np.arange(slots, slots + queries)
+    return np.concatenate([order, np.broadcast_to(matching, (len(order), queries))], axis=1)
+
+
+def _check_loss(
+    report: Report,
+    case: reference.Case,
+    settings: dict[str, Any],
+    dn: denoising.Denoising,
+    official: denoising.Denoising,
+    order: np.ndarray,
+) -> None:
+    """Split, losses and gradients. The number of wrong classes does not take part in the slip."""
+    prefix = f"dn.{settings['name']}."
+    outputs = [jnp.asarray(case[prefix + name]) for name in ("out_logits", "out_boxes")]
+    # Of the PyTorch code's slots for ours; the gradients come out in its order.
+    inverse = _with_matching(np.argsort(order), outputs[0].shape[2] - dn.num_slots)
+
+    def plain_sum(logits, boxes, dn, official):
+        logits, boxes = (
+            jnp.take_along_axis(x, inverse[None, ..., None], axis=2) for x in (logits, boxes)
+        )
+        (logits, rest), (boxes, _) = (denoising.split(x, dn) for x in (logits, boxes))
+        terms = denoising.reconstruction_loss(logits, boxes, official)
+        error = denoising.reconstruction_loss(logits, boxes, dn)["class_error"]
+        total = sum(jnp.sum(terms[k]) for k in ("loss_ce", "loss_bbox", "loss_giou"))
+        return total, (terms | {"class_error": error}, rest)
+
+    gradient = jax.jit(jax.value_and_grad(plain_sum, (0, 1), has_aux=True))
+    (_, (terms, rest)), grads = gradient(*outputs, dn, official)
+    report.equal(prefix + "match_logits_shape", np.array(rest.shape))
+    if settings["contrastive"] and dn.valid.any():
+        # The PyTorch code counts all negatives, half of its queries, as wrong.
+        terms["class_error"] = (100 + terms["class_error"]) / 2
+    last = len(outputs[0]) - 1
+    ours = {}
+    for name in settings["loss_names"]:
+        layer = 0 if name.endswith("_0") else last
+        ours[name] = float(terms[name.removeprefix("tgt_").removesuffix("_0")][layer])
+    stored = dict(zip(settings["loss_names"], case[prefix + "dn_losses"], strict=True))
+    report.scalars(prefix + "dn_losses", ours, stored, rtol=RTOL)
+    if prefix + "grad_out_boxes" in case:
+        report.array(prefix + "grad_out_boxes", grads[1], rtol=RTOL)
+        sums = np.array([grads[0].sum(), jnp.abs(grads[0]).sum()])
+        report.array(prefix + "grad_out_logits_sum", sums, rtol=RTOL)

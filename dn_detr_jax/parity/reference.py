@@ -1,0 +1,388 @@
+"""Reference cases: stored inputs and outputs of the official PyTorch DN-DETR, and their weights.
+
+A case is an `.npz` of arrays with a `.json` manifest beside it. It holds no weights: they follow
+from the seed by `weight`, in the official names and shapes, so that filling a model with them runs
+the importer. The recipe has to be followed to the bit; it makes activations of order 1, spread
+boxes, and logits with a deviation near 1.
+"""
+
+import ast
+import json
+import math
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from dn_detr_jax.config import (
+    base_config,
+    flat_keys,
+    nearest_key,
+    validate,
+)
+from dn_detr_jax.denoising import Noise
+from dn_detr_jax.errors import ConfigError
+from dn_detr_jax.interop.torch_names import canonical_name
+
+
+class UnsupportedCase(ValueError):  # noqa: N818 - a limit of this package, not a fault of the file
+    """A case of a model that this package does not have, or that lacks what describes it."""
+
+
+class Case:
+    """A case: arrays by name and the manifest that describes them."""
+
+    def __init__(self, path: str | Path):
+        """Reads `path` (.npz) and the manifest of the same name with `.json`.
+
+        Raises:
+          FileNotFoundError: one of the two is missing.
+          UnsupportedCase: they are no such files.
+        """
+        path = Path(path)
+        manifest = path.with_suffix(".json")
+        for file in (path, manifest):
+            if not file.is_file():
+                raise FileNotFoundError(f"{file}: there is no such file")
+        try:
+            self.manifest: dict[str, Any] = json.loads(manifest.read_text())
+            with np.load(path, allow_pickle=False) as arrays:
+                self.arrays: dict[str, np.ndarray] = dict(arrays)
+        except (ValueError, TypeError, zipfile.BadZipFile) as error:
+            raise UnsupportedCase(f"{path}: no reference case: {error}") from error
+        require(str(path), self.manifest, "case", "arrays")
+        self.name: str = self.manifest["case"]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """The array `name`, or UnsupportedCase."""
+        require(self.name, self.arrays, name)
+        return self.arrays[name]
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the case has the array `name`."""
+        return name in self.arrays
+
+    def stored_part(self, name: str, full: np.ndarray) -> np.ndarray:
+        """What is stored of a full array: large ones are strided slices."""
+        step = self.manifest["arrays"][name].get("step")
+        return full[tuple(slice(None, None, s) for s in step)] if step else full
+
+    def float32_noise(self, name: str) -> float | None:
+        """Largest difference between a float32 and a float64 run of the PyTorch code, if known."""
+        return self.manifest.get("float32_noise", {}).get("values", {}).get(name) or None
+
+
+def require(where: str, mapping: Mapping[str, Any], *keys: str) -> None:
+    """Raises UnsupportedCase if keys are missing."""
+    missing = [key for key in keys if key not in mapping]
+    if missing:
+        raise UnsupportedCase(f"{where}: there is no {', '.join(missing)} in the case")
+
+
+# Gains of the weight matrices, the first rule whose text is in the name wins.
+_GAINS: tuple[tuple[str, float], ...] = (
+    ("sampling_offsets", 0.5),
+    ("ca_qcontent", 1.5),
+    ("ca_kcontent", 1.5),
+    ("ca_qpos", 2.5),
+    ("ca_kpos", 2.5),
+    ("self_attn.out", 0.5),
+    ("cross_attn.out", 4.0),
+    ("ca_out_v_proj", 4.0),
+)
+_TABLES = {
+    "label_enc.weight": 1.0,
+    "tgt_embed.weight": 1.0,
+    "transformer.tgt_embed.weight": 1.0,
+    "transformer.level_embed": 0.5,
+    "transformer.patterns.weight": 0.5,
+}
+
+
+def weight(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """The float32 value of the official state dict's entry `name`.
+
+    Args:
+      name: official name; tied names give equal values.
+      shape: official shape.
+      seed: of the case.
+    """
+    name = canonical_name(name)
+    stream = np.random.PCG64(zlib.crc32(name.encode()) + 1_000_003 * seed)
+    normal = np.random.Generator(stream).standard_normal(tuple(shape))
+    leaf = name.rsplit(".", 1)[-1]
+    if leaf == "running_mean":
+        value = 0.1 * normal
+    elif leaf == "running_var":
+        value = 1.0 + 0.2 * np.tanh(normal)
+    elif name == "refpoint_embed.weight":
+        value = normal * np.array([1.2, 1.2, 0.5, 0.5]) + np.array([0.0, 0.0, -1.0, -1.0])
+    elif name in _TABLES:
+        value = _TABLES[name] * normal
+    elif leaf.endswith("bias"):
+        value = _bias(name, normal)
+    elif normal.ndim == 1:
+        value = _scale(name, normal)
+    else:
+        value = _matrix(name, normal)
+    return np.asarray(value, np.float32)
+
+
+def _bias(name: str, normal: np.ndarray) -> np.ndarray:
+    if name.startswith("class_embed."):
+        return -3.5 + 0.3 * normal
+    return (1.5 if "sampling_offsets" in name else 0.05) * normal
+
+
+def _scale(name: str, normal: np.ndarray) -> np.ndarray:
+    """Scales of norms, and slopes."""
+    if ".activation." in name:
+        return 0.25 + 0.05 * normal
+    return 0.4 + 0.04 * normal if name.endswith(".bn3.weight") else 1.0 + 0.1 * normal
+
+
+def _matrix(name: str, normal: np.ndarray) -> np.ndarray:
+    """Linear weights (out, in) and convolutions (out, in, h, w), with rows of mean zero."""
+    centred = normal - normal.mean(axis=tuple(range(1, normal.ndim)), keepdims=True)
+    fan_in = math.prod(normal.shape[1:])
+    if name.startswith("backbone."):
+        gain: Any = math.sqrt(2.0)
+    elif name.endswith("in_proj_weight"):  # query, key, value
+        gain = np.repeat([1.5, 1.5, 1.0], len(normal) // 3)[:, None]
+    else:
+        gain = next((gain for text, gain in _GAINS if text in name), 1.0)
+        if name.startswith("bbox_embed.") and ".layers.2." in "." + name:
+            gain = 0.6
+    return centred * (gain / fan_in**0.5)
+
+
+def state_dict(case: Case) -> dict[str, np.ndarray]:
+    """The official state dict of a case."""
+    manifest = case.manifest
+    return {
+        e["name"]: weight(e["name"], e["shape"], manifest["seed"]) for e in manifest["state_dict"]
+    }
+
+
+def case_config(case: Case, overrides: Mapping[str, str] | None = None) -> ConfigDict:
+    """The configuration that computes what the PyTorch code computed for a case.
+
+    Args:
+      case: of a whole model.
+      overrides: config keys and values as text, for measuring what an option changes.
+
+    Raises:
+      UnsupportedCase: another model, or an argument that this package has no counterpart of.
+      ConfigError: an override of no key, or with a value that can't be right.
+    """
+    require(case.name, case.manifest, "args", "seed", "state_dict", "image_sizes_hw")
+    args = case.manifest["args"]
+    require(f"{case.name}, args", args, *_ARGS)
+    model = case.manifest["modelname"]
+    if model != "dn_dab_detr":
+        raise UnsupportedCase(
+            f"{case.name}: {model!r} is not a model of this package, which is 'dn_dab_detr'"
+        )
+    _check_supported(case.name, args)
+    shapes = {entry["name"]: entry["shape"] for entry in case.manifest["state_dict"]}
+    config = base_config()
+    config.model.update(
+        num_classes=shapes["class_embed.bias"][0],
+        hidden_dim=args["hidden_dim"],
+        num_heads=args["nheads"],
+        ffn_dim=args["dim_feedforward"],
+        encoder_layers=args["enc_layers"],
+        decoder_layers=args["dec_layers"],
+        num_queries=args["num_queries"],
+        num_patterns=args["num_patterns"],
+        activation=args["transformer_activation"],
+        dropout=args["dropout"],
+        pe_temperature_h=float(args["pe_temperatureH"]),
+        pe_temperature_w=float(args["pe_temperatureW"]),
+    )
+    config.model.backbone.update(
+        depth=int(args["backbone"].removeprefix("resnet")),
+        dilation=args["dilation"],
+        mask_padding=False,
+        frozen_stages=1 if args["lr_backbone"] > 0 else 4,
+    )
+    config.dn.update(
+        groups=args["scalar"] if args["use_dn"] else 0,
+        label_noise=args["label_noise_scale"],
+        box_noise=args["box_noise_scale"],
+        layout="paper",
+        attend_padding=True,
+    )
+    config.matcher.update(
+        cost_class=float(args["set_cost_class"]),
+        cost_bbox=float(args["set_cost_bbox"]),
+        cost_giou=float(args["set_cost_giou"]),
+    )
+    config.loss.update(
+        weight_class=float(args["cls_loss_coef"]),
+        weight_bbox=float(args["bbox_loss_coef"]),
+        weight_giou=float(args["giou_loss_coef"]),
+        focal_alpha=args["focal_alpha"],
+    )
+    config.optimizer.update(
+        learning_rate=args["lr"],
+        lr_multipliers=(("^backbone/", args["lr_backbone"] / args["lr"]),),
+        weight_decay=args["weight_decay"],
+        clip_norm=args["clip_max_norm"],
+        step_at=f"{args['lr_drop']} epochs",
+    )
+    config.eval.num_select = args["num_select"]
+    for key, text in (overrides or {}).items():
+        _override(config, key, text)
+    validate(config)
+    return config
+
+
+# Arguments of the PyTorch code's command line that a config is made from.
+_ARGS = (
+    *("hidden_dim", "nheads", "dim_feedforward", "enc_layers", "dec_layers", "num_queries"),
+    *("num_patterns", "transformer_activation", "dropout", "pe_temperatureH", "pe_temperatureW"),
+    *("backbone", "dilation", "lr", "lr_backbone", "lr_drop", "weight_decay", "clip_max_norm"),
+    *("use_dn", "scalar", "label_noise_scale", "box_noise_scale", "num_select", "focal_alpha"),
+    *("set_cost_class", "set_cost_bbox", "set_cost_giou"),
+    *("cls_loss_coef", "bbox_loss_coef", "giou_loss_coef"),
+)
+
+
+def _check_supported(name: str, args: Mapping[str, Any]) -> None:
+    wanted = {
+        "position_embedding": ("sine",),
+        "batch_norm_type": ("FrozenBatchNorm2d",),
+        "backbone": ("resnet18", "resnet34", "resnet50", "resnet101"),
+        "transformer_activation": ("prelu", "relu"),
+        "backbone_freeze_keywords": (None,),
+        "pre_norm": (False,),
+        "two_stage": (False,),
+        "contrastive": (False,),
+        "masks": (False,),
+        "aux_loss": (True,),
+        "dropout": (0.0,),
+        "frozen_weights": (None,),
+    }
+    for key, values in wanted.items():
+        if args.get(key, values[0]) not in values:
+            raise UnsupportedCase(
+                f"{name}: {key}={args[key]!r} has no counterpart in this package, only {values}"
+            )
+
+
+def _override(config: ConfigDict, key: str, text: str) -> None:
+    if key not in flat_keys(config):
+        near = nearest_key(key, flat_keys(config))
+        raise ConfigError(key, text, f"no such key; {near}".rstrip("; "))
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    section = config
+    *sections, last = key.split(".")
+    for part in sections:
+        section = section[part]
+    try:
+        section[last] = value
+    except TypeError:
+        raise ConfigError(key, value, f"a value such as {section[last]!r}") from None
+
+
+def batch_of(case: Case) -> dict[str, np.ndarray]:
+    """The batch of a case: `image` float32 [B, H, W, 3], standardised, and the rest as usual."""
+    images = np.ascontiguousarray(case["in.images"].transpose(0, 2, 3, 1))
+    counts = [len(case[f"in.target_labels_{i}"]) for i in range(len(images))]
+    slots = max(1, *counts)
+    labels, boxes, valid = padded_targets(
+        [case[f"in.target_labels_{i}"] for i in range(len(images))],
+        [case[f"in.target_boxes_{i}"] for i in range(len(images))],
+        slots,
+    )
+    size = np.array(case.manifest["image_sizes_hw"], np.int32)
+    return {"image": images, "size": size, "labels": labels, "boxes": boxes, "valid": valid}
+
+
+def padded_targets(
+    labels: list[np.ndarray], boxes: list[np.ndarray], slots: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Lists of objects per picture as arrays of `slots` objects: labels, boxes, valid."""
+    batch = len(labels)
+    padded = np.zeros((batch, slots), np.int32)
+    padded_boxes = np.zeros((batch, slots, 4), np.float32)
+    valid = np.zeros((batch, slots), bool)
+    for i, (own_labels, own_boxes) in enumerate(zip(labels, boxes, strict=True)):
+        count = len(own_labels)
+        padded[i, :count], padded_boxes[i, :count], valid[i, :count] = own_labels, own_boxes, True
+    return padded, padded_boxes, valid
+
+
+def slots_of(valid: np.ndarray, groups: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where the PyTorch code's denoising queries lie in our layout.
+
+    Its rows are group by group the objects of all pictures in order; ours are [B, groups * M].
+
+    Args:
+      valid: bool [B, M].
+      groups: G.
+
+    Returns:
+      Picture and slot of every row, two int arrays [N].
+    """
+    picture, position = np.nonzero(valid)
+    group = np.arange(groups)[:, None]
+    pictures = np.broadcast_to(picture, (groups, len(picture)))
+    return pictures.reshape(-1), (group * valid.shape[1] + position).reshape(-1)
+
+
+def official_order(valid: np.ndarray, groups: int) -> np.ndarray:
+    """Our slot for each slot of the PyTorch code, where empty slots are the last of their group.
+
+    Args:
+      valid: bool [B, M], in one group.
+      groups: G.
+
+    Returns:
+      int [B, G * M], a permutation for each picture.
+    """
+    within = np.argsort(~valid, axis=1, kind="stable")
+    slots = np.arange(groups)[:, None] * valid.shape[1] + within[:, None]
+    return slots.reshape(len(valid), -1)
+
+
+def stored_noise(
+    label_u: np.ndarray,
+    label_new: np.ndarray,
+    box_u: np.ndarray,
+    valid: np.ndarray,
+    groups: int,
+    box_sign01: np.ndarray | None = None,
+) -> Noise:
+    """The stored draws in our layout; slots without an object get zeros.
+
+    Args:
+      label_u: float [N], rows as in `slots_of`.
+      label_new: int [N].
+      box_u: float [N, 4].
+      valid: bool [B, M].
+      groups: G.
+      box_sign01: float [N, 4] of 0 and 1, of contrastive denoising.
+    """
+    rows = slots_of(valid, groups)
+    shape = (valid.shape[0], groups * valid.shape[1])
+
+    def scatter(values, dtype):
+        result = np.zeros((*shape, *values.shape[1:]), dtype)
+        result[rows] = values
+        return result
+
+    return Noise(
+        label_u=scatter(label_u, np.float32),
+        label_new=scatter(label_new, np.int32),
+        box_u=scatter(box_u, np.float32),
+        box_sign=None if box_sign01 is None else scatter(2 * box_sign01 - 1, np.float32),
+    )
