@@ -50,7 +50,7 @@ class PreflightError(Error, ValueError):
     """A preflight that can't be made. The message names the flag and what would be right."""
 
 
-def one_line(error: Exception | str) -> str:
+def one_line(error: BaseException | str) -> str:
     """Returns the text of an error without line breaks, or its type if it has none.
 
     Examples:

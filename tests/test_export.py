@@ -205,7 +205,7 @@ def test_files_that_are_no_exported_detectors(exported_file, tmp_path):
     other = tmp_path / "other.zip"
     for content in (b"", b"text", whole[: len(whole) // 2], whole[:-1]):
         other.write_bytes(content)
-        assert "not a file of dn_detr_jax.commands.export, or a damaged one" in _error_of(other)
+        assert "not a file of dn_detr_jax export, or a damaged one" in _error_of(other)
     with zipfile.ZipFile(exported_file) as archive:
         places = [archive.getinfo(name).header_offset + 400 for name in archive.namelist()[1:3]]
     for place_ in places:
@@ -275,7 +275,8 @@ def test_wrong_commands_are_one_line(tmp_path, arguments, words):
     command = [
         sys.executable,
         "-m",
-        "dn_detr_jax.commands.export",
+        "dn_detr_jax",
+        "export",
         f"--workdir={tmp_path}",
         "--out=x",
     ]

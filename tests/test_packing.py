@@ -235,7 +235,7 @@ def test_structural_errors_are_named_before_anything_is_packed(coco_dir):
     message = str(error.value)
     assert "\n" not in message
     assert "image id that comes twice (1)" in message and "category_id 44" in message
-    assert "(7)" in message and "and 2 more" in message and "dn_detr_jax.data.check" in message
+    assert "(7)" in message and "and 2 more" in message and "dn_detr_jax check" in message
     assert not packed_folders(coco_dir)
 
 

@@ -269,7 +269,8 @@ def test_command_writes_results_and_goes_on_after_a_broken_file(
     command = [
         sys.executable,
         "-m",
-        "dn_detr_jax.commands.predict",
+        "dn_detr_jax",
+        "predict",
         f"--workdir={digits_run}",
         str(folder),
     ]

@@ -33,9 +33,7 @@ from dn_detr_jax.inference.predictor import Detections, Predictor, load, read_pi
 from dn_detr_jax.visualize.visualize import draw_detections, save_jpeg
 
 FLAGS = flags.FLAGS
-logger = logging.getLogger(
-    "dn_detr_jax.commands.predict"
-)  # as a command, this module has another name
+logger = logging.getLogger("dn_detr_jax.commands.predict")
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 

@@ -74,7 +74,7 @@ def load_exported(path: str | os.PathLike) -> "ExportedDetector":
         if isinstance(error, OSError) and error.filename is not None:  # it can't be opened
             raise
         raise ExportedError(
-            f"{path}: not a file of dn_detr_jax.commands.export, or a damaged one ({_line(error)})"
+            f"{path}: not a file of dn_detr_jax export, or a damaged one ({_line(error)})"
         ) from error
     try:
         exported = jax.export.deserialize(bytearray(program))
