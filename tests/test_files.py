@@ -1,0 +1,98 @@
+"""Files are complete or as they were; JSON lines survive a cut."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from dn_detr_jax.files import (
+    append_json_line,
+    read_json_lines,
+    replace_atomically,
+    write_json_atomically,
+    write_text_atomically,
+)
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+    """Catches writing in place: half of the new text would be there, or a temporary file."""
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), replace_atomically(path) as temporary:
+        temporary.write_text("ne")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_kill_leaves_the_old_file(tmp_path):
+    """Catches a replacement before the end of the block: no `finally` runs after SIGKILL."""
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    program = (
+        "import os, sys; from dn_detr_jax.files import replace_atomically\n"
+        "with replace_atomically(sys.argv[1]) as temporary:\n"
+        "    temporary.write_text('ne'); os.kill(os.getpid(), 9)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(path)], timeout=60)
+    assert done.returncode == -9
+    assert path.read_text() == "old"
+
+
+def test_writing_makes_folders_and_keeps_links_and_names(tmp_path):
+    """Catches a link that is replaced by a file, and a temporary name longer than names may be."""
+    write_text_atomically(tmp_path / "new" / "a.txt", "ä\n", durable=True)
+    link = tmp_path / "link.txt"
+    link.symlink_to(tmp_path / "new" / "a.txt")
+    write_text_atomically(link, "b")
+    assert link.is_symlink()
+    assert (tmp_path / "new" / "a.txt").read_text() == "b"
+    longest = tmp_path / ("n" * 255)
+    write_json_atomically(longest, {"a": [1]})
+    assert json.loads(longest.read_text()) == {"a": [1]}
+
+
+def test_a_device_is_written_directly(tmp_path):
+    """Catches `--json /dev/stdout` that ends in an error or replaces the device."""
+    program = "from dn_detr_jax.files import *; write_text_atomically('/dev/stdout', 'here')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60)
+    assert done.stdout == b"here", done.stderr
+
+
+def test_an_error_names_the_file_that_was_asked_for(tmp_path):
+    """Catches the temporary name in an error: the user has never seen it."""
+    file = tmp_path / "file"
+    file.write_text("")
+    for path in file / "a.txt", tmp_path:
+        with pytest.raises(OSError) as error:
+            write_text_atomically(path, "")
+        assert str(error.value.filename) in (str(path), str(file))
+    with pytest.raises(OSError) as error, replace_atomically(tmp_path / "b.txt"):
+        raise OSError(28, "No space left on device")
+    assert error.value.filename == str(tmp_path / "b.txt")
+
+
+def test_json_lines_come_back(tmp_path):
+    """Catches order, numbers that JSON does not have, and lines cut short at any byte."""
+    path = tmp_path / "metrics.jsonl"
+    assert read_json_lines(path) == []
+    append_json_line(path, {"step": 1, "loss": 0.1 + 0.2})
+    append_json_line(path, {"step": 2, "loss": float("nan"), "name": "a\u2028b"})
+    both = [{"step": 1, "loss": 0.1 + 0.2}, {"step": 2, "loss": None, "name": "a\u2028b"}]
+    assert read_json_lines(path) == both
+    whole = path.read_bytes()
+    first = whole.index(b"\n") + 1
+    for end in range(first, len(whole)):
+        path.write_bytes(whole[:end])
+        assert read_json_lines(path) == both[:1]
+    append_json_line(path, {"step": 3})
+    assert read_json_lines(path) == [both[0], both[1], {"step": 3}]
+
+
+def test_lines_that_hold_no_object_are_skipped(tmp_path):
+    """Catches a reader that gives up, or that hands on what is no object."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"a": 1}\n\n[1]\n{"b": \xff}\n' + b"[" * 100000 + b'\n{"c": 2}\n')
+    assert read_json_lines(path) == [{"a": 1}, {"c": 2}]
