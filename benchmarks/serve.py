@@ -24,10 +24,7 @@ from ml_collections import ConfigDict
 from benchmarks import common
 from benchmarks.peer import add_ratios
 from dn_detr_jax.commands.command_line import run_main
-from dn_detr_jax.config import (
-    compiler_options,
-    validate,
-)
+from dn_detr_jax.config import validate
 
 FLAGS = flags.FLAGS
 CONTENDERS = "ours", "peer", "peer_compiled"
@@ -41,6 +38,7 @@ def our_program(config: ConfigDict, batch: dict) -> tuple[Callable, Callable, di
     from benchmarks.train_step import device
     from dn_detr_jax.inference.predictor import detect
     from dn_detr_jax.models.registry import build_model
+    from dn_detr_jax.training.compile_options import accepted_options
 
     model = build_model(config.model, config.compile.attention)
     params = jax.jit(model.init)(
@@ -50,7 +48,7 @@ def our_program(config: ConfigDict, batch: dict) -> tuple[Callable, Callable, di
     def program(params, images, sizes):
         return detect(params, images, sizes, model=model, num_select=config.eval.num_select)
 
-    options = compiler_options(config, jax.devices()[0].platform)
+    options = accepted_options(config, jax.devices()[0])
     lowered = jax.jit(program).lower(params, batch["image"], batch["size"])
     compiled = lowered.compile(options)
 

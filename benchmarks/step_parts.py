@@ -23,8 +23,8 @@ from flax import linen as nn
 
 from benchmarks import common
 from dn_detr_jax import denoising, matching
-from dn_detr_jax.config import compiler_options
 from dn_detr_jax.models.dn_dab_detr import normalize_images
+from dn_detr_jax.training.compile_options import accepted_options
 from dn_detr_jax.training.optimizer import global_norm
 from dn_detr_jax.training.step import criterion, denoising_queries
 
@@ -94,7 +94,7 @@ def programs(step: Any) -> dict[str, Callable[[], Any]]:
     """The parts, compiled and with their arguments."""
     model, config, mesh, batch = step.model, step.config, step.mesh, step.batch
     params, state = step.state.params, step.state
-    options = compiler_options(config, jax.devices()[0].platform)
+    options = accepted_options(config, jax.devices()[0])
 
     def compiled(function, *arguments):
         return jax.jit(function).lower(*arguments).compile(options)

@@ -32,13 +32,11 @@ from ml_collections import ConfigDict
 
 from benchmarks import common, step_parts
 from dn_detr_jax.commands.command_line import run_main
-from dn_detr_jax.config import (
-    compiler_options,
-    validate,
-)
+from dn_detr_jax.config import validate
 from dn_detr_jax.matching import host_timer
 from dn_detr_jax.models.registry import abstract_params, build_model, trainable
 from dn_detr_jax.sharding import make_mesh, put_batch
+from dn_detr_jax.training.compile_options import accepted_options
 from dn_detr_jax.training.optimizer import make_optimizer
 from dn_detr_jax.training.state import init_state
 from dn_detr_jax.training.step import jit_train_step
@@ -90,7 +88,7 @@ class Step:
         self.lowered = step.lower(self.state, self.batch)
 
     def _compile(self) -> None:
-        options = compiler_options(self.config, jax.devices()[0].platform)
+        options = accepted_options(self.config, jax.devices()[0])
         self.program = self.lowered.compile(options)
 
     def put(self, batch: dict) -> dict:

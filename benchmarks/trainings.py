@@ -145,8 +145,14 @@ def environment() -> dict[str, str]:
     """Of the trainings: on a CPU, programs that are compiled quickly."""
     found = dict(os.environ)
     if found.get("JAX_PLATFORMS") == "cpu":
-        quick = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-        found.setdefault("XLA_FLAGS", quick)
+        import jax
+
+        from dn_detr_jax.training.compile_options import known_options
+
+        quick = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+        known = known_options(quick, jax.devices()[0])
+        flags = " ".join(f"--{name}={str(value).lower()}" for name, value in known.items())
+        found.setdefault("XLA_FLAGS", flags)
     return found
 
 

@@ -1,9 +1,6 @@
 """What several tests share."""
 
-import os
-
 import fast_jit
-import jax
 import pytest
 from data import tiny as tiny_config
 from hypothesis import settings
@@ -16,14 +13,6 @@ from dn_detr_jax.config import base_config
 from dn_detr_jax.data.coco_classes import Category
 from dn_detr_jax.data.datasets import open_dataset
 from dn_detr_jax.models.registry import abstract_params, build_model
-
-# Everything is tested on the CPU, also where libtpu is installed without a TPU.
-jax.config.update("jax_platforms", "cpu")
-os.environ["JAX_PLATFORMS"] = "cpu"
-
-# Tests, and the processes that they start, neither use nor fill the user's compiled programs.
-jax.config.update("jax_enable_compilation_cache", False)
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 # The same examples every time; no deadline, since the first example compiles.
 settings.register_profile("tests", max_examples=25, deadline=None, derandomize=True, database=None)
@@ -84,7 +73,7 @@ def digits_run(tmp_path_factory, digits_dir):
     with Checkpoints(workdir, config, categories=categories) as checkpoints:
         checkpoints.save(4, {"params": params})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(predictor_module, "compiler_options", lambda *_: fast_jit.OPTIONS)
+        patch.setattr(predictor_module, "accepted_options", lambda *_: fast_jit.OPTIONS)
         yield workdir
 
 

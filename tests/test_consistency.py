@@ -72,8 +72,7 @@ def facts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("together")
     with socket.create_server(("", 0)) as listening:
         address = f"localhost:{listening.getsockname()[1]}"
-    flags = "--xla_force_host_platform_device_count=2"
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
     command = [sys.executable, "-c", _SCRIPT, address]
     processes = [
         subprocess.Popen([*command, str(i), str(folder)], env=env, stderr=subprocess.PIPE)

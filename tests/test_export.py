@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from fast_jit import fast_jit
+from fast_jit import XLA_FLAGS, fast_jit
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -85,7 +85,7 @@ def test_another_process_with_jax_alone_finds_the_same(
     done = subprocess.run(
         [sys.executable, "alone.py", exported_file, "pictures.npz", "found.npz"],
         cwd=tmp_path,
-        env={"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"},
+        env={"JAX_PLATFORMS": "cpu", "XLA_FLAGS": XLA_FLAGS},
         capture_output=True,
         text=True,
         timeout=300,

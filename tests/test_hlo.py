@@ -56,8 +56,7 @@ print(json.dumps({
 @pytest.fixture(scope="module")
 def programs():
     """Texts of compiled programs, by name."""
-    flags = "--xla_force_host_platform_device_count=8"
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
     command = [sys.executable, "-c", _SCRIPT]
     done = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
     return json.loads(done.stdout)

@@ -35,10 +35,11 @@ class Run:
         self.outputs.mkdir(exist_ok=True)
         command = [sys.executable, str(_ROOT / "train.py"), f"--config={_CONFIG}"]
         command += [f"--workdir={workdir}", f"--config.data.dir={digits_dir}", *arguments]
-        flags = (
-            f"{fast_jit.XLA_FLAGS} --xla_force_host_platform_device_count={devices // processes}"
-        )
-        env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+        env = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": str(devices // processes),
+            "XLA_FLAGS": fast_jit.XLA_FLAGS,
+        }
         address = f"localhost:{_free_port()}"
         self.processes = []
         for index in range(processes):

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 
+import fast_jit
 import numpy as np
 import pytest
 
@@ -128,18 +129,18 @@ for devices, sharded in ((4, True), (2, True), (1, False)):
 (folder / "facts.json").write_text(json.dumps(facts))
 """
 
-# Four devices; and compile quickly.
-_FLAGS = (
-    "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0 "
-    "--xla_cpu_use_fusion_emitters=false"
-)
+_FOUR_DEVICES = {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_NUM_CPU_DEVICES": "4",
+    "XLA_FLAGS": fast_jit.XLA_FLAGS,
+}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Two steps on one device, and on four with everything split that can be."""
     folder = tmp_path_factory.mktemp("split")
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": _FLAGS}
+    env = os.environ | _FOUR_DEVICES
     subprocess.run([sys.executable, "-c", _SCRIPT, str(folder)], env=env, check=True)
     return folder
 

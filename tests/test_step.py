@@ -5,6 +5,7 @@ import subprocess
 import sys
 from typing import NamedTuple
 
+import fast_jit
 import numpy as np
 import pytest
 
@@ -71,11 +72,11 @@ config.model.num_queries = 10
 (folder / "10.txt").write_text(lower(config, mesh).compile().as_text())
 """
 
-# Eight devices; and compile quickly.
-_FLAGS = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-    "--xla_cpu_use_fusion_emitters=false"
-)
+_EIGHT_DEVICES = {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_NUM_CPU_DEVICES": "8",
+    "XLA_FLAGS": fast_jit.XLA_FLAGS,
+}
 
 
 class Runs(NamedTuple):
@@ -89,7 +90,7 @@ class Runs(NamedTuple):
 def runs(tmp_path_factory):
     """Of the same step."""
     folder = tmp_path_factory.mktemp("devices")
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": _FLAGS}
+    env = os.environ | _EIGHT_DEVICES
     subprocess.run([sys.executable, "-c", _SCRIPT, str(folder)], env=env, check=True)
     return Runs(
         {devices: dict(np.load(folder / f"{devices}.npz")) for devices in (1, 8)},
@@ -160,10 +161,7 @@ for given in (None, mesh):
     text = jitted.lower(cost, valid).compile().as_text()
     print("gathered" if "f32[8,2,3,6]" in text else "local")
 """
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": _FLAGS,
-    }
+    env = os.environ | _EIGHT_DEVICES
     done = subprocess.run(
         [sys.executable, "-c", script], env=env, check=True, capture_output=True, text=True
     )

@@ -153,13 +153,14 @@ def base_config() -> ConfigDict:
             "checkpoint_every": "1 epochs",
         }
     )
-    # Compiled programs are kept there for the next run; empty: they are not. JAX keeps none that
-    # call the host, as those of the training step do for the matching.
+    # Compiled programs are kept there for the next run; empty: they are not. JAX 0.10 keeps none
+    # that call the host, as those of the training step do for the matching; later ones do.
     config.compile = ConfigDict(
         {
             "cache_dir": "~/.cache/dn_detr_jax",
             # Of XLA, "platform:name=value", for the platforms cpu, gpu and tpu. On a CPU many
-            # operations are too small for all cores: run several at a time.
+            # operations are too small for all cores: run several at a time. A compiler that does
+            # not know this default goes without.
             "options": ("cpu:xla_cpu_enable_concurrency_optimized_scheduler=true",),
             # "cudnn": fused kernels, on NVIDIA's GPUs and with model.dtype "bfloat16". They keep no
             # scores for the backward pass. Not measured, see docs/performance.md.

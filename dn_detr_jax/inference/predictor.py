@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from dn_detr_jax.checkpoints.manager import Checkpoints, read_run_config
-from dn_detr_jax.config import base_config, compiler_options
+from dn_detr_jax.config import base_config
 from dn_detr_jax.data import transforms
 from dn_detr_jax.data.coco_classes import Category, assumed_categories
 from dn_detr_jax.data.images import decode_upright
@@ -38,6 +38,7 @@ from dn_detr_jax.evaluation.postprocess import select_detections
 from dn_detr_jax.models.dn_dab_detr import normalize_images
 from dn_detr_jax.models.registry import abstract_params, build_model
 from dn_detr_jax.training.compile_cache import compile_and_log, use_compile_cache
+from dn_detr_jax.training.compile_options import accepted_options
 
 Picture = str | os.PathLike | bytes | Image.Image | np.ndarray
 _SINGLE = (str, os.PathLike, bytes, Image.Image, np.ndarray)
@@ -288,7 +289,7 @@ class Predictor:
                     jax.ShapeDtypeStruct((self.batch_size, 2), jnp.int32, sharding=self._sharding),
                 )
                 # Not those of the run: another version of XLA may not know them.
-                options = compiler_options(base_config(), self._device.platform)
+                options = accepted_options(base_config(), self._device)
                 name = "prediction for {} x {}".format(*canvas)
                 self._programs[canvas] = compile_and_log(lowered, name, options)
             return self._programs[canvas]

@@ -39,11 +39,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 from dn_detr_jax.commands.command_line import run_main
-from dn_detr_jax.config import (
-    check_attention,
-    compiler_options,
-    validate,
-)
+from dn_detr_jax.config import check_attention, validate
 from dn_detr_jax.errors import ConfigError, PreflightError
 from dn_detr_jax.models.registry import abstract_params, build_model, trainable
 from dn_detr_jax.preflight.accelerators import CHIPS, Chip
@@ -57,6 +53,7 @@ from dn_detr_jax.preflight.hlo import (
     total_bytes,
 )
 from dn_detr_jax.sharding import make_mesh, replicated
+from dn_detr_jax.training.compile_options import accepted_options
 from dn_detr_jax.training.optimizer import make_optimizer
 from dn_detr_jax.training.state import TrainState, abstract_state
 from dn_detr_jax.training.step import abstract_batch, jit_train_step
@@ -306,7 +303,7 @@ def compile_step(config: ConfigDict, mesh: Mesh, canvas: tuple[int, int]) -> jax
     """
     step = abstract_step(config, mesh)
     lowered = step.function.lower(step.state, abstract_batch(config, "train", mesh, canvas))
-    options = compiler_options(config, mesh.devices.flat[0].platform)
+    options = accepted_options(config, mesh.devices.flat[0])
     return compile_or_explain(lowered, options)
 
 

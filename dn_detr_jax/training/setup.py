@@ -15,11 +15,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dn_detr_jax.config import (
-    check_attention,
-    compiler_options,
-    validate,
-)
+from dn_detr_jax.config import check_attention, validate
 from dn_detr_jax.data.datasets import Dataset, open_dataset
 from dn_detr_jax.data.loader import eval_batches, eval_plan
 from dn_detr_jax.data.plan import steps_per_epoch
@@ -29,6 +25,7 @@ from dn_detr_jax.models.registry import abstract_params, build_model
 from dn_detr_jax.sharding import make_mesh, replicated, with_sharding
 from dn_detr_jax.training import schedules
 from dn_detr_jax.training.compile_cache import compile_and_log, use_compile_cache
+from dn_detr_jax.training.compile_options import accepted_options
 from dn_detr_jax.training.state import TrainState
 from dn_detr_jax.training.step import abstract_batch, jit_detect, jit_match
 
@@ -69,7 +66,7 @@ def set_up(config: ConfigDict, training: Dataset | None = None) -> Setup:
     validate(config)
     use_compile_cache(config.compile.cache_dir)
     mesh = make_mesh(config.mesh.data)
-    check_compiler_options(config, mesh)
+    accepted_options(config, mesh.local_devices[0])  # raises for one that is refused
     check_attention(config, mesh.devices.flat[0].platform)
     for key in ("train", "eval"):
         if config[key].batch_size % mesh.size:
@@ -107,18 +104,6 @@ def resolve(config: ConfigDict, dataset: Dataset) -> ConfigDict:
         config.data.max_objects = max(int(dataset.annotations.counts.max(initial=0)), 1)
     validate(config)
     return config
-
-
-def check_compiler_options(config: ConfigDict, mesh: Mesh) -> None:
-    """Raises ConfigError if the compiler does not take one of the options of the config."""
-    device = mesh.devices.flat[0]
-    for name, value in compiler_options(config, device.platform).items():
-        try:
-            with jax.default_device(device):
-                jax.jit(lambda: 0).lower().compile({name: value})
-        except jax.errors.JaxRuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError("compile.options", f"{name}={value}", reason) from None
 
 
 def check_same_classes(training: Dataset, validation: Dataset) -> None:
@@ -217,7 +202,7 @@ def compile_programs(
 
     tasks = [(purpose, canvas) for purpose in canvases for canvas in canvases[purpose]]
     platform = mesh.devices.flat[0].platform
-    options = compiler_options(config, platform)
+    options = accepted_options(config, mesh.local_devices[0])
     # Accelerators time candidate kernels while compiling, which must not overlap.
     workers = os.cpu_count() or 1 if platform == "cpu" else 1
     with ThreadPoolExecutor(workers) as pool:

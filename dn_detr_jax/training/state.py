@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dn_detr_jax.sharding import largest_axis_over_data, replicated, with_sharding
+from dn_detr_jax.training.compile_options import known_options
 
 PyTree = Any
 
@@ -68,11 +69,12 @@ def init_state(
       mesh: with an axis `data`.
     """
     # It runs once: all that counts is the time to compile it.
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    device = mesh.local_devices[0]
+    options = known_options({"xla_backend_optimization_level": 0}, device)
     init = jax.jit(
         _init_function(model, optimizer, config),
         out_shardings=shardings(abstract_state(model, optimizer, config, mesh)),
-        compiler_options={"xla_backend_optimization_level": 0} if on_cpu else None,
+        compiler_options=options if device.platform == "cpu" else None,
     )
     return init(jax.random.key(config.seed))
 
