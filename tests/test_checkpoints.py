@@ -20,10 +20,8 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from dn_detr_jax.checkpoints.manager import (
-    Checkpoints,
-    read_config,
-)
+from dn_detr_jax.checkpoints.manager import Checkpoints
+from dn_detr_jax.checkpoints.run_config import read_config
 from dn_detr_jax.config import base_config
 from dn_detr_jax.data.coco_classes import Category
 from dn_detr_jax.errors import CheckpointError

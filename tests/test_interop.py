@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from dn_detr_jax.checkpoints.manager import Checkpoints, read_config
+from dn_detr_jax.checkpoints.manager import Checkpoints
+from dn_detr_jax.checkpoints.run_config import read_config
 from dn_detr_jax.commands.export_torch import export
 from dn_detr_jax.commands.import_torch import convert
 from dn_detr_jax.config import (

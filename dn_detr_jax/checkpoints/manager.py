@@ -1,80 +1,62 @@
 """Checkpoints of a run: asynchronous, atomic, self-contained, with errors that name the cause.
 
-A work directory holds `config.json` (the config, and id and name of every label) and
-`checkpoints/STEP/` with the items
+A work directory holds `config.json` (the config, and id and name of every label), `lock` (see
+`checkpoints.lock`) and `checkpoints/STEP/` with the items
 
 - `params`: the parameters, a nested dictionary of arrays;
-- `ema`: the moving average of the parameters, where the run keeps one;
+- `ema`: the moving average of the parameters, if the run keeps one;
 - `state`: everything else of the train state, as nested dictionaries of arrays;
-- `host`: what the loop keeps on the host, JSON;
+- `host`: the host's state of the loop, JSON;
 - `config`: the same as `config.json`, so that a checkpoint can travel alone;
 - `metrics`: of the evaluation at that step, JSON, if there was one;
 - `checksums.json`: size and CRC-32 of every file of the items.
 
 Orbax writes a checkpoint into a temporary directory and renames it when it is complete; checkpoints
-that are not kept any more are renamed away before they are deleted. So a process killed at any
-moment leaves only complete checkpoints under their step's name.
+that are no longer kept are renamed before they are deleted. A process that is killed at any moment
+therefore leaves only complete checkpoints under their step's name.
 """
 
-import base64
 import contextlib
 import dataclasses
-import errno
 import json
 import math
 import os
 import shutil
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from logging import getLogger
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
-from flax import traverse_util
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
 
-from dn_detr_jax.config import (
-    base_config,
-    flat_keys,
-    validate,
+from dn_detr_jax.checkpoints import trees
+from dn_detr_jax.checkpoints.checksums import (
+    CHECKSUMS,
+    compute_checksums,
+    verify_checksums,
+    was_written,
+)
+from dn_detr_jax.checkpoints.failures import describe_failure, first_line
+from dn_detr_jax.checkpoints.lock import WorkdirLock
+from dn_detr_jax.checkpoints.run_config import (
+    CONFIG_FILE,
+    compare_documents,
+    load_document,
+    make_document,
 )
 from dn_detr_jax.data.coco_classes import Category
 from dn_detr_jax.distributed.consistency import barrier
-from dn_detr_jax.errors import CheckpointError, ConfigError
+from dn_detr_jax.errors import CheckpointError
 
 PyTree = Any
 
-_SCORE = "AP"  # the metric by which a checkpoint is the best
-_CHECKSUMS = "checksums.json"
-_TRASH = "trash"  # checkpoints on their way out
-_SET_ASIDE = "set_aside"  # checkpoints later than the one that a run was restarted from
-
-# Keys that change neither the parameters' shapes nor what is trained or measured.
-_HARMLESS = (
-    "checkpoint.",
-    "compile.",
-    "data.dir",
-    "data.packed_dir",
-    "data.prefetch",
-    "data.skip_bad",
-    "data.threads",
-    "data.workers",
-    "eval.batch_size",
-    "eval.pictures",
-    "max_skipped_steps",
-    "mesh.",
-    "model.remat",
-    "on_nonfinite",
-    "train.accumulate_steps",
-    "train.checkpoint_every",
-    "train.eval_every",
-    "train.log_every",
-)
+_SCORE = "AP"  # the metric that ranks checkpoints
+_TRASH = "trash"  # folder of checkpoints that are being deleted
+_SET_ASIDE = "set_aside"  # folder of checkpoints later than the one that a run was restarted from
 
 
 class Checkpoints:
@@ -83,6 +65,8 @@ class Checkpoints:
     Every process of a run makes one and calls its methods in the same order. A state is a mapping
     or a dataclass of pytrees with the parameters under `params`, and their moving average, if any,
     under `ema`.
+
+    Unless it is `read_only`, the first process holds the lock of the work directory until `close`.
     """
 
     def __init__(
@@ -95,7 +79,7 @@ class Checkpoints:
         categories: Sequence[Category] = (),
         read_only: bool = False,
     ):
-        """Opens a work directory; unless `read_only`, makes it and removes unfinished saves.
+        """Opens a work directory; unless `read_only`, makes and locks it, removes unfinished saves.
 
         Args:
           workdir: the run's directory.
@@ -106,33 +90,38 @@ class Checkpoints:
           read_only: for evaluation; only the keys of the model that shape parameters must agree.
 
         Raises:
-          CheckpointError: a directory with checkpoints of another config, or one that can't
-            be written.
+          CheckpointError: another process writes into the directory, it has checkpoints of
+            another config, or it can't be written.
         """
         self.workdir = Path(workdir).absolute()
         self.directory = self.workdir / "checkpoints"
         self._read_only = read_only
         self._saving: int | None = None
         self._scores: dict[int, float] = {}
+        self._lock: WorkdirLock | None = None
         logging.get_absl_logger().addFilter(_is_not_from_orbax)
         getLogger("asyncio").addFilter(_is_not_of_orbax)
-        with self._reported("opening the directory"):
-            self._document = _document(config, categories) if config is not None else None
-            if self._document is not None:
-                self._compare_config(self._document)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._reported("opening the directory"))
             if not read_only and jax.process_index() == 0:
                 self.directory.mkdir(parents=True, exist_ok=True)
+                self._lock = WorkdirLock(self.workdir)
+                stack.callback(self._lock.release)  # if what follows fails
+            self._document = make_document(config, categories) if config is not None else None
+            self._compare_config()
+            if self._lock is not None:
                 self._empty_trash()
                 if self._document is not None:
-                    _write_json(self.workdir / "config.json", self._document)
+                    _write_json(self.workdir / CONFIG_FILE, self._document)
             if not read_only:
                 barrier("directory of checkpoints")
             self._check_files()
             self._manager = self._open_manager(keep_latest, keep_best)
             self._scores.update(self._read_scores())
+            stack.pop_all()
 
     def _check_files(self) -> None:
-        """Raises if there is a pipe or a device, on which Orbax would wait for ever."""
+        """Raises for a pipe or a device, which Orbax would read for ever."""
         for path in self.directory.glob("[0-9]*/**/*"):
             if path.exists() and not (path.is_file() or path.is_dir()):
                 raise CheckpointError(f"{path}: neither a file nor a folder")
@@ -188,9 +177,9 @@ class Checkpoints:
             raise CheckpointError(
                 f"{self.directory / str(step)}: exists already and is not overwritten"
             )
-        items = {"host": ocp.args.JsonSave(_to_json(host_state or {}))}
-        for item, tree in _items(state).items():
-            items[item] = ocp.args.StandardSave(_nested(tree))
+        items = {"host": ocp.args.JsonSave(trees.to_json(host_state or {}))}
+        for item, tree in trees.items(state).items():
+            items[item] = ocp.args.StandardSave(trees.nested(tree))
         if self._document is not None:
             items["config"] = ocp.args.JsonSave(self._document)
         if metrics is not None:
@@ -228,8 +217,10 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            with contextlib.suppress(Exception):  # said by wait already
+            with contextlib.suppress(Exception):  # `wait` has raised it
                 self._manager.close()
+            if self._lock is not None:
+                self._lock.release()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -265,7 +256,7 @@ class Checkpoints:
         if jax.process_index() != 0:
             return
         folder = next(self.directory.glob(f"{self._saving}.*"))
-        _write_json(folder / _CHECKSUMS, _checksums(folder))
+        _write_json(folder / CHECKSUMS, compute_checksums(folder))
 
     def _empty_trash(self) -> None:
         if not self._read_only and jax.process_index() == 0:
@@ -304,17 +295,19 @@ class Checkpoints:
           CheckpointError: there is no such checkpoint, it is damaged, or its arrays are not
             those of `abstract_state`.
         """
-        targets = _items(abstract_state)
+        targets = trees.items(abstract_state)
         number = self.find(step)
         restored = self._restore_items(number, targets, ["host"])
         values = restored.get("state", {})
-        values |= {k: restored.get(k) for k in ("params", "ema") if k in _fields(abstract_state)}
+        values |= {
+            k: restored.get(k) for k in ("params", "ema") if k in trees.fields(abstract_state)
+        }
         if dataclasses.is_dataclass(abstract_state) and not isinstance(abstract_state, type):
             state: PyTree = dataclasses.replace(abstract_state, **values)
         else:
             state = type(abstract_state)(values)
         with self._reported(f"reading {number}/host"):
-            return state, _from_json(restored["host"])
+            return state, trees.from_json(restored["host"])
 
     def restore_params(self, abstract_params: PyTree, step: str | int = "latest") -> PyTree:
         """Restores the parameters to evaluate with: their moving average where the run keeps one.
@@ -328,9 +321,9 @@ class Checkpoints:
     def has_average(self, step: int) -> bool:
         """Whether the checkpoint of a step holds a moving average of the parameters."""
         try:
-            return _was_written(self.directory / str(step), "ema")
+            return was_written(self.directory / str(step), "ema")
         except (OSError, ValueError):
-            return False  # damaged: whoever reads it is told
+            return False  # damaged: reading it raises
 
     def find(self, step: str | int) -> int:
         """The number of the checkpoint "latest", "best" or of a step, which must exist."""
@@ -358,8 +351,8 @@ class Checkpoints:
         for step in steps:
             if self._scores.get(step) == math.inf:
                 raise CheckpointError(
-                    f"{self.directory / str(step) / 'metrics'}: damaged, so that nobody knows "
-                    f"which checkpoint is the best; name one with --step: {_listed(steps)}"
+                    f"{self.directory / str(step) / 'metrics'}: damaged, so that the best "
+                    f"checkpoint is unknown; name one with --step: {_listed(steps)}"
                 )
 
     def _restore_items(
@@ -369,24 +362,26 @@ class Checkpoints:
         others = [other for other in self.all_steps() if other != step]
         advice = f"choose another one with --step: {_listed(others)}" if others else "no other one"
         try:
-            _verify_checksums(path, [*targets, *texts])
+            verify_checksums(path, [*targets, *texts])
             saved = self._manager.item_metadata(step)
             for item, target in targets.items():
-                _compare_arrays(path / item, saved[item], target)
+                trees.compare_arrays(path / item, saved[item], target)
             arguments = {
-                item: ocp.args.StandardRestore(jax.tree.map(_abstract, _nested(target)))
+                item: ocp.args.StandardRestore(jax.tree.map(trees.abstract, trees.nested(target)))
                 for item, target in targets.items()
             } | {item: ocp.args.JsonRestore() for item in texts}
             restored = self._manager.restore(step, args=ocp.args.Composite(**arguments))
             return {
-                item: _like(targets[item], restored[item]) if item in targets else restored[item]
+                item: trees.like(targets[item], restored[item])
+                if item in targets
+                else restored[item]
                 for item in arguments
             }
         except CheckpointError:
             raise
         except Exception as error:
             raise CheckpointError(
-                f"{path}: the checkpoint is damaged ({_first_line(error)}); {advice}"
+                f"{path}: the checkpoint is damaged ({first_line(error)}); {advice}"
             ) from error
 
     def _read_scores(self) -> dict[int, float]:
@@ -394,106 +389,49 @@ class Checkpoints:
         for step in self.all_steps():
             folder = self.directory / str(step)
             try:
-                if not _was_written(folder, "metrics"):
+                if not was_written(folder, "metrics"):
                     continue
-                _verify_checksums(folder, ["metrics"])
+                verify_checksums(folder, ["metrics"])
                 metrics = json.loads((folder / "metrics" / "metrics").read_text())
                 if _SCORE in metrics:
                     scores[step] = float(metrics[_SCORE])
             except Exception:
-                # Nobody knows how good it is: it is neither deleted nor passed over in silence.
+                # Its AP is unknown: it is kept, and asking for the best is an error.
                 scores[step] = math.inf
         return scores
 
-    def _compare_config(self, present: dict[str, Any]) -> None:
+    def _compare_config(self) -> None:
         """Raises if the directory holds checkpoints of another config."""
-        steps = sorted(int(p.name) for p in self.directory.glob("*") if p.name.isdecimal())
-        if not steps:
+        steps = steps_in(self.directory)
+        if not steps or self._document is None:
             return
-        path = self.workdir / "config.json"
+        path = self.workdir / CONFIG_FILE
         if not path.exists():  # a checkpoint that was copied alone
             path = self.directory / str(steps[-1]) / "config" / "metadata"
             if not path.exists():
                 return
-        stored = _load_document(path)
-        # A key that is newer than the run had, in effect, its default.
-        defaults = _document(base_config(), ())["config"]
-        was = traverse_util.flatten_dict(defaults, sep=".")
-        was |= traverse_util.flatten_dict(stored["config"], sep=".")
-        now = traverse_util.flatten_dict(present["config"], sep=".")
-        differences = [] if self._read_only else _category_differences(stored, present)
-        differences += [
-            f"{key} was {was.get(key, 'not there')!r}, now {now.get(key, 'not there')!r}"
-            for key in sorted(was.keys() | now.keys())
-            if not _may_change(key, self._read_only) and was.get(key, was) != now.get(key, now)
-        ]
-        if differences:
-            raise CheckpointError(
-                f"{self.workdir}: holds a run of another config: {'; '.join(differences)}: "
-                "choose another work directory or the values of that run"
-            )
+        compare_documents(self.workdir, load_document(path), self._document, self._read_only)
 
     @contextlib.contextmanager
     def _reported(self, doing: str) -> Iterator[None]:
-        """Turns whatever goes wrong inside into a `CheckpointError` with path and cause."""
+        """Turns every error inside into a `CheckpointError` with path and cause."""
         try:
             yield
         except CheckpointError:
             raise
         except Exception as error:
-            reason = "no space left on the device" if _is_disk_full(error) else _first_line(error)
+            reason = describe_failure(error)
             raise CheckpointError(f"{self.directory}: {doing} failed: {reason}") from error
 
 
-def holds_only_parameters(workdir: str | os.PathLike) -> bool:
-    """Whether the latest checkpoint has no state of a training, as an import leaves it."""
-    folder = Path(workdir) / "checkpoints"
-    steps = [path for path in folder.glob("*") if path.name.isdecimal()]
-    return bool(steps) and not (max(steps, key=lambda path: int(path.name)) / "state").exists()
-
-
-def read_config(workdir: str | os.PathLike) -> tuple[dict[str, Any], tuple[Category, ...]]:
-    """The config and the classes of a work directory.
-
-    Returns:
-      The config as nested dictionaries (tuples have become lists), and one category per label.
-
-    Raises:
-      CheckpointError: there is no readable `config.json`.
-    """
-    document = _load_document(Path(workdir) / "config.json")
-    categories = tuple(Category(entry["id"], entry["name"]) for entry in document["categories"])
-    return document["config"], categories
-
-
-def read_run_config(workdir: str | os.PathLike) -> tuple[ConfigDict, tuple[Category, ...]]:
-    """As `read_config`, with the config as this version has it.
-
-    Keys that the run did not have yet are at their defaults; of keys that are there no more, those
-    of the model are an error and others are left out.
-
-    Raises:
-      CheckpointError: there is no readable `config.json`, or its config is not valid here.
-    """
-    path = Path(workdir) / "config.json"
-    stored, categories = read_config(workdir)
-    config = base_config()
-    known = set(flat_keys(config))
-    try:
-        flat = traverse_util.flatten_dict(stored, sep=".")
-        kept = {key: v for key, v in flat.items() if key in known or key.startswith("model.")}
-        config.update(traverse_util.unflatten_dict(kept, sep="."))
-        validate(config)
-    except ConfigError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    except Exception as error:  # whatever is in place of a value or a section
-        raise CheckpointError(f"{path}: unknown to this version ({_first_line(error)})") from error
-    return config, categories
+def steps_in(directory: Path) -> list[int]:
+    """Returns the steps of the complete checkpoints in a folder, in order."""
+    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdecimal())
 
 
 @dataclasses.dataclass
 class _LatestAndBest(checkpoint_managers.PreservationPolicy):
-    """Keeps the latest n and the best n; `scores` belongs to `Checkpoints`, which fills it."""
+    """Keeps the latest n and the best n; `Checkpoints` fills `scores`."""
 
     keep_latest: int
     keep_best: int
@@ -515,216 +453,11 @@ def _ranked(steps: Sequence[int], scores: Mapping[int, float]) -> list[int]:
     return sorted(scored, key=lambda step: (scores[step], step))
 
 
-# The state as nested dictionaries: independent of the classes of optax, and comparable by name.
-
-
-def _fields(state: PyTree) -> dict[str, PyTree]:
-    if dataclasses.is_dataclass(state):
-        return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    return dict(state)
-
-
-def _items(state: PyTree) -> dict[str, PyTree]:
-    """What becomes items of a checkpoint; those without any array are left out."""
-    fields = _fields(state)
-    items = {item: fields.pop(item, None) for item in ("params", "ema")} | {"state": fields}
-    return {item: tree for item, tree in items.items() if jax.tree.leaves(tree)}
-
-
-def _flat(tree: PyTree) -> dict[tuple[str, ...], Any]:
-    return {
-        tuple(jax.tree_util.keystr((key,), simple=True) for key in keys): leaf
-        for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-
-
-def _nested(tree: PyTree) -> dict[str, Any]:
-    return traverse_util.unflatten_dict(_flat(tree))
-
-
-def _like(target: PyTree, nested: dict[str, Any]) -> PyTree:
-    """The leaves of `nested` in the structure of `target`."""
-    flat = traverse_util.flatten_dict(nested)
-    return jax.tree.unflatten(jax.tree.structure(target), [flat[keys] for keys in _flat(target)])
-
-
-def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    sharding = getattr(leaf, "sharding", None)
-    if sharding is None:
-        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _compare_arrays(path: Path, saved: Any, target: PyTree) -> None:
-    """Raises if the arrays of an item are not those of `target`, naming the first that differ."""
-    describe = lambda leaf: f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"  # noqa: E731
-    stored = {keys: describe(leaf) for keys, leaf in _flat(getattr(saved, "tree", saved)).items()}
-    wanted = {keys: describe(leaf) for keys, leaf in _flat(target).items()}
-    differing = [keys for keys in stored | wanted if stored.get(keys) != wanted.get(keys)]
-    if not differing:
-        return
-    named = "; ".join(
-        f"{'/'.join(keys)} is {stored.get(keys, 'missing')} in the checkpoint, "
-        f"{wanted.get(keys, 'missing')} in the model"
-        for keys in sorted(differing)[:3]
-    )
-    more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
-    raise CheckpointError(f"{path}: does not fit the model: {named}{more}")
-
-
-# The host state and the config as JSON
-
-
-def _to_json(value: Any) -> Any:
-    """Makes `value` fit for JSON; NumPy arrays become text, bit by bit."""
-    if isinstance(value, np.ndarray):
-        if value.dtype.hasobject:
-            raise TypeError("an array of Python objects can't be saved")
-        data = base64.b64encode(np.ascontiguousarray(value).tobytes()).decode()
-        return {"__array__": data, "dtype": value.dtype.str, "shape": list(value.shape)}
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, Mapping):
-        return {str(key): _to_json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_to_json(item) for item in value]
-    return value
-
-
-def _from_json(value: Any) -> Any:
-    if isinstance(value, dict) and "__array__" in value:
-        data = np.frombuffer(base64.b64decode(value["__array__"]), np.dtype(value["dtype"]))
-        return data.reshape(value["shape"]).copy()
-    if isinstance(value, dict):
-        return {key: _from_json(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_from_json(item) for item in value]
-    return value
-
-
-def _document(config: ConfigDict, categories: Sequence[Category]) -> dict[str, Any]:
-    # Through JSON and back, so that it equals what is read from a file: tuples are lists there.
-    listed = [{"id": int(category.id), "name": category.name} for category in categories]
-    document = {"config": config.to_dict(), "categories": listed}
-    return json.loads(json.dumps(document))
-
-
-def _load_document(path: Path) -> dict[str, Any]:
-    try:
-        if not path.is_file():  # a pipe or a device would be read for ever
-            raise FileNotFoundError("there is no such file")
-        document = json.loads(path.read_text())
-        config = document["config"]
-        if not isinstance(config, dict):
-            raise TypeError(f"its config is a {type(config).__name__}")
-        if "categories" in document:
-            listed = [(entry["id"], entry["name"]) for entry in document["categories"]]
-        else:  # the names alone, as in the first format
-            listed = list(enumerate(document["class_names"]))
-        ids = np.array([int(number) for number, _ in listed], np.int64).tolist()
-        names = [str(name) for _, name in listed]
-        categories = [{"id": i, "name": name} for i, name in zip(ids, names, strict=True)]
-        return {"config": config, "categories": categories}
-    except Exception as error:  # whatever is in it
-        raise CheckpointError(f"{path}: can't be read ({_first_line(error)})") from error
-
-
 def _write_json(path: Path, value: Any) -> None:
-    """Writes a file that is there as a whole or not at all."""
+    """Writes a file as a whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(value, indent=1) + "\n")
     temporary.replace(path)
-
-
-def _may_change(key: str, read_only: bool) -> bool:
-    if read_only:
-        return not key.startswith("model.") or key in ("model.dtype", "model.remat")
-    return key.startswith(_HARMLESS)
-
-
-def _category_differences(stored: dict[str, Any], present: dict[str, Any]) -> list[str]:
-    """The first difference between the classes of two documents, in words; or nothing."""
-    was, now = stored["categories"], present["categories"]
-    if len(was) != len(now):
-        return [f"the data had {len(was)} classes, now {len(now)}"]
-    for label, (before, after) in enumerate(zip(was, now, strict=True)):
-        if before != after:
-            one, other = (f"{entry['name']!r} (id {entry['id']})" for entry in (before, after))
-            return [f"class {label} was {one}, now {other}"]
-    return []
-
-
-# Whether files are what they were
-
-
-def _checksums(folder: Path) -> dict[str, list[int]]:
-    """{file: [bytes, CRC-32]} of the items' files, by their paths in the checkpoint."""
-    files = sorted(path for path in folder.glob("*/**/*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): _checksum(path) for path in files}
-
-
-def _checksum(path: Path) -> list[int]:
-    size = checksum = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            size, checksum = size + len(block), zlib.crc32(block, checksum)
-    return [size, checksum]
-
-
-def _verify_checksums(folder: Path, items: Sequence[str]) -> None:
-    """Raises ValueError if a file of the items is missing or not as it was written."""
-    files = _read_checksums(folder)
-    for item in items:
-        if (folder / item).exists() and not any(name.startswith(f"{item}/") for name in files):
-            raise ValueError(f"{_CHECKSUMS} has nothing of {item}")
-    for name, expected in files.items():
-        if name.split("/")[0] not in items:
-            continue
-        if not (folder / name).is_file():
-            raise ValueError(f"{name} is missing")
-        found = _checksum(folder / name)
-        if found[0] != expected[0]:
-            raise ValueError(f"{name} has {found[0]} of {expected[0]} bytes")
-        if found != expected:
-            raise ValueError(f"{name} has another content than was written")
-
-
-def _was_written(folder: Path, item: str) -> bool:
-    """Whether a checkpoint has an item, or has lost it; raises if its checksums can't be read."""
-    return (folder / item).exists() or any(
-        name.startswith(f"{item}/") for name in _read_checksums(folder)
-    )
-
-
-def _read_checksums(folder: Path) -> dict[str, list[int]]:
-    """What `_checksums` gave when the checkpoint was written."""
-    path = folder / _CHECKSUMS
-    if not path.is_file():
-        raise ValueError(f"{_CHECKSUMS} is missing")
-    try:
-        files = json.loads(path.read_text())
-    except RecursionError:
-        files = None
-    if not isinstance(files, dict) or not all(
-        isinstance(value, list) and len(value) == 2 for value in files.values()
-    ):
-        raise ValueError(f"{_CHECKSUMS} is no list of sizes and checksums")
-    return files
-
-
-def _is_disk_full(error: BaseException | None) -> bool:
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if "No space left on device" in str(error):  # how tensorstore says it
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
 def _listed(steps: Sequence[int]) -> str:
@@ -737,5 +470,5 @@ def _is_not_from_orbax(record: Any) -> bool:
 
 
 def _is_not_of_orbax(record: Any) -> bool:
-    # A full disk fails the task of every array; when the program ends, asyncio tells of each.
+    # A full disk fails the task of every array; when the program ends, asyncio logs each of them.
     return f"{os.sep}orbax{os.sep}" not in record.getMessage()

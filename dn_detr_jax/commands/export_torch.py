@@ -13,7 +13,8 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from dn_detr_jax.checkpoints.manager import Checkpoints, read_run_config
+from dn_detr_jax.checkpoints.params import read_params
+from dn_detr_jax.checkpoints.run_config import read_run_config
 from dn_detr_jax.commands.command_line import define_step_flag, run_main
 from dn_detr_jax.interop import torch_files
 from dn_detr_jax.interop.convert import (
@@ -37,9 +38,7 @@ def export(workdir: str | Path, step: str | int = "latest") -> dict:
     """
     config, _ = read_run_config(workdir)
     shapes = abstract_params(build_model(config.model))
-    with Checkpoints(workdir, None, read_only=True) as checkpoints:
-        params = jax.device_get(checkpoints.restore_params(shapes, step))
-    return params_to_torch(params)
+    return params_to_torch(jax.device_get(read_params(workdir, shapes, step).params))
 
 
 def main(argv: Sequence[str]) -> None:

@@ -27,7 +27,8 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 from PIL import Image
 
-from dn_detr_jax.checkpoints.manager import Checkpoints, read_run_config
+from dn_detr_jax.checkpoints.params import read_params
+from dn_detr_jax.checkpoints.run_config import read_run_config
 from dn_detr_jax.config import base_config
 from dn_detr_jax.data import transforms
 from dn_detr_jax.data.coco_classes import Category, assumed_categories
@@ -110,12 +111,8 @@ def read_run(workdir: str | os.PathLike, step: str | int = "best") -> Run:
             f"{config.model.num_classes} classes of the model"
         )
     shapes = abstract_params(build_model(config.model))
-    with Checkpoints(workdir, None, read_only=True) as checkpoints:
-        if step == "best" and checkpoints.best_step() is None:
-            step = "latest"
-        number = checkpoints.find(step)
-        params = checkpoints.restore_params(shapes, number)
-    return Run(config, categories, params, number)
+    found = read_params(workdir, shapes, step)
+    return Run(config, categories, found.params, found.step)
 
 
 def load(

@@ -9,7 +9,8 @@ import numpy as np
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from dn_detr_jax.checkpoints.manager import Checkpoints, read_run_config
+from dn_detr_jax.checkpoints.params import read_params
+from dn_detr_jax.checkpoints.run_config import read_run_config
 from dn_detr_jax.errors import ConfigError, ConversionError, WeightsError
 from dn_detr_jax.interop import torch_files
 from dn_detr_jax.interop.convert import (
@@ -90,11 +91,9 @@ def _from_checkpoint(fresh: dict[str, Any], config: ConfigDict) -> dict[str, Any
         hint = "; init.reset_heads=True keeps all but the classes" if heads else ""
         reason = f"another model: {'; '.join(wrong[:3])}{more}{hint}"
         raise ConfigError("init.checkpoint", path, reason)
-    with Checkpoints(path, None, read_only=True) as checkpoints:
-        best = checkpoints.best_step()
-        step = checkpoints.find("latest" if best is None else "best")
-        restored = flat(jax.device_get(checkpoints.restore_params(shapes, step)))
-    logger.info("parameters from %s, step %s", path, step)
+    found = read_params(path, shapes)
+    restored = flat(jax.device_get(found.params))
+    logger.info("parameters from %s, step %s", path, found.step)
     if config.init.reset_heads:
         return reset_heads(restored, jax.device_get(fresh))
     return restored

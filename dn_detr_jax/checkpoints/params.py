@@ -1,0 +1,78 @@
+"""The parameters of a run's checkpoint, to evaluate, predict or start from."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from dn_detr_jax.checkpoints.manager import Checkpoints, steps_in
+from dn_detr_jax.errors import CheckpointError
+
+PyTree = Any
+
+_ATTEMPTS = 5  # to read beside a training that removes checkpoints
+
+
+@dataclasses.dataclass(frozen=True)
+class RestoredParams:
+    """Parameters of a checkpoint, to evaluate or predict with.
+
+    Attributes:
+      params: the moving average if the run keeps one, else the parameters.
+      step: of the checkpoint.
+      is_average: whether `params` is the moving average.
+    """
+
+    params: PyTree
+    step: int
+    is_average: bool
+
+
+def read_params(
+    workdir: str | os.PathLike,
+    abstract_params: PyTree,
+    step: str | int = "best",
+    config: ConfigDict | None = None,
+) -> RestoredParams:
+    """Reads the parameters of a checkpoint, also while a training goes on in the work directory.
+
+    If the training removes the checkpoint meanwhile, "best" and "latest" are looked up again.
+
+    Args:
+      workdir: of a training or an import.
+      abstract_params: as for `Checkpoints.restore`.
+      step: "best" (the latest if none has an AP, as after an import), "latest" or a step.
+      config: compared with that of the directory as by a `read_only` `Checkpoints`.
+
+    Raises:
+      CheckpointError: there is no such checkpoint, it is damaged, or it does not fit.
+    """
+    directory = Path(workdir) / "checkpoints"
+    for attempt in range(1, _ATTEMPTS + 1):
+        steps = steps_in(directory)
+        try:
+            return _read_params(workdir, abstract_params, step, config)
+        except CheckpointError:
+            if attempt == _ATTEMPTS or steps_in(directory) == steps:
+                raise
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _read_params(
+    workdir: str | os.PathLike, abstract_params: PyTree, step: str | int, config: ConfigDict | None
+) -> RestoredParams:
+    with Checkpoints(workdir, config, read_only=True) as checkpoints:
+        if step == "best" and checkpoints.best_step() is None:
+            step = "latest"
+        number = checkpoints.find(step)
+        params = checkpoints.restore_params(abstract_params, number)
+        return RestoredParams(params, number, checkpoints.has_average(number))
+
+
+def holds_only_parameters(workdir: str | os.PathLike) -> bool:
+    """Whether the latest checkpoint has no state of a training, as after an import."""
+    folder = Path(workdir) / "checkpoints"
+    steps = steps_in(folder)
+    return bool(steps) and not (folder / str(steps[-1]) / "state").exists()
