@@ -231,11 +231,15 @@ def test_a_path_of_tuples_without_end_is_refused(folder):
         assert read_damaged(path, pickled(b"}" + text("a") + program + b"tRs")) is None
 
 
-def test_a_memo_of_two_billion_entries_takes_no_memory(folder):
-    """Catches the unpickler in C, which takes 34 GB for these 9 bytes."""
+@pytest.mark.parametrize("used", [b"", pickle.LONG_BINGET + struct.pack("<I", 2**31)])
+@pytest.mark.parametrize("frame", [b"", pickle.FRAME + struct.pack("<Q", 10)])
+def test_a_memo_of_two_billion_entries_takes_no_memory(folder, used, frame):
+    """Catches the unpickler in C by itself, which takes 34 GB for these 9 bytes, and a check that
+    a frame which ends within an operation misleads."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    program = pickle.EMPTY_DICT + pickle.LONG_BINPUT + struct.pack("<I", 2**31) + pickle.STOP
-    assert read_damaged(folder / "memo.pth", pickle.PROTO + b"\x02" + program) is None
+    program = frame + pickle.EMPTY_DICT + pickle.LONG_BINPUT + struct.pack("<I", 2**31) + used
+    program = pickle.PROTO + b"\x04" + program + pickle.STOP
+    assert read_damaged(folder / "memo.pth", program) is None
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB
 
 

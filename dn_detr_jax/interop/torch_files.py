@@ -17,6 +17,7 @@ import functools
 import io
 import json
 import pickle
+import pickletools
 import re
 import struct
 import zipfile
@@ -276,15 +277,26 @@ _PERMITTED: dict[tuple[str, str], Any] = {
 _PERMITTED |= {("__builtin__", "set"): _Function(set), ("builtins", "set"): _Function(set)}
 
 
-class _Unpickler(pickle._Unpickler):
-    """Knows the names of `_PERMITTED` only; tensors become `_TensorView`s.
+def _next_pickle(file: BinaryIO) -> BinaryIO:
+    """The pickle that begins here; leaves the file at its end.
 
-    It is the one in Python: that in C keeps what it remembers in an array, for which one wrong
-    byte can ask for all the memory of the machine.
+    The unpickler in C keeps what it remembers in an array, for which one wrong byte can ask for all
+    the memory of the machine. `pickletools.optimize` numbers those places anew, from 0, and reads
+    every length against the bytes that are there.
     """
+    start = file.tell()
+    for _ in pickletools.genops(file):
+        pass
+    length = file.tell() - start
+    file.seek(start)
+    return io.BytesIO(pickletools.optimize(file.read(length)))
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows the names of `_PERMITTED` only; tensors become `_TensorView`s."""
 
     def __init__(self, file: BinaryIO, path: Path, storages: dict[str, _Storage]):
-        super().__init__(file, encoding="latin1")
+        super().__init__(_next_pickle(file), encoding="latin1")
         self._path, self._storages = path, storages
         # A class of this file's own, which a hostile pickle may change as it likes.
         self._namespace = type("Namespace", (_Attributes,), {})
