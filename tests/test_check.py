@@ -247,7 +247,7 @@ def test_damaged_images(tmp_path):
     (problem,) = train_findings(tmp_path)[0].values()
     assert "0500.jpg: 7 bytes that are no readable" in problem and "0493" not in problem
     (problem,) = train_findings(tmp_path, decode=True)[0].values()
-    assert "0493.jpg: a damaged picture" in problem
+    assert "0493.jpg: a damaged image" in problem
 
 
 def test_headers_are_all_that_is_read(tmp_path, monkeypatch):

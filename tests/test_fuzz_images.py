@@ -236,6 +236,6 @@ def test_pictures_of_other_programs_formats_are_not_opened(tmp_path):
         "pickle": "cposix\nsystem\n(S'touch " + str(marker) + "'\ntR.",
     }
     for content in scripts.values():
-        with pytest.raises(DataError, match="no readable picture"):
+        with pytest.raises(DataError, match="no readable image"):
             decode(content.encode())
     assert not marker.exists()

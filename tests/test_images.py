@@ -4,12 +4,14 @@ import io
 import struct
 import zlib
 
+import cv2
 import numpy as np
 import pytest
 from coco_directory import photograph
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 
-from dn_detr_jax.data.images import decode, decode_upright, read_header
+from dn_detr_jax.data import images
+from dn_detr_jax.data.images import decode, decode_upright, read_header, used_bits
 from dn_detr_jax.errors import DataError
 
 
@@ -99,6 +101,47 @@ def test_of_16_bits_the_upper_8_remain():
     np.testing.assert_array_equal(decode(data), expected)
 
 
+def tiff16(values: np.ndarray) -> bytes:
+    """A TIFF of 16 bits: uint16 [H, W] or RGB [H, W, 3]."""
+    _, data = cv2.imencode(".tiff", values[..., ::-1] if values.ndim == 3 else values)
+    return data.tobytes()
+
+
+@pytest.mark.parametrize("write", [png16, tiff16])
+@pytest.mark.parametrize("shape", [(5, 7), (5, 7, 3)])
+@pytest.mark.parametrize("bits,shift", [(8, 0), (9, 2), (10, 2), (12, 4), (13, 6), (15, 8)])
+def test_an_image_that_uses_some_of_16_bits_is_not_black(write, shape, bits, shift, caplog):
+    """Sensors of X-ray, thermal and microscope cameras have 10, 12 or 14 bits."""
+    images._warn_of_depth.cache_clear()
+    values = np.random.default_rng(bits).integers(0, 2**bits, shape).astype(np.uint16)
+    values[0, 0] = 2**bits - 1
+    data = write(values)
+    expected = values >> shift
+    expected = np.repeat(expected[..., None], 3, axis=2) if values.ndim == 2 else expected
+    np.testing.assert_array_equal(decode(data), expected)
+    assert read_header(io.BytesIO(data)).bits == 16 and used_bits(data) == 8 + shift
+    for _ in range(3):
+        decode(data)
+    assert len(caplog.records) == (shift < 8)  # once, not for each image
+
+
+def test_images_of_8_bits_use_8():
+    assert {used_bits(encoded(PHOTO, kind)) for kind in ("JPEG", "PNG", "TIFF")} == {8}
+
+
+def test_suffixes_are_those_of_files_that_are_decoded():
+    """A suffix too few hides images from a folder, one too many promises what fails."""
+    kinds = Image.registered_extensions()
+    other = {".pfm"}  # floating-point numbers
+    assert set(images.SUFFIXES) == {s for s in kinds if kinds[s] in images.FORMATS} - other | {
+        ".mpo"
+    }
+    for suffix in images.SUFFIXES:
+        kind = kinds[suffix]
+        picture = PHOTO.convert({".pbm": "1", ".pgm": "L"}.get(suffix, "RGB"))
+        assert decode(encoded(picture, kind)).shape == (37, 50, 3), suffix
+
+
 def test_values_of_unknown_range_are_refused():
     floats = encoded(Image.fromarray(np.ones((4, 5), np.float32)), "TIFF")
     with pytest.raises(DataError, match="floating-point"):
@@ -119,7 +162,7 @@ def test_orientation_is_applied_exactly_where_the_annotated_size_says_so(orienta
     data = with_orientation(PHOTO, orientation, kind)
     stored = np.asarray(opened(data))
     shown = np.asarray(ImageOps.exif_transpose(opened(data)))
-    assert read_header(io.BytesIO(data)) == ((37, 50), orientation)
+    assert read_header(io.BytesIO(data)) == ((37, 50), orientation, 8)
     assert read_header(io.BytesIO(data)).shown_size == shown.shape[:2]
     np.testing.assert_array_equal(decode(data), stored)
     np.testing.assert_array_equal(decode(data, (37, 50)), stored)
@@ -140,16 +183,49 @@ def test_a_tiff_is_turned_like_any_other(orientation):
     data = with_orientation(PHOTO, orientation, "TIFF")
     stored = np.asarray(PHOTO)
     shown = np.asarray(ImageOps.exif_transpose(opened(with_orientation(PHOTO, orientation, "PNG"))))
-    assert read_header(io.BytesIO(data)) == ((37, 50), orientation)
+    assert read_header(io.BytesIO(data)) == ((37, 50), orientation, 8)
     np.testing.assert_array_equal(decode(data, (37, 50)), stored)
     np.testing.assert_array_equal(decode_upright(data), shown)
     if orientation >= 5:
         np.testing.assert_array_equal(decode(data, (50, 37)), shown)
 
 
-def test_a_square_picture_stays_as_stored():
-    data = with_orientation(PHOTO.resize((40, 40)), 6)
-    np.testing.assert_array_equal(decode(data, (40, 40)), np.asarray(opened(data)))
+@pytest.mark.parametrize("size", [(50, 37), (40, 40)])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_setting_decides_where_the_size_can_not(orientation, size):
+    """Against Pillow: all orientations, for the size of the boxes that the setting leads to."""
+    data = with_orientation(PHOTO.resize(size), orientation)
+    header = read_header(io.BytesIO(data))
+    stored = np.asarray(opened(data))
+    shown = np.asarray(ImageOps.exif_transpose(opened(data)))
+    for annotated in (header.size, header.shown_size):
+        for exif, expected in (("as_stored", stored), ("as_shown", shown)):
+            found = decode(data, images.size_of_boxes(header, annotated, exif), exif)
+            np.testing.assert_array_equal(found, expected)
+            np.testing.assert_array_equal(decode(data, None, exif), expected)
+        automatic = decode(data, images.size_of_boxes(header, annotated, "auto"), "auto")
+        proven = annotated == header.shown_size != header.size
+        np.testing.assert_array_equal(automatic, shown if proven else stored)
+        is_open = images.orientation_is_open(header, annotated)
+        assert is_open == (orientation != 1 and not proven)
+    with pytest.raises(DataError, match=r"annotated as 9 x 8"):
+        images.size_of_boxes(header, (8, 9), "as_shown")
+    if header.size != header.shown_size:
+        with pytest.raises(DataError, match=r"data\.exif=as_shown\), but annotated"):
+            decode(data, header.size, "as_shown")
+
+
+def test_metadata_behind_the_pixels_of_a_png_count(monkeypatch):
+    """And a PNG without any is not decoded for its header."""
+    data = with_orientation(PHOTO, 6, "PNG")
+    start = data.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(data[start : start + 4])
+    late = data[:start] + data[end:-12] + data[start:end] + data[-12:]
+    for content in (data, late):
+        assert read_header(io.BytesIO(content)).orientation == 6
+        assert decode(content, (50, 37)).shape == (50, 37, 3)
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", None)
+    assert read_header(io.BytesIO(data[:start] + data[end:])).orientation == 1
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
@@ -163,7 +239,7 @@ def test_a_file_that_is_cut_off_is_refused(kind, mode):
     """Older versions of OpenCV give a picture whose lower part is grey."""
     data = encoded(PHOTO.convert(mode), kind)
     for length in (len(data) // 3, len(data) // 2, len(data) * 9 // 10):
-        with pytest.raises(DataError, match=r"damaged|no readable picture"):
+        with pytest.raises(DataError, match=r"damaged|no readable image"):
             decode(data[:length])
 
 
@@ -174,9 +250,9 @@ def test_bytes_behind_a_jpeg_do_no_harm():
 
 @pytest.mark.parametrize("data", [b"", b"no picture", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xd9"])
 def test_rubbish_is_refused(data):
-    with pytest.raises(DataError, match=r"no readable picture|damaged"):
+    with pytest.raises(DataError, match=r"no readable image|damaged"):
         decode(data)
-    with pytest.raises(DataError, match=r"no readable picture|damaged"):
+    with pytest.raises(DataError, match=r"no readable image|damaged"):
         read_header(io.BytesIO(data))
 
 
@@ -197,13 +273,22 @@ def test_a_picture_that_would_fill_the_memory_is_refused():
     tiny = png16(np.zeros((4, 4), np.uint16))
     head = struct.pack(">II", 60_000, 60_000) + tiny[24:29]
     crc = struct.pack(">I", zlib.crc32(b"IHDR" + head))
-    with pytest.raises(DataError, match="decompression bomb"):
+    with pytest.raises(DataError, match=r"too large: at most 268435456 pixels"):
         decode(tiny[:16] + head + crc + tiny[33:])
+
+
+def test_a_large_scan_is_no_bomb(monkeypatch):
+    """Pillow alone refuses 192 million pixels, which aerial images and scans of slides have."""
+    scan = encoded(Image.new("1", (16_000, 12_000)), "PNG")
+    assert read_header(io.BytesIO(scan)).size == (12_000, 16_000)
+    monkeypatch.setattr(images, "MOST_PIXELS", 12_000 * 16_000 - 1)
+    with pytest.raises(DataError, match=r"too large: 16000 x 12000 pixels, at most 191999999"):
+        decode(scan)
 
 
 def test_no_program_is_started_for_a_picture():
     """Pillow would hand PostScript to Ghostscript."""
     script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
     assert opened(script).format == "EPS"
-    with pytest.raises(DataError, match="no readable picture"):
+    with pytest.raises(DataError, match="no readable image"):
         decode(script)

@@ -193,9 +193,9 @@ class BrokenSource:
 @pytest.mark.parametrize(
     "broken,workers,message",
     [
-        ((7, -1), 0, "no readable picture"),
+        ((7, -1), 0, "no readable image"),
         ((-1, 7), 0, "disk error"),
-        ((7, -1), 1, "no readable picture"),
+        ((7, -1), 1, "no readable image"),
     ],
 )
 def test_an_unreadable_picture_is_named(validation, digits_config, broken, workers, message):
@@ -211,7 +211,7 @@ def test_an_unreadable_picture_makes_way_for_the_next_of_its_batch(train, digits
     plan = train_plan(train, digits_config)
     damaged = plan.batch(0).indices[[1, 2, 7]]  # the next of row 7 is row 0, of rows 1 and 2 row 3
     broken = dataclasses.replace(train, source=BrokenSource(train.source, damaged))
-    with pytest.raises(DataError, match="no readable picture"):
+    with pytest.raises(DataError, match="no readable image"):
         list(train_batches(broken, digits_config, 0, 1))
     whole = list(train_batches(train, digits_config, 0, 14))
     digits_config.data.skip_bad = True

@@ -177,7 +177,7 @@ def test_exif_orientation_is_applied_as_pillow_does(tmp_path, orientation, suffi
         (np.zeros((4, 5, 3), np.float32), r"float32\[4, 5, 3\].*expected uint8 \[height"),
         (np.zeros((2, 4, 5, 3), np.uint8), r"uint8\[2, 4, 5, 3\]"),
         (np.zeros((0, 5, 3), np.uint8), "no pixels"),
-        (b"no picture", "10 bytes that are no readable picture"),
+        (b"no picture", "10 bytes that are no readable image"),
         (5, "int as a picture, expected a path"),
     ],
 )

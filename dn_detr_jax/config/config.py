@@ -38,6 +38,9 @@ def base_config() -> ConfigDict:
             "packed_dir": "",  # where COCO-format data is packed once; empty: packed/ in data.dir
             "labels": "category_ids",  # are the classes; or contiguous: 0, 1, ... in their order
             "skip_bad": False,  # True: an image that can't be read is replaced and counted
+            # Which pixels boxes are drawn on where EXIF turns or mirrors an image: "as_shown" by
+            # viewers or "as_stored"; "auto": as stored unless the annotated size says otherwise.
+            "exif": "auto",
             "canvases": ((800, 1344), (1344, 800)),  # (height, width), each compiled once
             "snap": 0.0,  # share by which an image's scale may move so that it fills its canvas
             "max_objects": 100,  # slots for objects; a larger image keeps a random subset; 0: all
@@ -444,6 +447,7 @@ def _check_data(checker: _Checker) -> None:
     checker.whole(1, "data.threads", "data.prefetch")
     checker.one_of("data.labels", "category_ids", "contiguous")
     checker.one_of("data.skip_bad", True, False)
+    checker.one_of("data.exif", "auto", "as_shown", "as_stored")
     checker.number(lambda value: 0 <= value <= 0.5, "from 0 to 0.5", "data.snap")
     checker.whole(1, "data.eval_short_side", "data.eval_max_long_side")
     checker.whole(1, "data.augment.max_long_side")

@@ -34,7 +34,6 @@ from dn_detr_jax.errors import ConfigError, DataError
 FLAGS = flags.FLAGS
 
 _READERS = 8
-_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jp2")
 _TOLERANCE = 1.0  # pixels that a box may reach beyond its picture: annotation tools round
 _EXCEEDING = 0.005  # share of the images that may have more objects than the proposed max_objects
 
@@ -197,7 +196,7 @@ def _check_unlisted(split: Split, splits: Sequence[Split]) -> None:
     folders = {path.parent for path in listed if path.is_relative_to(split.files.images)}
     for folder in sorted(folders):
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-            if path.suffix.lower() in _PICTURES and path not in listed:
+            if path.suffix.lower() in images.SUFFIXES and path not in listed:
                 split.findings.warning(
                     "image that no annotation file lists, not used",
                     path.relative_to(split.files.images),

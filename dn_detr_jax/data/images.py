@@ -1,188 +1,388 @@
-"""Encoded pictures to RGB, as every photograph of a data set should look to a network.
+"""Image files to RGB pixels, and what the header of a file says.
 
-OpenCV decodes plain JPEG, to Pillow's pixels and never slower; Pillow reads everything
-else, and every header. Transparency is dropped, not blended: colours are those that are stored.
+OpenCV decodes plain JPEG: the pixels equal Pillow's, and it is never slower. OpenCV also decodes
+color PNG and TIFF of 16 bits per channel, of which Pillow keeps 8. Pillow reads everything else,
+and every header. Transparency is dropped, not blended: colors are those that are stored.
 
-Orientation (EXIF 2.32, section 4.6.4, tag 0x0112): annotations are made on pictures as stored or
-as shown, and files don't say which. The annotated size does, where a rotation changes it.
+Orientation (EXIF 2.32, section 4.6.4, tag 0x0112): some tools annotate images as stored, others as
+viewers show them, and annotation files do not say which. The annotated size decides where the
+orientation changes the size (`Exif` has the other cases).
 """
 
+import functools
 import io
-from typing import BinaryIO, NamedTuple
+import logging
+from typing import BinaryIO, Literal, NamedTuple
 
 import cv2
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, features
 
 from dn_detr_jax.errors import DataError
 
-# What may be read. Others that Pillow knows start programs (EPS) or are no photographs.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
-_JPEG = ("JPEG", "MPO")  # of the latter, JPEG with more pictures behind it, the first
+logger = logging.getLogger(__name__)
+
+MOST_PIXELS = 2**28  # of an image that is read: 16384 x 16384, 768 MiB as RGB
+
+# Which pixels the boxes are drawn on, `config.data.exif`. "as_stored" and "as_shown" say it for all
+# images. "auto" applies the orientation only if the annotated size asks for it: an image whose size
+# does not change by it (180 degrees, mirrored, squares) stays as stored.
+Exif = Literal["auto", "as_shown", "as_stored"]
+
+# Formats of Pillow that are read, their file name suffixes, and the optional part of Pillow that
+# they need. Pillow's other formats start programs (EPS) or are not made for photographs.
+_FORMATS = {
+    # MPO is JPEG with further images behind the first, which is read.
+    "JPEG": ((".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"), "jpg"),
+    "PNG": ((".png", ".apng"), "zlib"),
+    "WEBP": ((".webp",), "webp"),
+    "AVIF": ((".avif", ".avifs"), "avif"),
+    "BMP": ((".bmp",), ""),
+    "GIF": ((".gif",), ""),
+    "TIFF": ((".tif", ".tiff"), ""),
+    "PPM": ((".ppm", ".pgm", ".pbm", ".pnm"), ""),
+    "JPEG2000": ((".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"), "jpg_2000"),
+}
+
+
+def _readable() -> dict[str, tuple[str, ...]]:
+    """Returns the suffixes of the formats that the installed Pillow reads, by format."""
+    return {
+        kind: suffixes
+        for kind, (suffixes, needed) in _FORMATS.items()
+        if not needed or features.check(needed)
+    }
+
+
+FORMATS = tuple(_readable())
+
+# File name suffixes of the images that `decode` reads, in lower case. Content decides what a file
+# is; suffixes only tell images from other files of a folder.
+SUFFIXES = tuple(suffix for suffixes in _readable().values() for suffix in suffixes)
+
+# Pillow refuses twice as many pixels as its own limit, and warns from that limit on. This module
+# has a limit of its own, which is larger.
+Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, MOST_PIXELS)
 
 
 class Header(NamedTuple):
-    """What a picture's file says before its pixels.
+    """What the file of an image says before its pixels.
 
     Attributes:
       size: height and width in pixels, as stored.
       orientation: of EXIF, 1 to 8; 1 if the file has none.
+      bits: 16 if the file has 16 bits per channel, else 8.
     """
 
     size: tuple[int, int]
     orientation: int
+    bits: int = 8
 
     @property
     def shown_size(self) -> tuple[int, int]:
-        """Height and width once the orientation is applied."""
+        """Height and width after the orientation is applied."""
         return self.size[::-1] if self.orientation >= 5 else self.size
 
 
 def read_header(file: BinaryIO) -> Header:
-    """The header of a picture, the only part of the file that is read.
+    """Reads the header of an image, and no other part of the file.
 
     Raises:
-      DataError: it is no picture of a known kind.
+      DataError: the file is no image of a known format, or the image is too large.
     """
-    with _open(file) as picture:
-        return _header(picture)
+    with _open(file) as opened:
+        return _header(opened)
 
 
-def decode(data: bytes, size: tuple[int, int] | None = None) -> np.ndarray:
-    """The pixels of a picture.
+def decode(data: bytes, size: tuple[int, int] | None = None, exif: Exif = "auto") -> np.ndarray:
+    """Decodes an image.
 
     Args:
-      data: a JPEG, PNG, WebP, BMP, GIF, TIFF, PPM or JPEG 2000 file, in any mode of up to 16 bits.
-      size: its annotated height and width. The orientation that the file asks for is applied only
-        where that gives this size and the stored pixels don't. None: as stored.
+      data: the content of a file in one of `FORMATS`, in any mode of up to 16 bits.
+      size: height and width that the boxes lie in; None: not known, which leaves "auto" as stored.
+      exif: `config.data.exif`.
 
     Returns:
-      uint8 [H, W, 3], RGB. Of 16 bits the upper 8.
+      uint8 [H, W, 3], RGB. An image of 16 bits per channel is scaled by the bits that it uses: 8,
+      10, 12, 14 or 16.
 
     Raises:
-      DataError: no picture, damaged, cut off, too large to be one, or not of the annotated size.
+      DataError: no image, a damaged or incomplete one, one of more than `MOST_PIXELS`, or one of
+        another size.
     """
-    with _open(io.BytesIO(data)) as picture:
-        header = _header(picture)
-        turn = needs_turn(header, size)
-        image = _pixels(picture, header.orientation, data)
-    return np.ascontiguousarray(_turned(image, header.orientation)) if turn else image
+    with _open(io.BytesIO(data)) as opened:
+        header = _header(opened)
+        turn = needs_turn(header, size, exif)
+        pixels = _pixels(opened, header, data)
+    return np.ascontiguousarray(_turned(pixels, header.orientation)) if turn else pixels
 
 
 def decode_upright(source: bytes | Image.Image) -> np.ndarray:
-    """The pixels of a picture as viewers show it, its EXIF orientation applied.
+    """Decodes an image as viewers show it, with its EXIF orientation applied.
 
     Args:
-      source: a file as for `decode`, or a Pillow image of any mode.
+      source: the content of a file as for `decode`, or a Pillow image of any mode.
 
     Returns:
       uint8 [H, W, 3], RGB.
 
     Raises:
-      DataError: no picture, or a damaged one.
+      DataError: as `decode`.
     """
     if isinstance(source, Image.Image):
         return _upright(source, b"")
-    with _open(io.BytesIO(source)) as picture:
-        return _upright(picture, source)
+    with _open(io.BytesIO(source)) as opened:
+        return _upright(opened, source)
 
 
-def _upright(picture: Image.Image, data: bytes) -> np.ndarray:
-    header = _header(picture)
-    image = _pixels(picture, header.orientation, data)
-    return np.ascontiguousarray(_turned(image, header.orientation))
+def _upright(opened: Image.Image, data: bytes) -> np.ndarray:
+    header = _header(opened)
+    pixels = _pixels(opened, header, data)
+    return np.ascontiguousarray(_turned(pixels, header.orientation))
 
 
 def _open(file: BinaryIO) -> Image.Image:
     try:
-        return Image.open(file, formats=_FORMATS)
+        opened = Image.open(file, formats=FORMATS)
     except Image.UnidentifiedImageError:
-        kinds = ", ".join(_FORMATS)
         size = file.seek(0, io.SEEK_END)
-        raise DataError(f"{size} bytes that are no readable picture: {kinds}") from None
-    except Exception as error:  # Pillow's readers raise whatever a damaged file leads them to
+        raise DataError(f"{size} bytes that are no readable image: {', '.join(FORMATS)}") from None
+    except Image.DecompressionBombError:
+        raise DataError(_too_large("")) from None
+    except Exception as error:  # Pillow's readers raise many kinds of errors for damaged files
         raise DataError(_damage(error)) from error
+    if opened.width * opened.height > MOST_PIXELS:
+        opened.close()
+        raise DataError(_too_large(f"{opened.width} x {opened.height} pixels, "))
+    return opened
+
+
+def _too_large(found: str) -> str:
+    return (
+        f"too large: {found}at most {MOST_PIXELS} pixels are read, such as 16384 x 16384; resize "
+        "the image or cut it into parts"
+    )
 
 
 def _damage(error: Exception) -> str:
-    return f"a damaged picture ({error or type(error).__name__})"
+    return f"a damaged image ({error or type(error).__name__})"
 
 
-def _header(picture: Image.Image) -> Header:
+def _header(opened: Image.Image) -> Header:
+    bits = 16 if opened.mode.startswith("I") or _is_deep_color(opened) else 8
     try:
-        orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # damaged EXIF says nothing; the pixels may be well
+        orientation = _exif(opened).get(ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged EXIF, which does not matter for the pixels
         orientation = 1
     if not isinstance(orientation, int) or not 1 <= orientation <= 8:
         orientation = 1
-    size = picture.height, picture.width
-    turned = picture.format == "TIFF" and orientation >= 5  # Pillow says the size as shown
-    return Header(size[::-1] if turned else size, orientation)
+    size = opened.height, opened.width
+    turned = opened.format == "TIFF" and orientation >= 5  # Pillow gives the size as shown
+    return Header(size[::-1] if turned else size, orientation, bits)
 
 
-def needs_turn(header: Header, size: tuple[int, int] | None) -> bool:
-    """Whether a picture of the annotated size is the stored one with its orientation applied.
+def _exif(opened: Image.Image) -> Image.Exif:
+    """Reads the EXIF data of an image; decodes the pixels of a PNG only if EXIF may follow them."""
+    if opened.format == "PNG" and not _has_late_metadata(opened.fp):
+        return Image.Image.getexif(opened)
+    return opened.getexif()
+
+
+def _has_late_metadata(file: BinaryIO) -> bool:
+    """Whether a PNG, read up to its pixels, has text or EXIF behind them."""
+    pixels = file.tell()
+    place = pixels - 8  # of the length and the name of the chunk
+    try:
+        while True:
+            file.seek(place)
+            head = file.read(8)
+            if len(head) < 8 or head[4:] == b"IEND":
+                return False
+            if head[4:] in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+                return True
+            place += 12 + int.from_bytes(head[:4])
+    finally:
+        file.seek(pixels)
+
+
+def _is_deep_color(opened: Image.Image) -> bool:
+    """Whether a color PNG or TIFF has 16 bits per channel, which Pillow's mode does not say."""
+    if opened.format not in ("PNG", "TIFF") or opened.mode not in ("RGB", "RGBA"):
+        return False
+    tiles = getattr(opened, "tile", None)
+    return bool(tiles) and "16" in str(tiles[0][3])
+
+
+def needs_turn(header: Header, size: tuple[int, int] | None, exif: Exif = "auto") -> bool:
+    """Whether the orientation has to be applied to the stored pixels.
 
     Args:
       header: of the file.
-      size: annotated height and width; None: as stored.
+      size: height and width that the boxes lie in; None: not known.
+      exif: `config.data.exif`.
 
     Raises:
-      DataError: neither the stored picture nor the turned one has that size.
+      DataError: the image does not have that size.
     """
-    if size is None or tuple(size) == header.size:
-        return False
-    if tuple(size) == header.shown_size:
-        return True
+    if exif == "auto":
+        turn = size is not None and size != header.size
+    else:
+        turn = exif == "as_shown" and header.orientation != 1
+    found = header.shown_size if turn else header.size
+    if size is None or tuple(size) == found:
+        return turn
+    raise DataError(_other_size(header, size, exif))
+
+
+def size_of_boxes(header: Header, size: tuple[int, int], exif: Exif) -> tuple[int, int]:
+    """Returns the height and width that the boxes of an image lie in.
+
+    It is the annotated size, with height and width exchanged where the file is annotated with the
+    stored size and boxes as shown, or the reverse.
+
+    Args:
+      header: of the file.
+      size: annotated height and width.
+      exif: `config.data.exif`.
+
+    Raises:
+      DataError: the image has that size neither as stored nor as shown.
+    """
+    if tuple(size) not in (header.size, header.shown_size):
+        raise DataError(_other_size(header, size, exif))
+    return {"auto": size, "as_shown": header.shown_size, "as_stored": header.size}[exif]
+
+
+def orientation_is_open(header: Header, size: tuple[int, int]) -> bool:
+    """Whether the annotated size leaves open if boxes are drawn on the stored or shown pixels."""
+    proven = tuple(size) == header.shown_size != header.size
+    return header.orientation != 1 and not proven
+
+
+def _other_size(header: Header, size: tuple[int, int], exif: Exif) -> str:
     stored, annotated = (f"{width} x {height}" for height, width in (header.size, size))
-    raise DataError(
-        f"is {stored} pixels (width x height, EXIF orientation {header.orientation}), but "
+    rule = "" if exif == "auto" else f", data.exif={exif}"
+    return (
+        f"is {stored} pixels (width x height, EXIF orientation {header.orientation}{rule}), but "
         f"annotated as {annotated}"
     )
 
 
-def _pixels(picture: Image.Image, orientation: int, data: bytes) -> np.ndarray:
-    """RGB as stored, whatever the orientation, which was read before.
+def used_bits(data: bytes) -> int:
+    """Returns how many bits per channel an image of 16 bits uses: 8, 10, 12, 14 or 16.
 
-    Pillow reads what is no file (`data` is empty), and what OpenCV refuses, such as a file that is
-    cut off: it says why.
+    Raises:
+      DataError: as `decode`.
     """
-    if data and picture.format in _JPEG and picture.mode in ("RGB", "L"):
-        flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-        if image is not None and image.shape[:2] == (picture.height, picture.width):
-            return image
+    with _open(io.BytesIO(data)) as opened:
+        header = _header(opened)
+        if header.bits == 8:
+            return 8
+        return _depth(_deep_pixels(opened, header, data))
+
+
+def _pixels(opened: Image.Image, header: Header, data: bytes) -> np.ndarray:
+    """Decodes an image as stored.
+
+    Pillow reads what is no file (`data` is empty), and what OpenCV refuses, such as an incomplete
+    file: its error says why.
+    """
+    if header.bits == 16:
+        pixels = _eight_bits(_deep_pixels(opened, header, data))
+        return np.repeat(pixels[..., None], 3, axis=2) if pixels.ndim == 2 else pixels
+    if data and opened.format in ("JPEG", "MPO") and opened.mode in ("RGB", "L"):
+        pixels = _by_opencv(opened, data, cv2.IMREAD_COLOR_RGB)
+        if pixels is not None:
+            return pixels
+    return _as_stored(opened, header, _load(opened, _to_rgb))
+
+
+def _by_opencv(opened: Image.Image, data: bytes, flags: int) -> np.ndarray | None:
+    """Decodes an image with OpenCV; returns None if that fails."""
+    content = np.frombuffer(data, np.uint8)
+    pixels = cv2.imdecode(content, flags | cv2.IMREAD_IGNORE_ORIENTATION)
+    right = pixels is not None and pixels.shape[:2] == (opened.height, opened.width)
+    return pixels if right else None
+
+
+def _deep_pixels(opened: Image.Image, header: Header, data: bytes) -> np.ndarray:
+    """Decodes an image of 16 bits as stored: integers [H, W] or [H, W, 3].
+
+    OpenCV turns TIFF whatever its flags say, so that Pillow reads TIFF with an orientation: 8 bits
+    of its colors.
+    """
+    if opened.mode.startswith("I"):
+        return _as_stored(opened, header, _load(opened, _gray_values))
+    if data and (opened.format == "PNG" or header.orientation == 1):
+        # IMREAD_COLOR_RGB gives wrong colors for TIFF of 16 bits in OpenCV 5.0.
+        pixels = _by_opencv(opened, data, cv2.IMREAD_ANYDEPTH | cv2.IMREAD_COLOR)
+        if pixels is not None and pixels.dtype == np.uint16:
+            return np.ascontiguousarray(pixels[..., ::-1])
+    return _as_stored(opened, header, _load(opened, _to_rgb)).astype(np.uint16) << 8
+
+
+def _load(opened: Image.Image, convert) -> np.ndarray:
     try:
-        picture.load()
-        image = _to_rgb(picture)
+        opened.load()
+        return convert(opened)
     except DataError:
         raise
     except Exception as error:  # as in _open
         raise DataError(_damage(error)) from error
-    if picture.format == "TIFF":  # which Pillow has turned
-        return np.ascontiguousarray(_turned(image, {6: 8, 8: 6}.get(orientation, orientation)))
-    return image
 
 
-def _to_rgb(picture: Image.Image) -> np.ndarray:
-    """A loaded picture of any mode as uint8 [H, W, 3]."""
-    mode = picture.mode
-    if mode.startswith("I"):  # 16 bits, in 16 or in 32
-        values = np.asarray(picture)
-        if values.size and (values.min() < 0 or values.max() > 0xFFFF):
-            raise DataError(f"pixels from {values.min()} to {values.max()}: more than 16 bits")
-        return np.repeat((values >> 8).astype(np.uint8)[..., None], 3, axis=2)
-    if mode == "F":
+def _as_stored(opened: Image.Image, header: Header, pixels: np.ndarray) -> np.ndarray:
+    """Undoes the orientation of a TIFF file, which Pillow applies."""
+    if opened.format != "TIFF":
+        return pixels
+    inverse = {6: 8, 8: 6}.get(header.orientation, header.orientation)
+    return np.ascontiguousarray(_turned(pixels, inverse))
+
+
+def _gray_values(opened: Image.Image) -> np.ndarray:
+    """Returns the values of a gray image of 16 bits, which Pillow may hold in 32."""
+    values = np.asarray(opened)
+    if values.size and (values.min() < 0 or values.max() > 0xFFFF):
+        raise DataError(f"pixels from {values.min()} to {values.max()}: more than 16 bits")
+    return values
+
+
+def _depth(values: np.ndarray) -> int:
+    """Returns the least depth of image sensors, in bits, that holds all the values."""
+    most = int(values.max(initial=0))
+    return next(depth for depth in (8, 10, 12, 14, 16) if most < 2**depth)
+
+
+def _eight_bits(values: np.ndarray) -> np.ndarray:
+    depth = _depth(values)
+    if depth < 16:
+        _warn_of_depth(depth)
+    return (values >> (depth - 8)).astype(np.uint8)
+
+
+@functools.cache
+def _warn_of_depth(depth: int) -> None:
+    logger.warning(
+        "an image of 16 bits per channel uses only %d of them: it is scaled so that %d is white "
+        "(each image by itself; this is said once)",
+        depth,
+        2**depth - 1,
+    )
+
+
+def _to_rgb(opened: Image.Image) -> np.ndarray:
+    """Converts a loaded image of 8 bits, of any mode, to uint8 [H, W, 3]."""
+    if opened.mode == "F":
         raise DataError("pixels are floating-point numbers, of unknown range; convert to 8 bits")
-    if mode == "P":
-        picture = picture.convert("RGBA")  # knows every kind of transparency of a palette
-    return np.asarray(picture.convert("RGB"))
+    if opened.mode == "P":
+        opened = opened.convert("RGBA")  # which knows every kind of transparency of a palette
+    return np.asarray(opened.convert("RGB"))
 
 
-def _turned(image: np.ndarray, orientation: int) -> np.ndarray:
-    """A picture with its EXIF orientation applied, a view."""
+def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Returns a view with an EXIF orientation applied."""
     if orientation >= 5:
-        image = image.swapaxes(0, 1)
+        pixels = pixels.swapaxes(0, 1)
     flip_rows = orientation in (3, 4, 7, 8)
     flip_columns = orientation in (2, 3, 6, 7)
-    return image[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
+    return pixels[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
