@@ -40,9 +40,11 @@ def test_an_option_of_the_user_that_the_compiler_refuses_is_an_error(aged_defaul
     """Catches a user's option that is silently left out, a default with another value included."""
     config = base_config()
     config.compile.options = (*aged_default.compile.options, f"cpu:{entry}")
-    with pytest.raises(ConfigError, match=rf"(?i)^config\.compile\.options = '{entry}': ") as caught:
+    with pytest.raises(ConfigError) as caught:
         accepted_options(config, jax.devices()[0])
-    assert "\n" not in str(caught.value)
+    message = str(caught.value)
+    assert message.lower().startswith(f"config.compile.options = '{entry}': ")
+    assert "\n" not in message
 
 
 def test_every_option_is_kept_or_left_out_by_itself():

@@ -102,9 +102,19 @@ def test_a_launcher_that_jax_does_not_know_is_no_licence_to_train_alone(environm
     assert find_membership() == Membership("head:1234", 4, 2)
 
 
-def test_a_jax_that_can_not_be_asked_leaves_flags_and_launchers(environment, monkeypatch):
+@pytest.mark.parametrize("gone", ["module", "class", "method", "arguments"])
+def test_a_jax_that_can_not_be_asked_leaves_flags_and_launchers(gone, environment, monkeypatch):
     """Its detection is no public interface: without it one process must still be able to train."""
-    monkeypatch.setitem(sys.modules, "jax._src.clusters", None)
+    private = "jax._src.clusters"
+    if gone == "module":
+        monkeypatch.setitem(sys.modules, private, None)
+    elif gone == "class":
+        monkeypatch.delattr(f"{private}.ClusterEnv")
+    else:
+        method = f"{private}.ClusterEnv.auto_detect_unset_distributed_params"
+        monkeypatch.delattr(method)
+        if gone == "arguments":
+            monkeypatch.setattr(method, lambda new: None, raising=False)
     assert find_membership() is None
     assert find_membership("auto", "a:1", 2, 1) == Membership("a:1", 2, 1)
     environment(_SLURM | {"SLURM_STEP_NUM_TASKS": "16"})

@@ -469,28 +469,63 @@ def test_fused_attention_has_the_gradient_of_the_plain_one(shape):
         np.testing.assert_allclose(value, expected, atol=1e-5)
 
 
+_ATTENTIONS = tiny_config().model.encoder_layers + 2 * tiny_config().model.decoder_layers
+# Private to jax. Without a GPU it says that there is no cuDNN.
+_CUDNN_VERSION = "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version"
+
+
+def traced_gradient(tiny, kind):
+    """The gradient of a loss, of a model in bfloat16 with that kind of attention."""
+    config = tiny_config()
+    config.model.dtype = "bfloat16"
+    model = build_model(config.model, kind)
+
+    def loss(params, batch):
+        dn = denoising_queries(batch, object_noise())
+        images = normalize_images(batch["image"], batch["size"])
+        out = model.apply({"params": params}, images, batch["size"], dn)
+        return sum(jnp.sum(value) for value in out.values())
+
+    return jax.jit(jax.grad(loss)).trace(tiny.shapes, picture_batch())
+
+
+def pretend_cudnn(monkeypatch):
+    """Whether jax can be told that there is a cuDNN, as of now."""
+    try:
+        monkeypatch.setattr(_CUDNN_VERSION, lambda: 91_000)
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+def test_every_attention_asks_jax_for_cudnn(tiny, monkeypatch):
+    """With public names alone, after the private one has gone. Catches an attention that still
+    computes scores of its own, and shapes and types that cuDNN does not take."""
+    monkeypatch.delattr(_CUDNN_VERSION, raising=False)
+    assert not pretend_cudnn(monkeypatch)
+    asked, real = [], jax.nn.dot_product_attention
+
+    def plain(query, key, value, *, implementation, **options):
+        asked.append((implementation, {x.dtype for x in (query, key, value)}))
+        assert query.shape[1] % 2 == key.shape[1] % 2 == 0
+        assert query.shape[-1] == key.shape[-1] == value.shape[-1] and query.shape[-1] % 8 == 0
+        return real(query, key, value, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", plain)
+    traced_gradient(tiny, "cudnn")
+    assert asked == [("cudnn", {jnp.dtype(jnp.bfloat16)})] * _ATTENTIONS
+
+
 def test_every_attention_becomes_a_kernel_of_cudnn(tiny, monkeypatch):
     """Lowers the loss and its gradient for a GPU, where jax checks types, widths and lengths; that
     takes no GPU. Catches an attention that still computes scores of its own."""
-    checked = "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version"
-    monkeypatch.setattr(checked, lambda: 91_000)
-    config = tiny_config()
-    config.model.dtype = "bfloat16"
+    if not pretend_cudnn(monkeypatch):
+        pytest.skip(f"{_CUDNN_VERSION} has gone; what is asked of jax is tested without it")
 
     def lowered(kind):
-        model = build_model(config.model, kind)
+        return traced_gradient(tiny, kind).lower(lowering_platforms=("cuda",)).as_text()
 
-        def loss(params, batch):
-            dn = denoising_queries(batch, object_noise())
-            images = normalize_images(batch["image"], batch["size"])
-            out = model.apply({"params": params}, images, batch["size"], dn)
-            return sum(jnp.sum(value) for value in out.values())
-
-        traced = jax.jit(jax.grad(loss)).trace(tiny.shapes, picture_batch())
-        return traced.lower(lowering_platforms=("cuda",)).as_text()
-
-    text = lowered("cudnn")
-    attentions = config.model.encoder_layers + 2 * config.model.decoder_layers
+    text, attentions = lowered("cudnn"), _ATTENTIONS
     assert text.count("@__cudnn$fmhaScaleBiasSoftmax(") == attentions
     assert text.count("@__cudnn$fmhaScaleBiasSoftmaxBackward(") == attentions
     scores = "stablehlo.exponential"

@@ -14,6 +14,7 @@ want that. docs/clusters.md is about the rest.
 
 import contextlib
 import dataclasses
+import inspect
 import os
 import re
 import sys
@@ -185,7 +186,8 @@ def _detected(
         from jax._src.clusters import ClusterEnv
 
         detect = ClusterEnv.auto_detect_unset_distributed_params
-    except (ImportError, AttributeError):  # another JAX: flags and launchers are left
+        inspect.signature(detect).bind(address, count, index, None, None, seconds)
+    except (ImportError, AttributeError, TypeError):  # another JAX: flags and launchers are left
         return address, count, index, None
     try:
         address, count, index, devices = detect(address, count, index, None, None, seconds)
