@@ -1,11 +1,16 @@
 """DN-DETR (query denoising on DAB-DETR) in JAX and Flax, for TPU, GPU and CPU.
 
-`dn_detr_jax.load(workdir)` gives a `Predictor`, whose `predict` finds the objects in pictures.
+`train(config, workdir)` and `evaluate(config, workdir)` do what `train.py` does;
+`load(workdir)` returns a `Predictor`, whose `predict` finds the objects in images.
 """
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+    from dn_detr_jax.evaluation.evaluator import Evaluation
     from dn_detr_jax.inference.predictor import Detections as Detections
     from dn_detr_jax.inference.predictor import Predictor as Predictor
     from dn_detr_jax.inference.predictor import load as load
@@ -15,8 +20,48 @@ __version__ = "0.1.0"
 _OF_PREDICTOR = ("Detections", "Predictor", "load")
 
 
+# Imports wait for the first use: parts of this package run without the libraries of the others.
+
+
+def train(config: "ConfigDict", workdir: str | os.PathLike) -> "Evaluation | None":
+    """Trains a detector, or resumes the training in a work directory.
+
+    Args:
+      config: whole configuration, for example that of a file in `configs/`.
+      workdir: for checkpoints, metrics and drawn images.
+
+    Returns:
+      The evaluation of the best checkpoint, or None if a signal ended the training early.
+
+    Raises:
+      dn_detr_jax.errors.Error: see `dn_detr_jax.training.loop.train`.
+    """
+    from dn_detr_jax.config import expand_user
+    from dn_detr_jax.training import loop
+
+    return loop.train(config, expand_user(os.fspath(workdir), "--workdir"))
+
+
+def evaluate(
+    config: "ConfigDict", workdir: str | os.PathLike, step: str | int = "best"
+) -> "Evaluation":
+    """Evaluates a checkpoint of a work directory and prints the COCO table.
+
+    Args:
+      config: whole configuration; must fit the parameters of the checkpoint.
+      workdir: of a training or an import.
+      step: "best" (the latest if none was evaluated, as after an import), "latest" or a number.
+
+    Raises:
+      dn_detr_jax.errors.Error: see `dn_detr_jax.training.report.evaluate`.
+    """
+    from dn_detr_jax.config import expand_user
+    from dn_detr_jax.training import report
+
+    return report.evaluate(config, expand_user(os.fspath(workdir), "--workdir"), step)
+
+
 def __getattr__(name: str) -> Any:
-    # Imported when asked for: parts of this package are used without the libraries it needs.
     if name in _OF_PREDICTOR:
         from dn_detr_jax.inference import predictor
 

@@ -15,7 +15,9 @@ class ConfigError(Error, ValueError):
     """A wrong config value. The message is one line: key, value, what would be right."""
 
     def __init__(self, key: str, value: Any, expected: str):
-        super().__init__(f"config.{key} = {_shown(value)}: {expected}")
+        self.expected = expected
+        name = key if key.startswith("--") else f"config.{key}"  # a flag, or a key
+        super().__init__(f"{name} = {_shown(value)}: {expected}")
 
 
 class DataError(Error, ValueError):

@@ -15,8 +15,9 @@ from fast_jit import XLA_FLAGS, fast_jit
 from ml_collections import ConfigDict
 from PIL import Image
 
-from dn_detr_jax.commands.export import _CanvasParser, export
+from dn_detr_jax.commands.command_line import CanvasParser
 from dn_detr_jax.inference import exported
+from dn_detr_jax.inference.export import export
 from dn_detr_jax.inference.exported import ExportedDetector, ExportedError, load_exported
 from dn_detr_jax.inference.predictor import Predictor, place, read_run
 
@@ -258,10 +259,10 @@ def test_another_canvas_and_nothing_left_behind(digits_run, tmp_path):
 
 
 def test_a_canvas_is_height_and_width():
-    assert _CanvasParser().parse("800x1344") == (800, 1344)
+    assert CanvasParser().parse("800x1344") == (800, 1344)
     for wrong in ("800", "0x5", "800x", "800X1344", "8 x 9"):
         with pytest.raises(ValueError, match="expected HEIGHTxWIDTH"):
-            _CanvasParser().parse(wrong)
+            CanvasParser().parse(wrong)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,6 @@ from tiny_detector import random_params, tiny_config
 from dn_detr_jax.checkpoints.manager import (
     Checkpoints,
 )
-from dn_detr_jax.commands.export import export
 from dn_detr_jax.config import (
     base_config,
     flat_keys,
@@ -33,6 +32,7 @@ from dn_detr_jax.config import (
 from dn_detr_jax.data.coco_classes import Category
 from dn_detr_jax.errors import CheckpointError, ConfigError
 from dn_detr_jax.inference import exported, predictor
+from dn_detr_jax.inference.export import export
 from dn_detr_jax.inference.exported import ExportedError, load_exported
 from dn_detr_jax.inference.predictor import Run, read_run
 from dn_detr_jax.interop import initial

@@ -15,10 +15,10 @@ import pytest
 from tiny_detector import random_params
 
 from dn_detr_jax.checkpoints.manager import Checkpoints
-from dn_detr_jax.commands.import_torch import import_file
 from dn_detr_jax.errors import ConfigError
 from dn_detr_jax.interop import torch_files
 from dn_detr_jax.interop.convert import HEAD_PATHS, flat, params_to_torch
+from dn_detr_jax.interop.import_torch import import_file
 from dn_detr_jax.models.registry import abstract_params, build_model
 from dn_detr_jax.training import loop, report
 

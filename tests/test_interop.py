@@ -19,8 +19,6 @@ from flax import traverse_util
 
 from dn_detr_jax.checkpoints.manager import Checkpoints
 from dn_detr_jax.checkpoints.run_config import read_config
-from dn_detr_jax.commands.export_torch import export
-from dn_detr_jax.commands.import_torch import convert
 from dn_detr_jax.config import (
     base_config,
     validate,
@@ -35,6 +33,8 @@ from dn_detr_jax.interop.convert import (
     params_from_torch,
     params_to_torch,
 )
+from dn_detr_jax.interop.export_torch import export
+from dn_detr_jax.interop.import_torch import convert
 from dn_detr_jax.interop.initial import load_initial
 from dn_detr_jax.interop.torch_names import BACKBONE_PREFIX, tied_names, torch_tensors
 from dn_detr_jax.models.registry import abstract_params, build_model

@@ -165,7 +165,7 @@ def small_case(folder, change=None):
 
 
 def test_command_prints_one_json_object(tmp_path, capsys):
-    assert check_reference.main([small_case(tmp_path)]) == 0
+    assert check_reference.run(small_case(tmp_path)) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["ok"] is True
     assert set(printed["results"]) == {
@@ -177,7 +177,7 @@ def test_command_prints_one_json_object(tmp_path, capsys):
 
 
 def test_command_notices_a_difference_of_a_thousandth(tmp_path, capsys):
-    assert check_reference.main([small_case(tmp_path, change="focal.grad")]) == 1
+    assert check_reference.run(small_case(tmp_path, change="focal.grad")) == 1
     printed = json.loads(capsys.readouterr().out)
     assert printed["ok"] is False
     assert printed["out_of_tolerance"] == ["focal.grad"]
@@ -191,24 +191,24 @@ def test_command_refuses_other_models(tmp_path, capsys):
         ({"args": manifest["args"] | {"pre_norm": True}}, "pre_norm=True has no counterpart"),
     ):
         (tmp_path / "case.json").write_text(json.dumps(manifest | change))
-        assert check_reference.main([str(tmp_path / "case.npz")]) == 2
+        assert check_reference.run(tmp_path / "case.npz") == 2
         assert words in capsys.readouterr().err
-    assert check_reference.main([str(tmp_path / "none.npz")]) == 2
+    assert check_reference.run(tmp_path / "none.npz") == 2
     assert "none.npz: there is no such file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("setting", "words"),
     [
-        (["--set", "model.num_header=2"], r"model.num_header.*did you mean model.num_heads"),
-        (["--set", "model.num_heads=many"], r"model.num_heads = 'many': a value such as 8"),
-        (["--set", "model.num_heads=7"], r"a divisor of model.hidden_dim = 256"),
-        (["--set", "model.num_classes=7"], r"class_embed.bias has shape \(91,\), not \(7,\)"),
+        ("model.num_header=2", r"model.num_header.*did you mean model.num_heads"),
+        ("model.num_heads=many", r"model.num_heads = 'many': a value such as 8"),
+        ("model.num_heads=7", r"a divisor of model.hidden_dim = 256"),
+        ("model.num_classes=7", r"class_embed.bias has shape \(91,\), not \(7,\)"),
     ],
 )
-def test_wrong_overrides_are_one_line(arguments, words, capsys):
+def test_wrong_overrides_are_one_line(setting, words, capsys):
     """Before anything is computed, and never a traceback."""
-    assert check_reference.main([str(DATA / "dn_dab_detr_r50.npz"), *arguments]) == 2
+    assert check_reference.run(DATA / "dn_dab_detr_r50.npz", settings=[setting]) == 2
     printed = capsys.readouterr().err
     assert re.search(words, printed)
     assert printed.startswith("error: ") and printed.count("\n") == 1
@@ -228,11 +228,11 @@ def test_files_that_are_no_cases_are_one_line(tmp_path, capsys):
         text = manifest if isinstance(manifest, str) else json.dumps(manifest)
         (tmp_path / "case.json").write_text(text)
         np.savez(tmp_path / "case.npz", **arrays)
-        assert check_reference.main([str(tmp_path / "case.npz")]) == 2
+        assert check_reference.run(tmp_path / "case.npz") == 2
         printed = capsys.readouterr().err
         assert re.search(words, printed), printed
         assert printed.startswith("error: ") and printed.count("\n") == 1
-    assert check_reference.main([str(DATA / "components.npz"), "--dtype", "bfloat16"]) == 2
+    assert check_reference.run(DATA / "components.npz", "bfloat16") == 2
     assert "components have no model" in capsys.readouterr().err
 
 

@@ -1,60 +1,120 @@
-"""Command-line flags and expected errors as one line each, without a traceback.
+"""The command line of every program of this package: flags in, one line for each expected error.
 
-`ml_collections` reports a wrong override by whatever exception its lookup raises; here a wrong key,
-a wrong type, a missing config file, `dn_detr_jax.errors.Error` and `OSError` end the program with
-one line on stderr and exit status 1. Every other exception keeps its traceback.
+A command is a module with a docstring (its help), `define_flags()`, `main(argv)` and, if it takes
+arguments besides flags, `ARGUMENTS`. It imports what it computes with inside `main`, so that help
+and wrong flags need neither JAX nor its start-up time.
+
+A wrong flag, a wrong config key or type, a missing config file, `dn_detr_jax.errors.Error` and
+`OSError` end a program with one line on stderr and exit status 1. Ctrl-C ends it with one line and
+exit status 130. Every other exception keeps its traceback.
 """
 
+import inspect
+import io
 import logging
 import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import NoReturn
 
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from dn_detr_jax.config import (
-    flat_keys,
-    nearest_key,
-)
-from dn_detr_jax.errors import Error, one_line
+from dn_detr_jax.config import expand_user, flat_keys, nearest_key
+from dn_detr_jax.errors import ConfigError, Error, one_line
+
+_HELP = re.compile(r"-h|--?(help|helpfull|helpshort|helpxml)")
+INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
 
 
-def run_main(
-    main: Callable[[Sequence[str]], None],
-    arguments: Sequence[str] = (),
-) -> None:
-    """Parses the flags and runs `main`, as `absl.app.run` does.
-
-    The config file is the flag `--config` of `config_flags.DEFINE_config_file`.
+def run_command(command: ModuleType, program: str) -> NoReturn:
+    """Runs a command with the arguments in `sys.argv`.
 
     Args:
-      main: gets the program's name and the arguments that are no flags.
-      arguments: names of the arguments that are no flags; each is required, others are errors,
+      command: module as described above.
+      program: how a user calls it, for the help.
+
+    Raises:
+      SystemExit: always.
+    """
+    others = set(flags.FLAGS)
+    command.define_flags()
+    arguments = getattr(command, "ARGUMENTS", ())
+    if any(_HELP.fullmatch(argument) for argument in sys.argv[1:]):
+        write_escaped()
+        print(help_text(command, program, set(flags.FLAGS) - others))
+        sys.exit(0)
+    run_main(command.main, arguments)
+
+
+def help_text(command: ModuleType, program: str, names: Iterable[str]) -> str:
+    """Returns usage, docstring and flags of a command.
+
+    Args:
+      command: module of the command; its flags are defined.
+      program: how a user calls it.
+      names: of its flags.
+    """
+    own = flags.FlagValues()
+    for name in names:
+        own[name] = flags.FLAGS[name]
+        own.register_flag_by_module("flags", flags.FLAGS[name])
+    usage = " ".join(["usage:", program, "[FLAGS]", *getattr(command, "ARGUMENTS", ())])
+    return f"{usage}\n\n{inspect.getdoc(command)}\n{own.module_help('flags')}"
+
+
+def run_main(main: Callable[[Sequence[str]], None], arguments: Sequence[str] = ()) -> NoReturn:
+    """Parses the flags and runs `main`, as `absl.app.run` does.
+
+    The config file is the flag `--config` of `define_config_flag`.
+
+    Args:
+      main: called with the program's name and the arguments that are not flags.
+      arguments: names of the arguments that are not flags; each is required and others are errors,
         except that a last name ending in `...` takes one or more.
 
     Raises:
-      SystemExit: always; status 0, or 1 after an error in the flags or an expected error.
+      SystemExit: always; status 0, 1 after an error in the flags or an expected error, or 130
+        after Ctrl-C.
     """
 
     def guarded(argv: Sequence[str]) -> None:
         try:
             main(argv)
         except (Error, OSError) as error:
-            _fail(str(error))
+            fail(str(error))
 
-    app.run(guarded, flags_parser=lambda argv: _parse_flags(argv, arguments))
+    write_escaped()
+    try:
+        app.run(guarded, flags_parser=lambda argv: _parse_flags(argv, arguments))
+    except KeyboardInterrupt:
+        leave_interrupted()
+
+
+def leave_interrupted() -> NoReturn:
+    """Ends the program after Ctrl-C with one line."""
+    print("\ninterrupted", file=sys.stderr)
+    sys.exit(INTERRUPTED)
+
+
+def write_escaped() -> None:
+    """Lets stdout and stderr write an escape for every character that their encoding lacks."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def log_to_terminal(prefix: str = "", level: int = logging.INFO) -> None:
-    """Shows what this package logs, with the time, and of its libraries warnings alone.
+    """Shows the log of this package, with the time; of its libraries only warnings.
 
     Args:
       prefix: of every line, after the time.
-      level: the least that is shown.
+      level: lowest level that is shown.
     """
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
@@ -65,52 +125,77 @@ def log_to_terminal(prefix: str = "", level: int = logging.INFO) -> None:
     absl_logging.set_verbosity(absl_logging.WARNING)
 
 
-def leave_on_sigterm() -> None:
-    """Lets SIGTERM end the program at once, with exit status 0: there is nothing to save.
+def leave_on_signals() -> None:
+    """Lets SIGTERM and Ctrl-C end the program at once, with exit status 0: nothing is to be saved.
 
-    Whoever has something to save puts a handler of its own in place meanwhile.
+    The training replaces both handlers while it has something to save.
     """
 
-    def leave(*_: object) -> None:
-        # Not by an exception: compilers and threads that are at work would be waited for.
-        os.write(2, b"SIGTERM: left, nothing was to be saved; the same command continues\n")
+    def leave(number: int, _: object) -> None:
+        # Not by an exception: it would wait for compilers and threads that are at work.
+        name = signal.Signals(number).name
+        os.write(2, f"{name}: left, nothing was to be saved; the same command continues\n".encode())
         os._exit(0)
 
-    signal.signal(signal.SIGTERM, leave)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, leave)
 
 
-def _fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
+    """Ends the program with an error of one line and exit status 1."""
     message = one_line(message)
     if len(message) > 2000:  # a value that was pasted by mistake
         message = f"{message[:1500]} ... {message[-400:]}"
     sys.exit(f"error: {message}")
 
 
-def _parse_flags(argv: Sequence[str], arguments: Sequence[str]) -> list[str]:
-    """Parses all flags; exits with one line if one is wrong."""
-    if any(re.fullmatch(r"--?(help|helpfull|helpshort|helpxml)", arg) for arg in argv[1:]):
-        return flags.FLAGS(argv)  # absl prints the help and exits
-    _check_config_arguments(argv)
-    try:
-        rest = flags.FLAGS(argv)
-    except flags.IllegalFlagValueError as error:
-        lines = str(error).strip().splitlines()
-        named = [i for i, line in enumerate(lines) if line.startswith("flag ")]
-        _fail(" ".join(lines[named[-1] if named else -1 :]))  # what comes before says it twice
-    except flags.Error as error:
-        _fail(str(error))
-    any_number = bool(arguments) and arguments[-1].endswith("...")
-    if len(rest) - 1 > len(arguments) and not any_number:
-        extra = rest[1 + len(arguments)]
-        _fail(f"unexpected argument {extra!r}: overrides are --config.section.key=value")
-    if len(rest) - 1 < len(arguments):
-        _fail(f"{arguments[len(rest) - 1].removesuffix('...')} is missing; see --help")
-    return rest
+# Flags that several commands have
+
+
+def define_config_flag(default: str | None = None) -> None:
+    """Defines --config, the experiment's file, and its overrides --config.section.key=value."""
+    text = "The experiment, a file in configs/. --config.section.key=value overrides a value."
+    config_flags.DEFINE_config_file("config", default, text)
+    if default is None:
+        flags.mark_flag_as_required("config")
+
+
+def define_path_flag(name: str, help_text: str, *, required: bool = False) -> None:
+    """Defines a flag for a local file or folder; its value is a str with `~` expanded."""
+    flags.DEFINE(_PathParser(), name, None, help_text)
+    if required:
+        flags.mark_flag_as_required(name)
 
 
 def define_step_flag(default: str, help_text: str = "best, latest or a number of steps.") -> None:
     """Defines the flag --step, the checkpoint to read: "best", "latest" or an int."""
     flags.DEFINE(_StepParser(), "step", default, help_text)
+
+
+def define_canvas_flag(default_text: str) -> None:
+    """Defines the flag --canvas, a tuple of height and width, None by default."""
+    flags.DEFINE(CanvasParser(), "canvas", None, f"HEIGHTxWIDTH; by default {default_text}.")
+
+
+def local_path(argument: str) -> Path:
+    """The path of an argument that is not a flag, as of a path flag.
+
+    Raises:
+      ConfigError: an unknown user after `~`, or a bucket.
+    """
+    return expand_user(argument, "--path")
+
+
+class _PathParser(flags.ArgumentParser):
+    syntactic_help = "a path"
+
+    def parse(self, argument: str) -> str:
+        if not argument:
+            raise ValueError("expected a path")
+        try:
+            return os.fspath(expand_user(argument, ""))
+        except ConfigError as error:
+            raise ValueError(error.expected) from None
 
 
 class _StepParser(flags.ArgumentParser):
@@ -122,24 +207,60 @@ class _StepParser(flags.ArgumentParser):
         raise ValueError("expected best, latest or a number of steps")
 
 
+class CanvasParser(flags.ArgumentParser):
+    """Parses a canvas, the size of a padding bucket: HEIGHTxWIDTH."""
+
+    def parse(self, argument: str) -> tuple[int, int]:
+        """Returns height and width."""
+        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", argument)
+        if not match:
+            raise ValueError("expected HEIGHTxWIDTH, such as 800x1344")
+        return int(match[1]), int(match[2])
+
+
+# Parsing
+
+
+def _parse_flags(argv: Sequence[str], arguments: Sequence[str]) -> list[str]:
+    """Parses all flags; exits with one line if one is wrong."""
+    if any(_HELP.fullmatch(argument) for argument in argv[1:]):
+        return flags.FLAGS(argv)  # absl prints the help and exits
+    _check_config_arguments(argv)
+    try:
+        rest = flags.FLAGS(argv)
+    except flags.IllegalFlagValueError as error:
+        lines = str(error).strip().splitlines()
+        named = [i for i, line in enumerate(lines) if line.startswith("flag ")]
+        fail(" ".join(lines[named[-1] if named else -1 :]))  # the lines before say the same
+    except flags.Error as error:
+        fail(str(error))
+    any_number = bool(arguments) and arguments[-1].endswith("...")
+    if len(rest) - 1 > len(arguments) and not any_number:
+        extra = rest[1 + len(arguments)]
+        fail(f"unexpected argument {extra!r}: overrides are --config.section.key=value")
+    if len(rest) - 1 < len(arguments):
+        fail(f"{arguments[len(rest) - 1].removesuffix('...')} is missing; see --help")
+    return rest
+
+
 def _check_config_arguments(argv: Sequence[str]) -> None:
-    """Exits if the file of --config is missing, or an override has no key in it."""
+    """Exits if the file of --config is missing or an override names no key of it."""
     path = _config_path(argv)
     if path is None:
         return  # absl knows whether the flag is required
     file = path.split(":", 1)[0]
     if not os.path.isfile(file):
-        _fail(f"--config={path}: there is no such file")
+        fail(f"--config={path}: there is no such file")
     overrides = [match[1] for arg in argv if (match := re.match(r"--?(?:no)?config\.([^=]+)", arg))]
     if not overrides:
         return
-    throw_away = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", path, flag_values=throw_away, sys_argv=[""])
-    config = throw_away["config"].value
+    scratch = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", path, flag_values=scratch, sys_argv=[""])
+    config = scratch["config"].value
     for key in overrides:
         if not _has(config, key):
             near = nearest_key(key, flat_keys(config))
-            _fail(f"--config.{key}: there is no such key in {file}{near and '; ' + near}")
+            fail(f"--config.{key}: there is no such key in {file}{near and '; ' + near}")
 
 
 def _config_path(argv: Sequence[str]) -> str | None:

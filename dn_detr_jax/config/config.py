@@ -197,11 +197,19 @@ def base_config() -> ConfigDict:
 
 
 def expand_user(path: str, key: str) -> Path:
-    """A path of the config, its `~` replaced by the home directory.
+    """Returns a local path, its `~` replaced by the home directory.
+
+    Args:
+      path: of a file or folder.
+      key: config key or flag it comes from, for the error.
 
     Raises:
-      ConfigError: nobody is called so.
+      ConfigError: a URL such as that of a bucket, or a home directory that is not known.
     """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path):
+        raise ConfigError(
+            key, path, "expected a local path; mount a bucket first, for example with gcsfuse"
+        )
     try:
         return Path(path).expanduser()
     except RuntimeError as error:

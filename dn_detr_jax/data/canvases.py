@@ -13,14 +13,9 @@ import itertools
 from collections.abc import Sequence
 
 import numpy as np
-from absl import flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from dn_detr_jax.commands.command_line import run_main
-from dn_detr_jax.config import (
-    expand_user,
-    validate,
-)
+from dn_detr_jax.config import expand_user
 from dn_detr_jax.data import coco
 from dn_detr_jax.data.annotations import Annotations
 from dn_detr_jax.data.datasets import find_tfds, open_dataset
@@ -29,8 +24,6 @@ from dn_detr_jax.data.transforms import draw_geometry, eval_geometry, largest_si
 from dn_detr_jax.errors import DataError
 
 MULTIPLE = 32  # sides of canvases are multiples of this, the stride of a whole ResNet
-
-FLAGS = flags.FLAGS
 
 _SEARCHED = 3000  # sizes on which sets of canvases are compared; more change little
 _ROUNDS = 12  # restarts of the search from a disturbed best set
@@ -304,33 +297,9 @@ def _objects(annotations: Annotations, max_objects: int) -> list[str]:
     ]
 
 
-def _annotations(data_config: ConfigDict, split: str) -> Annotations:
+def split_annotations(data_config: ConfigDict, split: str) -> Annotations:
     """What is in the pictures of a split; a directory in COCO format need not be packed for it."""
     directory = expand_user(data_config.dir, "data.dir")
     if data_config.name == "coco" and data_config.dir and find_tfds(directory) is None:
         return coco.load_split(coco.find_split(directory, split, data_config[split]))[0]
     return open_dataset(data_config, split).annotations
-
-
-def main(argv: Sequence[str]) -> None:
-    """Prints the report."""
-    del argv
-    logging.set_verbosity(logging.WARNING)  # TFDS tells which folders it reads
-    config = FLAGS.config
-    validate(config)
-    splits = (_annotations(config.data, split) for split in ("train", "validation"))
-    print(report(*splits, config.data, FLAGS.num_canvases, FLAGS.images))
-
-
-def _define_flags() -> None:
-    config_flags.DEFINE_config_file("config", None, "The experiment, a file in configs/.")
-    flags.DEFINE_multi_integer(
-        "num_canvases", [1, 2, 4, 8, 16], "How many; may be repeated.", lower_bound=1
-    )
-    flags.DEFINE_integer("images", 20_000, "Augmented pictures to measure on.", lower_bound=1)
-    flags.mark_flag_as_required("config")
-
-
-if __name__ == "__main__":
-    _define_flags()
-    run_main(main)

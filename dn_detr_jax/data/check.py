@@ -8,30 +8,22 @@ Errors would stop a training; the exit status is then 1. With warnings a trainin
 report says. Of the images only the headers are read; `--decode` reads all their pixels.
 """
 
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from dn_detr_jax.commands.command_line import run_main
-from dn_detr_jax.config import (
-    base_config,
-    expand_user,
-)
+from dn_detr_jax.config import expand_user
 from dn_detr_jax.data import coco, images
 from dn_detr_jax.data.annotations import Annotations, label_categories
 from dn_detr_jax.data.coco import Findings, SplitFiles
 from dn_detr_jax.data.coco_classes import Category
 from dn_detr_jax.data.datasets import SPLITS, find_tfds
-from dn_detr_jax.errors import ConfigError, DataError
-
-FLAGS = flags.FLAGS
+from dn_detr_jax.errors import DataError
 
 _READERS = 8
 _TOLERANCE = 1.0  # pixels that a box may reach beyond its picture: annotation tools round
@@ -293,31 +285,3 @@ def _classes(splits: Sequence[Split]) -> str:
         cells = "  ".join(f"{count:>9}" for count in counts)
         lines.append(f"  {category.id:>6}  {category.name:<{width}}  {cells}")
     return "\n".join(lines)
-
-
-def get_config() -> ConfigDict:
-    """The config without `--config`: this file is the default of that flag."""
-    config = base_config()
-    config.data.name = "coco"
-    return config
-
-
-def main(argv: Sequence[str]) -> None:
-    """Checks the directory and prints the report."""
-    config = FLAGS.config
-    if config.data.name != "coco":
-        raise ConfigError("data.name", config.data.name, "'coco', the only kind to be checked")
-    config.data.dir = argv[1]
-    splits = check(config.data, FLAGS.decode)
-    print(report(splits))
-    sys.exit(1 if any(split.findings.errors for split in splits) else 0)
-
-
-def _define_flags() -> None:
-    config_flags.DEFINE_config_file("config", __file__, "The experiment, a file in configs/.")
-    flags.DEFINE_bool("decode", False, "Decode every image, which finds damaged ones.")
-
-
-if __name__ == "__main__":
-    _define_flags()
-    run_main(main, arguments=("DIR",))

@@ -18,7 +18,6 @@ the matching on the host, which the device waits for, comes on top.
 """
 
 import dataclasses
-import json
 import math
 import os
 import re
@@ -26,19 +25,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 from flax import traverse_util
 from jax.experimental import topologies
 from jax.sharding import Mesh
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from dn_detr_jax.commands.command_line import run_main
 from dn_detr_jax.config import check_attention, validate
 from dn_detr_jax.errors import ConfigError, PreflightError
 from dn_detr_jax.models.registry import abstract_params, build_model, trainable
@@ -58,7 +54,6 @@ from dn_detr_jax.training.optimizer import make_optimizer
 from dn_detr_jax.training.state import TrainState, abstract_state
 from dn_detr_jax.training.step import abstract_batch, jit_train_step
 
-FLAGS = flags.FLAGS
 GIB = 2**30
 
 REMAT_PARTS = ("backbone", "encoder", "decoder")
@@ -738,49 +733,3 @@ def print_suggestions(result: Preflight) -> list[Outcome]:
         text = Proposal(tried[-1].proposal.options, result.batch_per_device).text()
         print(f"not compiled: {text} --config.train.accumulate_steps={parts}, the batch in parts")
     return tried
-
-
-def _parse_canvas(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
-    if not match:
-        raise PreflightError(f"--canvas={text}: height and width, for example 800x1344")
-    return int(match[1]), int(match[2])
-
-
-def main(argv: Sequence[str]) -> None:
-    """Runs what the flags say; exit status 1 if the step does not fit."""
-    del argv
-    canvas = _parse_canvas(FLAGS.canvas)
-    if FLAGS.topology != "local":
-        jax.config.update("jax_platforms", "cpu")  # leaves a TPU of this machine to others
-    result = run_preflight(FLAGS.config, FLAGS.topology, FLAGS.batch_per_device, canvas)
-    print(table(result), flush=True)
-    record = result.record()
-    if not result.fits and FLAGS.suggest:
-        record["suggestions"] = [
-            {"options": o.proposal.text(), "bytes_needed": o.needed, "fits": o.fits}
-            for o in print_suggestions(result)
-        ]
-    if FLAGS.json:
-        Path(FLAGS.json).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    if not result.fits:
-        sys.exit(1)
-
-
-def _define_flags() -> None:
-    config_flags.DEFINE_config_file("config", None, "The experiment, a file in configs/.")
-    flags.DEFINE_string("topology", None, f"What to compile for: {_EXAMPLES}.")
-    flags.DEFINE_integer(
-        "batch_per_device", None, "Pictures; by default train.batch_size / devices.", lower_bound=1
-    )
-    flags.DEFINE_string("canvas", None, "HEIGHTxWIDTH; by default the largest of the config.")
-    flags.DEFINE_string("json", None, "File to write everything to.")
-    flags.DEFINE_bool("suggest", True, "If it does not fit, try what would, and say so.")
-    flags.mark_flags_as_required(["config", "topology"])
-
-
-if __name__ == "__main__":
-    _define_flags()
-    run_main(main)

@@ -7,22 +7,14 @@ the suffixes `.safetensors` and `.npz` give the state dict alone. Import followe
 every tensor bit by bit.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-from absl import flags
 
 from dn_detr_jax.checkpoints.params import read_params
 from dn_detr_jax.checkpoints.run_config import read_run_config
-from dn_detr_jax.commands.command_line import define_step_flag, run_main
-from dn_detr_jax.interop import torch_files
-from dn_detr_jax.interop.convert import (
-    params_to_torch,
-)
+from dn_detr_jax.interop.convert import params_to_torch
 from dn_detr_jax.models.registry import abstract_params, build_model
-
-FLAGS = flags.FLAGS
 
 
 def export(workdir: str | Path, step: str | int = "latest") -> dict:
@@ -39,21 +31,3 @@ def export(workdir: str | Path, step: str | int = "latest") -> dict:
     config, _ = read_run_config(workdir)
     shapes = abstract_params(build_model(config.model))
     return params_to_torch(jax.device_get(read_params(workdir, shapes, step).params))
-
-
-def main(argv: Sequence[str]) -> None:
-    """Restores, converts, and writes the file."""
-    state = export(argv[1], FLAGS.step)
-    torch_files.write(FLAGS.out, state)
-    print(f"Wrote {len(state)} tensors to {FLAGS.out}")
-
-
-def _define_flags() -> None:
-    flags.DEFINE_string("out", None, "File to write: .pth, .safetensors or .npz.")
-    define_step_flag("latest")
-    flags.mark_flags_as_required(["out"])
-
-
-if __name__ == "__main__":
-    _define_flags()
-    run_main(main, arguments=("WORKDIR",))

@@ -14,23 +14,19 @@ SOURCE is a `.pth` (with `model`, `ema_model`, or a bare state dict; `--entry` c
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 from flax import linen as nn
 from flax import traverse_util
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from dn_detr_jax.checkpoints.manager import Checkpoints
-from dn_detr_jax.commands.command_line import run_main
-from dn_detr_jax.config import (
-    validate,
-)
+from dn_detr_jax.config import validate
 from dn_detr_jax.data.coco_classes import assumed_categories
 from dn_detr_jax.errors import (
     ConfigError,
@@ -47,8 +43,6 @@ from dn_detr_jax.interop.convert import (
     reset_heads,
 )
 from dn_detr_jax.models.registry import abstract_params, build_model
-
-FLAGS = flags.FLAGS
 
 
 def convert(
@@ -131,20 +125,3 @@ def import_file(
         )
     print(f"Wrote {Path(out) / 'checkpoints' / '0'}")
     return account
-
-
-def main(argv: Sequence[str]) -> None:
-    """Reads, converts, and writes the checkpoint."""
-    import_file(argv[1], FLAGS.config, FLAGS.out, FLAGS.entry)
-
-
-def _define_flags() -> None:
-    config_flags.DEFINE_config_file("config", None, "The experiment, a file in configs/.")
-    flags.DEFINE_string("out", None, "Work directory to make.")
-    flags.DEFINE_string("entry", None, "Key of the state dict in the file, if not the usual one.")
-    flags.mark_flags_as_required(["config", "out"])
-
-
-if __name__ == "__main__":
-    _define_flags()
-    run_main(main, arguments=("SOURCE",))

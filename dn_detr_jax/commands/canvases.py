@@ -1,0 +1,43 @@
+"""Proposes canvases (padding buckets) for a data set.
+
+    python -m dn_detr_jax canvases --config configs/coco_r50.py --config.data.dir=PATH_OF_COCO
+
+A canvas is a compiled shape; the images on it are padded to its size. The command draws the
+training augmentation for many images of the data set, reading only their sizes, and searches for
+the 1, 2, 4, 8 and 16 canvases (or `--num_canvases`) with the least padding, once with the published
+augmentation unchanged and once with the config's `data.snap`. Every training and evaluation image
+fits a proposed canvas, whatever is drawn for it. A line to paste into the config is printed for
+each proposal, and the number of objects per image, for `data.max_objects`.
+"""
+
+from collections.abc import Sequence
+
+from absl import flags, logging
+
+from dn_detr_jax.commands.command_line import define_config_flag
+from dn_detr_jax.config import validate
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Defines the flags of this command."""
+    define_config_flag()
+    flags.DEFINE_multi_integer(
+        "num_canvases", [1, 2, 4, 8, 16], "How many; may be repeated.", lower_bound=1
+    )
+    flags.DEFINE_integer("images", 20_000, "Augmented images to measure on.", lower_bound=1)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints the report."""
+    del argv
+    config = FLAGS.config
+    validate(config)
+    from dn_detr_jax.data.canvases import report, split_annotations
+
+    logging.set_verbosity(logging.WARNING)  # TFDS logs the folders that it reads
+    training, validation = (
+        split_annotations(config.data, split) for split in ("train", "validation")
+    )
+    print(report(training, validation, config.data, FLAGS.num_canvases, FLAGS.images))

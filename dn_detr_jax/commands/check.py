@@ -1,0 +1,49 @@
+"""Checks a COCO-format directory before a training.
+
+    python -m dn_detr_jax check DIR
+    python -m dn_detr_jax check DIR --config configs/finetune.py
+    python -m dn_detr_jax check DIR --config.data.train.annotations=a.json
+
+An error would stop a training; the exit status is then 1. After a warning a training goes on, as
+the report says. Only the headers of the images are read; `--decode` reads all their pixels.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from dn_detr_jax.commands.command_line import define_config_flag, local_path
+from dn_detr_jax.config import base_config
+from dn_detr_jax.errors import ConfigError
+
+FLAGS = flags.FLAGS
+ARGUMENTS = ("DIR",)
+
+
+def get_config() -> ConfigDict:
+    """The config without `--config`: this file is the default of that flag."""
+    config = base_config()
+    config.data.name = "coco"
+    return config
+
+
+def define_flags() -> None:
+    """Defines the flags of this command."""
+    define_config_flag(default=__file__)
+    flags.DEFINE_bool("decode", False, "Decode every image, which finds damaged ones.")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Checks the directory and prints the report."""
+    from dn_detr_jax.data.check import check, report
+
+    config = FLAGS.config
+    if config.data.name != "coco":
+        raise ConfigError("data.name", config.data.name, "'coco', the only kind that is checked")
+    config.data.dir = os.fspath(local_path(argv[1]))
+    splits = check(config.data, FLAGS.decode)
+    print(report(splits))
+    sys.exit(1 if any(split.findings.errors for split in splits) else 0)

@@ -1,0 +1,43 @@
+"""Imports an official PyTorch checkpoint as a work directory.
+
+    python -m dn_detr_jax import checkpoint.pth --config configs/coco_r50.py \\
+        --out runs/official [--config.model.num_patterns=3 ...]
+
+The work directory holds one checkpoint, of step 0, and the names of COCO's classes if there are 91.
+`train.py --eval_only --workdir runs/official` evaluates it,
+`train.py --config.init.checkpoint=runs/official` starts a training from it. With
+`--config.init.reset_heads=True` the config may have another number of classes: the class head and
+the label embedding are initialized anew.
+
+SOURCE is a `.pth` (with `model`, `ema_model`, or a bare state dict; `--entry` chooses), a
+`.safetensors` or an `.npz`. PyTorch is not needed, and no code of the file is run.
+"""
+
+from collections.abc import Sequence
+
+from absl import flags
+
+from dn_detr_jax.commands.command_line import (
+    define_config_flag,
+    define_path_flag,
+    local_path,
+)
+from dn_detr_jax.config import validate
+
+FLAGS = flags.FLAGS
+ARGUMENTS = ("SOURCE",)
+
+
+def define_flags() -> None:
+    """Defines the flags of this command."""
+    define_config_flag()
+    define_path_flag("out", "Work directory to make.", required=True)
+    flags.DEFINE_string("entry", None, "Key of the state dict in the file, if not the usual one.")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Reads, converts, and writes the checkpoint."""
+    validate(FLAGS.config)
+    from dn_detr_jax.interop.import_torch import import_file
+
+    import_file(local_path(argv[1]), FLAGS.config, FLAGS.out, FLAGS.entry)

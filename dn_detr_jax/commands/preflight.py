@@ -1,0 +1,70 @@
+"""Compiles the training step for absent TPUs and reports its cost.
+
+    python -m dn_detr_jax preflight --config configs/coco_r50.py --topology v5e:4x4 \\
+        --batch_per_device 2 --config.model.dtype=bfloat16
+
+No accelerator is needed: jax compiles ahead of time for a topology, with the TPU compiler that
+`pip install "jax[tpu]"` brings (libtpu, Linux on x86-64). `--topology local` compiles for the
+devices of this machine instead. Options of the config apply.
+
+Printed, and written as JSON with `--json FILE`: parameters, bytes per device against the memory
+that the compiler may use, operations, bytes accessed, collectives, and the least time of a step on
+such chips. If a step does not fit in memory, options that make it fit are compiled and reported
+(not with `--nosuggest`), and the exit status is 1.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from dn_detr_jax.commands.command_line import (
+    define_canvas_flag,
+    define_config_flag,
+    define_path_flag,
+)
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Defines the flags of this command."""
+    define_config_flag()
+    flags.DEFINE_string(
+        "topology",
+        None,
+        "What to compile for: v5e:4x4 (16 chips), v6e:8x8, v4:2x2x4, v5p:4x4x4, or local for the "
+        "devices of this machine.",
+        required=True,
+    )
+    flags.DEFINE_integer(
+        "batch_per_device", None, "Images; by default train.batch_size / devices.", lower_bound=1
+    )
+    define_canvas_flag("the largest of the config")
+    define_path_flag("json", "File to write everything to.")
+    flags.DEFINE_bool("suggest", True, "If it does not fit, try what would, and report it.")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints the report; exit status 1 if the step does not fit."""
+    del argv
+    import jax
+
+    from dn_detr_jax.preflight.preflight import print_suggestions, run_preflight, table
+
+    if FLAGS.topology != "local":
+        jax.config.update("jax_platforms", "cpu")  # leaves a TPU of this machine to others
+    result = run_preflight(FLAGS.config, FLAGS.topology, FLAGS.batch_per_device, FLAGS.canvas)
+    print(table(result), flush=True)
+    record = result.record()
+    if not result.fits and FLAGS.suggest:
+        record["suggestions"] = [
+            {"options": o.proposal.text(), "bytes_needed": o.needed, "fits": o.fits}
+            for o in print_suggestions(result)
+        ]
+    if FLAGS.json:
+        Path(FLAGS.json).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    if not result.fits:
+        sys.exit(1)

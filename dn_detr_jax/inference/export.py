@@ -1,0 +1,95 @@
+"""Writes a detector into one file that runs with jax alone, without this package.
+
+    python -m dn_detr_jax export --workdir runs/coco_r50 --out detector.zip \\
+        [--platforms cpu,cuda,tpu] [--canvas 800x1344] [--batch_size 1] [--step best]
+
+The program is exported by `jax.export` for all the platforms at once, on any machine, for one
+canvas (height x width, the config's first by default) and one batch size. `dn_detr_jax/exported.py`
+reads the file and says what is in it and how pictures are to be prepared.
+"""
+
+import json
+import os
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+import dn_detr_jax
+from dn_detr_jax.boxes import cxcywh_to_xyxy
+from dn_detr_jax.inference import exported
+from dn_detr_jax.inference.predictor import Run, detect
+from dn_detr_jax.models.registry import build_model
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+
+def export(
+    run: Run,
+    path: str | os.PathLike,
+    *,
+    platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
+    canvas: tuple[int, int] | None = None,
+    batch_size: int = 1,
+) -> None:
+    """Writes the detector of a run.
+
+    Args:
+      run: config, classes and parameters.
+      path: of the file, which is complete or not there at all.
+      platforms: of `PLATFORMS`; the machine needs none of them.
+      canvas: height and width; None: the first of the config.
+      batch_size: pictures per call of the program.
+
+    Raises:
+      OSError: the file can't be written.
+    """
+    config = run.config
+    height, width = canvas or config.data.canvases[0]
+    model = build_model(config.model)
+    params = traverse_util.flatten_dict(run.params, sep="/")
+
+    def program(params, images, sizes):
+        nested = traverse_util.unflatten_dict(params, sep="/")
+        found = detect(nested, images, sizes, model=model, num_select=config.eval.num_select)
+        return found | {"boxes": cxcywh_to_xyxy(found["boxes"])}
+
+    shapes = (
+        {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in params.items()},
+        jax.ShapeDtypeStruct((batch_size, height, width, 3), np.uint8),
+        jax.ShapeDtypeStruct((batch_size, 2), np.int32),
+    )
+    exporter = jax.export.export(jax.jit(program), platforms=tuple(platforms))
+    metadata = {
+        "format": exported.FORMAT,
+        "canvas": [height, width],
+        "batch_size": batch_size,
+        "num_select": config.eval.num_select,
+        "short_side": config.data.eval_short_side,
+        "max_long_side": config.data.eval_max_long_side,
+        "classes": [{"id": category.id, "name": category.name} for category in run.categories],
+        "platforms": list(platforms),
+        "step": run.step,
+        "versions": {"jax": jax.__version__, "dn_detr_jax": dn_detr_jax.__version__},
+    }
+    _write(Path(path), metadata, exporter(*shapes).serialize(), jax.device_get(params))
+
+
+def _write(
+    path: Path, metadata: dict, program: bytes | bytearray, params: dict[str, np.ndarray]
+) -> None:
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with zipfile.ZipFile(unfinished, "w", zipfile.ZIP_STORED) as archive:
+            archive.writestr(exported.METADATA, json.dumps(metadata, indent=1))
+            archive.writestr(exported.PROGRAM, bytes(program))
+            for name, value in params.items():
+                with archive.open(f"{exported.PARAMS}{name}.npy", "w", force_zip64=True) as file:
+                    np.lib.format.write_array(file, value, allow_pickle=False)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
