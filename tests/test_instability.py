@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from dn_detr_jax.evaluation.instability import InstabilityMeter, match_vectors
+from dn_detr_jax.evaluation.instability import MatchingInstability, match_vectors
 
 IDS = [40, 7, 23, 5, 99]
 N, M = 12, 6
@@ -39,86 +39,86 @@ def slow_instability(before, now):
     return total / len(IDS)
 
 
-def run_epoch(meter, epoch, batch=2, order=IDS):
+def run_epoch(measure, epoch, batch=2, order=IDS):
     """Batches as the evaluation makes them: the last one padded with image id -1."""
     for start in range(0, len(order), batch):
         ids = list(order[start : start + batch])
         assignment = np.stack([epoch[i] for i in ids] + [epoch[ids[0]]] * (batch - len(ids)))
         ids += [-1] * (batch - len(ids))
-        meter.update(np.array(ids, np.int32), match_vectors(assignment, N))
-    return meter.finish()
+        measure.update(np.array(ids, np.int32), match_vectors(assignment, N))
+    return measure.finish()
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_equals_the_definition(seed):
     epochs = random_assignments(seed)
-    meter = InstabilityMeter(IDS, N)
-    measured = [run_epoch(meter, epoch) for epoch in epochs]
+    measure = MatchingInstability(IDS, N)
+    measured = [run_epoch(measure, epoch) for epoch in epochs]
     assert measured[0] is None
     assert measured[1:] == [slow_instability(*pair) for pair in itertools.pairwise(epochs)]
     assert min(measured[1:]) > 0
 
 
 def test_a_moved_object_counts_twice_and_an_exchange_twice():
-    meter = InstabilityMeter([1, 2], num_queries=4)
+    measure = MatchingInstability([1, 2], num_queries=4)
     for epoch, expected in (
         ([[0, 1], [2, -1]], None),
         ([[0, 1], [2, -1]], 0.0),
         ([[0, 3], [2, -1]], 1.0),  # one of two pictures: query 1 lost it, query 3 took it
         ([[3, 0], [2, -1]], 1.0),  # two queries exchanged their objects
     ):
-        meter.update([1, 2], match_vectors(np.array(epoch), 4))
-        assert meter.finish() == expected
+        measure.update([1, 2], match_vectors(np.array(epoch), 4))
+        assert measure.finish() == expected
 
 
 def test_order_and_batches_do_not_matter():
     epochs = random_assignments(9)
-    meters = [InstabilityMeter(IDS, N) for _ in range(2)]
+    measures = [MatchingInstability(IDS, N) for _ in range(2)]
     for number, epoch in enumerate(epochs):
         order = np.random.default_rng(number).permutation(IDS).tolist()
-        assert run_epoch(meters[0], epoch) == run_epoch(meters[1], epoch, batch=3, order=order)
+        assert run_epoch(measures[0], epoch) == run_epoch(measures[1], epoch, batch=3, order=order)
 
 
 @pytest.mark.parametrize("done", range(6))
 def test_resuming_changes_nothing(done):
     epochs = random_assignments(3)
-    whole = InstabilityMeter(IDS, N)
+    whole = MatchingInstability(IDS, N)
     expected = [run_epoch(whole, epoch) for epoch in epochs]
-    first = InstabilityMeter(IDS, N)
+    first = MatchingInstability(IDS, N)
     before = [run_epoch(first, epoch) for epoch in epochs[:done]]
     state = {key: value.copy() for key, value in first.state_dict().items()}
     assert {key: (v.shape, v.dtype) for key, v in state.items()} == {
-        key: (v.shape, v.dtype) for key, v in InstabilityMeter(IDS, N).state_dict().items()
+        key: (v.shape, v.dtype) for key, v in MatchingInstability(IDS, N).state_dict().items()
     }
     if done < len(epochs):  # an epoch that the kill interrupted leaves no trace
         first.update(IDS[:1], match_vectors(epochs[done][IDS[0]][None], N))
     np.testing.assert_equal(first.state_dict(), state)
-    second = InstabilityMeter(IDS, N)
+    second = MatchingInstability(IDS, N)
     second.load_state_dict(state)
     assert before + [run_epoch(second, epoch) for epoch in epochs[done:]] == expected
 
 
 def test_a_missing_picture_is_an_error():
-    meter = InstabilityMeter(IDS, N)
+    measure = MatchingInstability(IDS, N)
     for epoch in random_assignments(0)[:2]:
         assignment = np.stack([epoch[i] for i in IDS if i != 23])
-        meter.update([i for i in IDS if i != 23], match_vectors(assignment, N))
+        measure.update([i for i in IDS if i != 23], match_vectors(assignment, N))
         with pytest.raises(ValueError, match=r"1 of 5 pictures .* image 23"):
-            meter.finish()
-        meter.update([23], match_vectors(epoch[23][None], N))
-        meter.finish()
+            measure.finish()
+        measure.update([23], match_vectors(epoch[23][None], N))
+        measure.finish()
 
 
 def test_absent_pictures_count_as_unchanged_where_they_may():
     """The first picture is absent from the start, the last one later."""
     first, second, third, *_ = random_assignments(3)
-    meter = InstabilityMeter(IDS, N)
+    measure = MatchingInstability(IDS, N)
 
     def run(epoch, absent):
         for image_id in IDS:
             if image_id not in absent:
-                meter.update([image_id], match_vectors(epoch[image_id][None], N))
-        return meter.finish(absent_unchanged=True)
+                measure.update([image_id], match_vectors(epoch[image_id][None], N))
+        return measure.finish(absent_unchanged=True)
 
     assert run(first, IDS[:1]) is None
     constant = second | {IDS[0]: first[IDS[0]]}
@@ -129,10 +129,10 @@ def test_absent_pictures_count_as_unchanged_where_they_may():
 
 def test_pictures_outside_the_set_are_ignored():
     epochs = random_assignments(1)
-    meter = InstabilityMeter(IDS, N)
+    measure = MatchingInstability(IDS, N)
     for number, epoch in enumerate(epochs[:2]):
-        meter.update([1000, -1], np.full((2, N), number, np.int32))
-        result = run_epoch(meter, epoch)
+        measure.update([1000, -1], np.full((2, N), number, np.int32))
+        result = run_epoch(measure, epoch)
     assert result == slow_instability(*epochs[:2])
 
 
@@ -142,14 +142,14 @@ def test_errors_name_what_is_wrong():
     with pytest.raises(ValueError, match=r"\(1, 2, 3\)"):
         match_vectors(np.zeros((1, 2, 3), int), 5)
     with pytest.raises(ValueError, match="3 ids, 2 of them distinct"):
-        InstabilityMeter([1, 2, 1], N)
-    meter = InstabilityMeter(IDS, N)
+        MatchingInstability([1, 2, 1], N)
+    measure = MatchingInstability(IDS, N)
     with pytest.raises(ValueError, match=r"\(1, 12\), got \(1, 5\)"):
-        meter.update([7], np.zeros((1, 5), np.int32))
+        measure.update([7], np.zeros((1, 5), np.int32))
     with pytest.raises(ValueError, match=r"shape \(5, 8\)"):
-        meter.load_state_dict(InstabilityMeter(IDS, 8).state_dict())
+        measure.load_state_dict(MatchingInstability(IDS, 8).state_dict())
     with pytest.raises(ValueError, match="image 41, where this run measures image 40"):
-        meter.load_state_dict(InstabilityMeter([41, *IDS[1:]], N).state_dict())
+        measure.load_state_dict(MatchingInstability([41, *IDS[1:]], N).state_dict())
 
 
 def test_no_objects_at_all():

@@ -14,7 +14,7 @@ from data import tiny as tiny_config
 from dn_detr_jax.config import base_config
 from dn_detr_jax.errors import TrainingError
 from dn_detr_jax.training import loop
-from dn_detr_jax.training.nonfinite import Watch, unless_nonfinite
+from dn_detr_jax.training.nonfinite import NonFiniteGuard, unless_nonfinite
 from dn_detr_jax.training.state import TrainState
 
 _FINE = {"loss": 2.0, "loss_bbox": 1.0, "grad_norm": 3.0, "nonfinite_costs": 0.0}
@@ -60,34 +60,34 @@ def _rows(*changes):
     return np.float32([[(_FINE | {"skipped": 0} | c)[name] for name in _NAMES] for c in changes])
 
 
-def _watch(limit=10, skipped=0, names=_NAMES, images=4):
+def _guard(limit=10, skipped=0, names=_NAMES, images=4):
     config = base_config()
     config.max_skipped_steps = limit
-    return Watch(config, names, lambda step: 100 * step + np.arange(images), skipped)
+    return NonFiniteGuard(config, names, lambda step: 100 * step + np.arange(images), skipped)
 
 
 def test_means_are_those_of_the_steps_that_were_not_skipped():
     told = []
     bad = {"loss": np.nan, "loss_bbox": np.nan, "skipped": 1}
-    means = _watch().means(7, _rows({"loss": 1.0}, bad, {"loss": 4.0}), told.append)
+    means = _guard().means(7, _rows({"loss": 1.0}, bad, {"loss": 4.0}), told.append)
     assert means == {"loss": 2.5, "loss_bbox": 1.0, "grad_norm": 3.0, "nonfinite_costs": 0.0}
     assert told == [
         "step 8: not finite: loss_bbox, loss; batch of images 800, 801, 802, 803; "
         "skipped 1, config.max_skipped_steps = 10"
     ]
-    assert _watch().means(7, _rows(bad), told.append) == {}
+    assert _guard().means(7, _rows(bad), told.append) == {}
 
 
 def test_costs_alone_are_told():
     told = []
-    _watch().means(1, _rows({"nonfinite_costs": 40, "skipped": 1}), told.append)
+    _guard().means(1, _rows({"nonfinite_costs": 40, "skipped": 1}), told.append)
     assert "step 1: not finite: 40 matching costs; batch of images 100," in told[0]
 
 
 def test_the_limit_holds_for_the_whole_run():
     """Catches a count that begins anew with every log event, or with every restart."""
     bad = {"grad_norm": np.inf, "skipped": 1}
-    watch = _watch(limit=3, skipped=1)
+    watch = _guard(limit=3, skipped=1)
     told = []
     watch.means(1, _rows(bad, {}), told.append)
     watch.means(3, _rows({}, bad), told.append)
@@ -102,7 +102,7 @@ def test_what_was_not_skipped_stops(names):
     """With "skip", too: an update that overflows although the gradients are finite."""
     rows = _rows({}, {"grad_norm": np.inf})[:, : len(names)]
     with pytest.raises(TrainingError, match=r"^step 10: not finite: grad_norm; .* images 1000,"):
-        _watch(names=names).means(9, rows, lambda line: None)
+        _guard(names=names).means(9, rows, lambda line: None)
 
 
 def test_a_message_stays_short():
@@ -110,7 +110,7 @@ def test_a_message_stays_short():
     names = [f"loss_{i}" for i in range(30)] + ["loss", "nonfinite_costs"]
     rows = np.full((1, len(names)), np.nan, np.float32)
     with pytest.raises(TrainingError) as error:
-        _watch(names=names, images=1000).means(1, rows, lambda line: None)
+        _guard(names=names, images=1000).means(1, rows, lambda line: None)
     text = str(error.value)
     assert "loss_0, loss_1, loss_2, loss_3, loss_4, loss_5 and 26 more; " in text
     assert text.endswith("161, 162, 163 and 936 more") and "\n" not in text

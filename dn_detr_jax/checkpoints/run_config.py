@@ -42,6 +42,7 @@ _HARMLESS = (
     "train.checkpoint_every",
     "train.eval_every",
     "train.log_every",
+    "train.profile",
 )
 
 
@@ -120,6 +121,17 @@ def read_config(workdir: str | os.PathLike) -> tuple[dict[str, Any], tuple[Categ
     document = load_document(Path(workdir) / CONFIG_FILE)
     categories = tuple(Category(entry["id"], entry["name"]) for entry in document["categories"])
     return document["config"], categories
+
+
+def read_categories(workdir: str | os.PathLike) -> tuple[Category, ...] | None:
+    """Returns the classes of a run by label; None if the work directory has no `config.json`.
+
+    Raises:
+      CheckpointError: `config.json` is damaged.
+    """
+    if not (Path(workdir) / CONFIG_FILE).exists():
+        return None
+    return read_config(workdir)[1]
 
 
 def read_run_config(workdir: str | os.PathLike) -> tuple[ConfigDict, tuple[Category, ...]]:

@@ -14,7 +14,6 @@ import io
 import logging
 import os
 import re
-import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -123,22 +122,6 @@ def log_to_terminal(prefix: str = "", level: int = logging.INFO) -> None:
     logger.setLevel(level)
     logger.propagate = False
     absl_logging.set_verbosity(absl_logging.WARNING)
-
-
-def leave_on_signals() -> None:
-    """Lets SIGTERM and Ctrl-C end the program at once, with exit status 0: nothing is to be saved.
-
-    The training replaces both handlers while it has something to save.
-    """
-
-    def leave(number: int, _: object) -> None:
-        # Not by an exception: it would wait for compilers and threads that are at work.
-        name = signal.Signals(number).name
-        os.write(2, f"{name}: left, nothing was to be saved; the same command continues\n".encode())
-        os._exit(0)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, leave)
 
 
 def fail(message: str) -> NoReturn:

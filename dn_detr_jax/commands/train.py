@@ -29,11 +29,11 @@ from dn_detr_jax.commands.command_line import (
     define_config_flag,
     define_path_flag,
     define_step_flag,
-    leave_on_signals,
     log_to_terminal,
 )
 from dn_detr_jax.config import validate
 from dn_detr_jax.distributed import launch
+from dn_detr_jax.training import stop
 
 FLAGS = flags.FLAGS
 
@@ -63,8 +63,10 @@ def run(evaluates: bool) -> None:
     Args:
       evaluates: whether to evaluate the checkpoint of --step.
     """
-    if not evaluates:
-        leave_on_signals()  # until the training begins, and after its end
+    if evaluates:
+        stop.end_on_signals("the evaluation was not finished", stop.INTERRUPTED)
+    else:
+        stop.end_on_signals()
     validate(FLAGS.config)
     membership = launch.find_membership(
         FLAGS.distributed,

@@ -154,6 +154,7 @@ def base_config() -> ConfigDict:
             "log_every": "50 steps",
             "eval_every": "1 epochs",
             "checkpoint_every": "1 epochs",
+            "profile": "",  # "10 steps": an XProf trace of early steps; empty: none
         }
     )
     # Compiled programs are kept there for the next run; empty: they are not. JAX 0.10 keeps none
@@ -596,6 +597,9 @@ def _check_run(checker: _Checker) -> None:
         "in steps or epochs: it is what percentages are of",
     )
     checker.duration("train.log_every", "train.eval_every", "train.checkpoint_every", positive=True)
+    checker.text("train.profile")
+    if checker["train.profile"]:
+        checker.duration("train.profile", positive=True)
     devices = checker["mesh.data"]
     checker.check("mesh.data", devices == -1 or _is_size(devices), "-1 (all) or a positive integer")
     for key in ("train.batch_size", "eval.batch_size"):

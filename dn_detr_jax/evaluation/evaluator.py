@@ -13,7 +13,7 @@ from dn_detr_jax.data.datasets import Dataset
 from dn_detr_jax.data.loader import eval_batches
 from dn_detr_jax.distributed.consistency import gather
 from dn_detr_jax.evaluation.coco_ap import CocoEvaluator, format_table
-from dn_detr_jax.evaluation.instability import InstabilityMeter, match_vectors
+from dn_detr_jax.evaluation.instability import MatchingInstability, match_vectors
 from dn_detr_jax.models.registry import num_matching_queries
 from dn_detr_jax.sharding import put_batch
 
@@ -55,10 +55,10 @@ class Evaluator:
         self._dataset, self._config, self._detect, self._mesh = dataset, config, detect, mesh
         self._ground_truth = dataset.coco_ground_truth()
         self._num_queries = num_matching_queries(config.model)
-        self.meter = None
+        self.instability = None
         if config.eval.instability_images:
             subset = dataset.image_ids[: config.eval.instability_images]
-            self.meter = InstabilityMeter(subset, self._num_queries)
+            self.instability = MatchingInstability(subset, self._num_queries)
 
     def __call__(self, params: dict) -> Evaluation:
         """Evaluates; every process takes part and gets the result."""
@@ -89,9 +89,9 @@ class Evaluator:
     def _take(self, coco: CocoEvaluator, found: dict[str, jax.Array]) -> None:
         found = jax.device_get(found)
         coco.add(found["image_id"], found["scores"], found["labels"], found["boxes"])
-        if self.meter is not None:
+        if self.instability is not None:
             vectors = match_vectors(found["assignment"], self._num_queries)
-            self.meter.update(found["image_id"], vectors)
+            self.instability.update(found["image_id"], vectors)
 
     def _result(self, coco: CocoEvaluator) -> Evaluation:
         # The metrics are the same wherever they are computed; the first process does it for all.
@@ -105,7 +105,9 @@ class Evaluator:
         metrics = dict(zip(names, map(float, values), strict=False))
         per_class = dict(zip(classes, map(float, values[len(names) :]), strict=True))
         instability = (
-            self.meter.finish(self._config.data.skip_bad) if self.meter is not None else None
+            self.instability.finish(self._config.data.skip_bad)
+            if self.instability is not None
+            else None
         )
         if instability is not None:
             metrics["instability"] = instability

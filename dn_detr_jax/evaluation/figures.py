@@ -1,4 +1,4 @@
-"""Pictures of a run: detections, curves, and what denoising does to a training picture."""
+"""Figures of a run: detections, and the denoising queries of a training image."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from dn_detr_jax.visualize import visualize
 
 
 def _in_pixels(boxes: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """Normalised cxcywh [..., 4] to xyxy in pixels of a picture of `size` (height, width)."""
+    """Normalized cxcywh [..., 4] to xyxy in pixels of an image of `size` (height, width)."""
     height, width = size
     return np.asarray(cxcywh_to_xyxy(boxes)) * np.array([width, height, width, height])
 
@@ -32,9 +32,9 @@ def _valid_part(batch: dict[str, np.ndarray], row: int) -> np.ndarray:
 def detected(
     params: dict, detect: Detect, dataset: Dataset, config: ConfigDict, mesh: Mesh
 ) -> list[visualize.Picture]:
-    """The first `config.eval.pictures` pictures of a split with predicted and true boxes.
+    """Returns the first `config.eval.pictures` images of a split with predicted and true boxes.
 
-    Every process gets all of them: it reads all, and puts its own rows on its devices.
+    Every process returns all of them: it reads all, and puts its own rows on its devices.
     """
     subset = np.arange(min(config.eval.pictures, len(dataset)))
     rows = process_rows(config.eval.batch_size, jax.process_index(), jax.process_count())
@@ -56,11 +56,11 @@ def detected(
                     image_id=int(batch["image_id"][row]),
                 )
             )
-    return sorted(shown, key=lambda picture: picture.image_id)
+    return sorted(shown, key=lambda image: image.image_id)
 
 
-def typical_picture(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The picture with the median number of objects, of those with any, as a batch of one."""
+def typical_image(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the image with the median number of objects, of those with any, as a batch of one."""
     counts = batch["valid"].sum(axis=1)
     order = np.argsort(counts, kind="stable")
     with_objects = order[counts[order] > 0]
@@ -74,12 +74,12 @@ def denoising_groups(
     config: ConfigDict,
     class_names: list[str],
 ) -> dict[str, np.ndarray]:
-    """The noised boxes of each group over their picture, and the attention mask, RGB.
+    """Draws the noised boxes of each group over their image, and the attention mask, in RGB.
 
-    Of contrastive denoising the boxes are those of the positives.
+    With contrastive denoising only the boxes of the positives are drawn.
 
     Args:
-      batch: of one picture.
+      batch: of one image.
       dn: its denoising queries.
       config: whole configuration.
       class_names: by label.
@@ -109,10 +109,8 @@ def denoising_groups(
     return drawn
 
 
-def save(pictures: dict[str, np.ndarray], workdir: Path) -> Path:
-    """Writes {name: RGB} as `pictures/name.png` of a work directory, and returns that folder."""
-    folder = Path(workdir) / "pictures"
+def save(images: dict[str, np.ndarray], folder: Path) -> None:
+    """Writes {name: RGB} as `name.png` into a folder, which is made if necessary."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, image in pictures.items():
+    for name, image in images.items():
         visualize.save_png(image, folder / f"{name}.png")
-    return folder

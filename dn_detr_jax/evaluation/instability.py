@@ -48,7 +48,7 @@ def match_vectors(assignment: np.ndarray, num_queries: int) -> np.ndarray:
     return vectors
 
 
-class InstabilityMeter:
+class MatchingInstability:
     """Compares the match vectors of each epoch with those of the epoch before.
 
     The pictures must come with the same transforms and the same order of objects in every epoch.

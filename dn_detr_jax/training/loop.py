@@ -4,10 +4,9 @@ The order of operations is the contract that makes runs resumable: a checkpoint 
 after a number of steps, and everything else (data, noise, schedule) follows from the number.
 """
 
+import dataclasses
 import logging
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,10 +19,9 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from dn_detr_jax.checkpoints.manager import Checkpoints, holds_only_parameters
-from dn_detr_jax.config import (
-    validate,
-)
+from dn_detr_jax.checkpoints.manager import Checkpoints
+from dn_detr_jax.checkpoints.params import holds_only_parameters
+from dn_detr_jax.config import validate
 from dn_detr_jax.data.datasets import Dataset, open_dataset
 from dn_detr_jax.data.loader import train_batches, train_plan
 from dn_detr_jax.distributed.consistency import agreed_config, check_agreement, check_shared, gather
@@ -33,10 +31,17 @@ from dn_detr_jax.interop.initial import load_initial
 from dn_detr_jax.matching import host_timer
 from dn_detr_jax.models.registry import abstract_params, parameter_table, trainable
 from dn_detr_jax.sharding import put_batch, replicated, with_sharding
-from dn_detr_jax.training.nonfinite import Watch
+from dn_detr_jax.training import report
+from dn_detr_jax.training.nonfinite import NonFiniteGuard
 from dn_detr_jax.training.optimizer import describe, make_optimizer
-from dn_detr_jax.training.report import draw, report
-from dn_detr_jax.training.setup import Plan, Setup, compile_programs, set_up
+from dn_detr_jax.training.profile import Profile
+from dn_detr_jax.training.setup import (
+    Plan,
+    Setup,
+    compile_programs,
+    set_up,
+    warn_of_too_many_objects,
+)
 from dn_detr_jax.training.state import (
     TrainState,
     abstract_state,
@@ -45,10 +50,38 @@ from dn_detr_jax.training.state import (
     start_from,
 )
 from dn_detr_jax.training.step import jit_train_step
+from dn_detr_jax.training.stop import StopRequest
 from dn_detr_jax.training.writers import MetricWriter, Progress
 
 PyTree = Any
 logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Optimization:
+    """What is trained, and how.
+
+    Attributes:
+      params: shapes of the parameters.
+      is_trained: whether a parameter is trained, by its path.
+      optimizer: transformation of the gradients.
+      schedule: learning rate by update.
+    """
+
+    params: PyTree
+    is_trained: dict[str, bool]
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+
+    @classmethod
+    def of(cls, setup: Setup, plan: Plan) -> "_Optimization":
+        """The optimization of a run; raises ConfigError for patterns that match nothing."""
+        params = abstract_params(setup.model)
+        is_trained = trainable(params, setup.config.model)
+        optimizer, schedule = make_optimizer(
+            setup.config, params, plan.per_epoch, plan.total, is_trained
+        )
+        return cls(params, is_trained, optimizer, schedule)
 
 
 def train(config: ConfigDict, workdir: Path) -> Evaluation | None:
@@ -56,123 +89,129 @@ def train(config: ConfigDict, workdir: Path) -> Evaluation | None:
 
     Args:
       config: whole configuration.
-      workdir: for checkpoints, metrics and pictures; a run that is there is continued.
+      workdir: for checkpoints, metrics and figures; an existing run is continued.
 
     Returns:
-      The evaluation, or None if SIGTERM ended the training early: its state is saved then.
+      The evaluation, or None if SIGTERM or Ctrl-C ended the training early. The state is saved
+      then.
 
     Raises:
-      ConfigError, CheckpointError: something does not fit, before anything is compiled.
+      ConfigError, CheckpointError: the config, the data, the work directory or its run do not fit
+        together, or another process trains in the work directory; before anything is compiled.
       DistributedError: processes with other configs or data, or without a common work directory.
       TrainingError: loss, gradients or matching costs are not finite, and `config.on_nonfinite`
-        says stop, or skip but not that often. The checkpoints are from before.
+        is "stop", or "skip" and too many steps were skipped. The checkpoints are from before.
       EvaluationError: detections are not finite, although the parameters are.
     """
     validate(config)
+    workdir = Path(workdir)
     if holds_only_parameters(workdir):
         raise ConfigError(
             "--workdir",
             str(workdir),
-            "imported parameters lie there, and no training that could continue: start one from "
-            f"them in another directory, with --config.init.checkpoint={workdir}",
+            "it holds imported parameters and no training to continue: start one from them in "
+            f"another directory, with --config.init.checkpoint={workdir}",
         )
     check_agreement(agreed_config(config))
     check_shared(workdir)
     training = open_dataset(config.data, "train")
     setup = set_up(config, training)
-    config = setup.config
-    plan = Plan.of(config, len(training))
-    params_shapes = abstract_params(setup.model)
-    is_trained = trainable(params_shapes, config.model)
-    train_mask = traverse_util.unflatten_dict(is_trained, sep="/")
-    optimizer, schedule = make_optimizer(
-        config, params_shapes, plan.per_epoch, plan.total, is_trained
-    )
+    plan = Plan.of(setup.config, len(training))
+    optimization = _Optimization.of(setup, plan)
     checkpoints = Checkpoints(
         workdir,
-        config,
-        keep_latest=config.checkpoint.keep_latest,
-        keep_best=config.checkpoint.keep_best,
+        setup.config,
+        keep_latest=setup.config.checkpoint.keep_latest,
+        keep_best=setup.config.checkpoint.keep_best,
         categories=setup.validation.categories,
     )
     with checkpoints:
-        _announce(setup, training, plan, params_shapes, is_trained, Path(workdir))
-        step_function, metric_names = jit_train_step(
-            model=setup.model,
-            optimizer=optimizer,
-            trainable=train_mask,
-            config=config,
-            mesh=setup.mesh,
-        )
-        check_agreement({"the latest checkpoint": checkpoints.latest_step()})
-        shapes = abstract_state(setup.model, optimizer, config, setup.mesh)
-        host_state: dict[str, Any] = {}
-        if checkpoints.latest_step() is None:
-            state = init_state(setup.model, optimizer, config, setup.mesh)
-            if config.init.checkpoint or config.init.backbone:
-                state = start_from(state, load_initial(state.params, config))
-        else:
-            state, host_state = checkpoints.restore(shapes)
-            logger.info("continuing from step %d", int(state.step))
-        start = int(state.step)
-        batches = train_batches(
-            training,
-            config,
-            start,
-            plan.total - start,
-            jax.process_index(),
-            jax.process_count(),
-        )
-        to_compile = step_function if start < plan.total else None
-        programs, detect = compile_programs(setup, to_compile, shapes)
-        evaluator = Evaluator(setup.validation, config, detect, setup.mesh)
-        if host_state.get("instability") and evaluator.meter is not None:
-            evaluator.meter.load_state_dict(host_state["instability"])
-
-        def image_ids(step: int) -> np.ndarray:
-            return training.image_ids[train_plan(training, config).batch(step - 1).indices]
-
-        watch = Watch(config, metric_names, image_ids, host_state.get("skipped_steps", 0))
-        run = _Run(setup, plan, programs, watch, schedule, evaluator, checkpoints, Path(workdir))
-        finished = run.train(batches, state)
-        if not finished:
+        _announce(setup, training, plan, optimization, workdir)
+        run, batches, state = _start(setup, training, plan, optimization, checkpoints)
+        if not run.train(batches, state):
             return None
-        return _finish(setup, run, detect, with_sharding(params_shapes, replicated(setup.mesh)))
+        return _finish(run, with_sharding(optimization.params, replicated(setup.mesh)))
 
 
-def _finish(setup: Setup, run: "_Run", detect: Callable, shapes: PyTree) -> Evaluation:
-    """Reports on the best checkpoint, evaluating it again only where it is not the last one."""
+def _start(
+    setup: Setup,
+    training: Dataset,
+    plan: Plan,
+    optimization: _Optimization,
+    checkpoints: Checkpoints,
+) -> tuple["_Run", Iterator[dict], TrainState]:
+    """Restores or initializes the state, and compiles the programs."""
+    config = setup.config
+    step_function, metric_names = jit_train_step(
+        model=setup.model,
+        optimizer=optimization.optimizer,
+        trainable=traverse_util.unflatten_dict(optimization.is_trained, sep="/"),
+        config=config,
+        mesh=setup.mesh,
+    )
+    check_agreement({"the latest checkpoint": checkpoints.latest_step()})
+    shapes = abstract_state(setup.model, optimization.optimizer, config, setup.mesh)
+    host_state: dict[str, Any] = {}
+    if checkpoints.latest_step() is None:
+        state = init_state(setup.model, optimization.optimizer, config, setup.mesh)
+        if config.init.checkpoint or config.init.backbone:
+            state = start_from(state, load_initial(state.params, config))
+    else:
+        state, host_state = checkpoints.restore(shapes)
+        logger.info("continuing from step %d", int(state.step))
+    start = int(state.step)
+    batches = train_batches(
+        training, config, start, plan.total - start, jax.process_index(), jax.process_count()
+    )
+    programs, detect = compile_programs(
+        setup, step_function if start < plan.total else None, shapes
+    )
+    evaluator = Evaluator(setup.validation, config, detect, setup.mesh)
+    if host_state.get("instability") and evaluator.instability is not None:
+        evaluator.instability.load_state_dict(host_state["instability"])
+
+    def image_ids(step: int) -> np.ndarray:
+        return training.image_ids[train_plan(training, config).batch(step - 1).indices]
+
+    guard = NonFiniteGuard(config, metric_names, image_ids, host_state.get("skipped_steps", 0))
+    schedule = optimization.schedule
+    run = _Run(setup, plan, programs, detect, guard, schedule, evaluator, checkpoints)
+    return run, batches, state
+
+
+def _finish(run: "_Run", shapes: PyTree) -> Evaluation:
+    """Reports on the best checkpoint; evaluates it again only if it is not the last one."""
     best = run.checkpoints.best_step()
     step = best if best is not None else run.checkpoints.latest_step()
     params = run.checkpoints.restore_params(shapes, step)
     if run.last_evaluation is None or run.last_evaluation[0] != step:
-        evaluator = Evaluator(setup.validation, setup.config, detect, setup.mesh)
+        evaluator = Evaluator(run.setup.validation, run.setup.config, run.detect, run.setup.mesh)
         run.last_evaluation = (step, evaluator(params))
-    folder = draw(setup, detect, params, run.workdir)
+    evaluation = run.last_evaluation[1]
     average = run.checkpoints.has_average(step)
-    report(run.last_evaluation[1], run.checkpoints.directory / str(step), folder, average)
-    return run.last_evaluation[1]
+    report.print_result(evaluation, run.checkpoints.directory / str(step), average)
+    report.save_run_figures(run.setup, run.detect, params, run.checkpoints.workdir)
+    return evaluation
 
 
 def _announce(
     setup: Setup,
     training: Dataset,
     plan: Plan,
-    params: PyTree,
-    is_trained: dict[str, bool],
+    optimization: _Optimization,
     workdir: Path,
 ) -> None:
-    """Logs what is about to be trained, on what, for how long; lists the parameters in a file."""
-    table = parameter_table(params, is_trained)
-    rates = describe(params, setup.config, is_trained)
+    """Logs parameters, data and duration of the training; lists the parameters in a file."""
+    table = parameter_table(optimization.params, optimization.is_trained)
+    rates = describe(optimization.params, setup.config, optimization.is_trained)
     if jax.process_index() == 0:
         (workdir / "parameters.txt").write_text(f"{table}\n\n{rates}\n", encoding="utf-8")
     logger.info("%s, see %s\n%s", table.splitlines()[-1], workdir / "parameters.txt", rates)
     per_image = training.annotations.counts
     over = int((per_image > setup.config.data.max_objects).sum())
     logger.info(
-        "%s: %d training pictures, %d validation pictures, %d classes; up to %d objects in a "
-        "picture, %d pictures have more than data.max_objects=%d",
+        "%s: %d training images, %d validation images, %d classes; up to %d objects in an "
+        "image, %d images have more than data.max_objects=%d",
         training.name,
         len(training),
         len(setup.validation),
@@ -181,8 +220,9 @@ def _announce(
         over,
         setup.config.data.max_objects,
     )
+    warn_of_too_many_objects(setup.config, [training, setup.validation])
     logger.info(
-        "%d steps of %d pictures (%.1f epochs) on %d %s devices",
+        "%d steps of %d images (%.1f epochs) on %d %s devices",
         plan.total,
         setup.config.train.batch_size,
         plan.total / plan.per_epoch,
@@ -191,7 +231,7 @@ def _announce(
     )
     epoch = train_plan(training, setup.config).epoch(0)
     logger.info(
-        "first epoch: %.1f%% of the pixels are padding; to complete batches %d pictures are "
+        "first epoch: %.1f%% of the pixels are padding; to complete batches %d images are "
         "augmented anew, %d are made smaller",
         100 * epoch.padding,
         epoch.redrawn,
@@ -199,82 +239,69 @@ def _announce(
     )
 
 
-class _StopSignal:
-    """Turns SIGTERM into a flag that the loop reads between steps.
-
-    With several processes JAX has a handler of its own, which tells the other processes.
-    """
-
-    def __init__(self):
-        self.received = False
-        self._previous = None
-
-    def __enter__(self) -> "_StopSignal":
-        # Only the main thread may install handlers; elsewhere (notebooks) there is none.
-        alone = jax.process_count() == 1
-        if alone and threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, self._receive)
-        return self
-
-    def _receive(self, *_: Any) -> None:
-        self.received = True
-
-    def __exit__(self, *_: object) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
-
-
 class _Run:
-    """A training under way: the loop over steps, and what it does every so often."""
+    """A training under way: the loop over steps, and its periodic work.
+
+    Attributes:
+      setup: config, devices, model and validation data.
+      detect: the compiled detection of the evaluation.
+      checkpoints: of the work directory.
+      last_evaluation: step and result of the last evaluation of this process.
+    """
 
     def __init__(
         self,
         setup: Setup,
         plan: Plan,
         programs: dict[tuple[int, int], Callable],
-        watch: Watch,
+        detect: Callable,
+        guard: NonFiniteGuard,
         schedule: optax.Schedule,
         evaluator: Evaluator,
         checkpoints: Checkpoints,
-        workdir: Path,
     ):
-        self.setup, self.plan, self.programs = setup, plan, programs
-        self.watch, self.schedule = watch, schedule
-        self.evaluator, self.checkpoints, self.workdir = evaluator, checkpoints, workdir
+        self.setup, self.detect, self.checkpoints = setup, detect, checkpoints
         self.last_evaluation: tuple[int, Evaluation] | None = None
+        self._plan, self._programs = plan, programs
+        self._guard, self._schedule, self._evaluator = guard, schedule, evaluator
         self._window = _Window()
 
     def train(self, batches: Iterator[dict], state: TrainState) -> bool:
-        """Trains to the end of the plan; False if SIGTERM came before."""
+        """Trains to the end of the plan; False if a signal ended it before."""
         start, first = int(state.step), jax.process_index() == 0
+        workdir = self.checkpoints.workdir
         with (
-            MetricWriter(self.workdir, first, start) as self._writer,
-            _StopSignal() as stop,
+            MetricWriter(workdir, first, start) as self._writer,
+            StopRequest(several_processes=jax.process_count() > 1) as stop,
+            Profile.of(self._plan, start, workdir if first else None) as profile,
         ):
-            self._progress = Progress(self.plan.total, start, first)
+            self._progress = Progress(self._plan.total, start, first)
             if start == 0:
                 self._writer.text("config", str(self.setup.config))
             try:
-                finished = self._steps(batches, state, start, stop)
-                self.checkpoints.wait()  # outside, SIGTERM waits for nothing
+                finished = self._steps(batches, state, stop, profile)
+                self.checkpoints.wait()  # outside, a signal would end the process at once
                 return finished
             finally:
                 batches.close()
                 self._progress.close()
 
     def _steps(
-        self, batches: Iterator[dict], state: TrainState, start: int, stop: _StopSignal
+        self, batches: Iterator[dict], state: TrainState, stop: StopRequest, profile: Profile
     ) -> bool:
-        plan, window = self.plan, self._window
+        plan, window = self._plan, self._window
         window.restart()
-        for step in range(start + 1, plan.total + 1):
+        for step in range(int(state.step) + 1, plan.total + 1):
             waited = time.monotonic()
             batch = next(batches)
             window.waiting += time.monotonic() - waited
             window.dropped += batch.pop("dropped_objects")
             window.bad_images += batch.pop("bad_images")
-            program = self.programs[batch["image"].shape[1:3]]
-            state, metrics = program(state, put_batch(batch, self.setup.mesh))
+            program = self._programs[batch["image"].shape[1:3]]
+            # All transfers of a step are explicit: an implicit one would be made in every step.
+            with profile.step(step), jax.transfer_guard("disallow"):
+                state, metrics = program(state, put_batch(batch, self.setup.mesh))
+            profile.end_of_step(step, metrics)
             window.add(metrics)
             self._progress.update(step)
 
@@ -286,9 +313,11 @@ class _Run:
             stopped = self._stops(stop.received, step)
             if evaluates or stopped or step % plan.checkpoint_every == 0:
                 self._save(step, state, evaluation)
-            if stopped and not last:
+            if stopped:
                 self.checkpoints.wait()
-                self._progress.message(f"SIGTERM: saved step {step}; the same command continues")
+                self._progress.message(
+                    f"{stop.name or 'SIGTERM'}: saved step {step}; the same command continues"
+                )
                 return False
         return True
 
@@ -296,17 +325,17 @@ class _Run:
         """Whether to stop after this step, the same on all processes."""
         if jax.process_count() == 1:
             return received
-        # When one of them gets the signal, they agree on a step that none has reached yet.
+        # After a signal to one of them, they agree on a step that none has reached yet.
         return multihost_utils.reached_preemption_sync_point(step)
 
     def _log(self, step: int) -> None:
-        """Writes the means since the last log; the only place that waits for the device."""
+        """Writes the means since the last log; waits for the device."""
         values = self._checked(step)
         if values is None:
             return
         window, config = self._window, self.setup.config
         seconds = window.seconds()
-        # Each process knows of its own rows; the slowest one decides.
+        # Each process counts its own rows; the slowest one determines the times.
         here = [window.waiting, host_timer.take(), window.dropped, window.bad_images]
         everywhere = gather(np.array(here))
         waiting, matching, _, _ = everywhere.max(axis=0)
@@ -314,11 +343,11 @@ class _Run:
         rate = config.train.batch_size * window.count / seconds
         record = {f"train/{name}": value for name, value in values.items()}
         if config.on_nonfinite == "skip":
-            record["train/skipped_steps"] = self.watch.skipped
+            record["train/skipped_steps"] = self._guard.skipped
         record |= {
             # The optimizer counts its updates, not the steps.
-            "train/learning_rate": self.schedule(max(step - 1 - self.watch.skipped, 0)),
-            "train/epoch": step / self.plan.per_epoch,
+            "train/learning_rate": self._schedule(max(step - 1 - self._guard.skipped, 0)),
+            "train/epoch": step / self._plan.per_epoch,
             "time/images_per_second": rate,
             "time/data_wait_share": waiting / seconds,
             "time/data_wait_seconds": waiting,
@@ -335,13 +364,13 @@ class _Run:
         window.restart()
 
     def _checked(self, step: int) -> dict[str, float] | None:
-        """Means of the metrics since the last call, after a check that all are finite."""
+        """Returns the means of the metrics since the last call; raises if one is not finite."""
         if not self._window.metrics:
             return None
         rows = np.stack(jax.device_get(self._window.metrics))  # [steps, K]
         self._window.metrics.clear()
         try:
-            return self.watch.means(step - len(rows) + 1, rows, self._progress.message)
+            return self._guard.means(step - len(rows) + 1, rows, self._progress.message)
         except TrainingError as error:
             saved = self.checkpoints.latest_step()
             raise TrainingError(
@@ -350,9 +379,9 @@ class _Run:
             ) from None
 
     def _evaluate(self, step: int, state: TrainState) -> Evaluation:
-        self._log(step)  # what is not finite must neither be evaluated nor saved
+        self._log(step)  # raises for values that are not finite, before they are evaluated
         start = time.monotonic()
-        evaluation = self.evaluator(evaluation_params(state, self.setup.mesh))
+        evaluation = self._evaluator(evaluation_params(state, self.setup.mesh))
         seconds = time.monotonic() - start
         record = {f"eval/{name}": value for name, value in evaluation.metrics.items()}
         record |= {f"eval_class/{name}": value for name, value in evaluation.per_class.items()}
@@ -371,23 +400,23 @@ class _Run:
 
     def _save(self, step: int, state: TrainState, evaluation: Evaluation | None) -> None:
         self._log(step)
-        host_state: dict[str, Any] = {"skipped_steps": self.watch.skipped}
-        if self.evaluator.meter is not None:
-            host_state["instability"] = self.evaluator.meter.state_dict()
+        host_state: dict[str, Any] = {"skipped_steps": self._guard.skipped}
+        if self._evaluator.instability is not None:
+            host_state["instability"] = self._evaluator.instability.state_dict()
         self.checkpoints.save(
             step, state, host_state, evaluation.metrics if evaluation is not None else None
         )
 
 
 class _Window:
-    """Figures since the last log."""
+    """Counts and metrics since the last log."""
 
     def __init__(self):
         self.metrics: list[jax.Array] = []
         self.restart()
 
     def restart(self) -> None:
-        """Starts anew; metrics that were not read yet stay."""
+        """Sets counts and clock to zero; metrics that were not read yet stay."""
         self.count, self.waiting, self.dropped, self.bad_images = 0, 0.0, 0, 0
         self._start = time.monotonic()
 

@@ -42,7 +42,7 @@ def unless_nonfinite(
     return kept.replace(step=new.step), skipped
 
 
-class Watch:
+class NonFiniteGuard:
     """The host's side: looks at the metrics of every step, tells, counts and stops.
 
     Attributes:

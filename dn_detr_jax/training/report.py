@@ -1,16 +1,29 @@
-"""The end of a training, and the evaluation of a trained run: COCO table and pictures."""
+"""The results of a run: the COCO table on the terminal, and figures and records as files.
 
-from collections.abc import Callable
+A training draws its figures into `pictures/` of its work directory. An evaluation changes no file
+of the run, which may be training meanwhile: it writes `evaluations/step_N.json` and its figures
+into `evaluations/step_N/`.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
-from dn_detr_jax.checkpoints.manager import Checkpoints
+from dn_detr_jax.checkpoints.params import RestoredParams, read_params
+from dn_detr_jax.checkpoints.run_config import read_categories
 from dn_detr_jax.data.datasets import open_dataset
 from dn_detr_jax.data.loader import train_batches
 from dn_detr_jax.distributed.consistency import agreed_config, check_agreement
+from dn_detr_jax.errors import Error, one_line
 from dn_detr_jax.evaluation import figures
 from dn_detr_jax.evaluation.evaluator import Evaluation, Evaluator
 from dn_detr_jax.models.registry import abstract_params
@@ -21,77 +34,161 @@ from dn_detr_jax.training.writers import MetricWriter, read_metrics
 from dn_detr_jax.visualize.visualize import render_curves, render_detections
 
 PyTree = Any
+logger = logging.getLogger(__name__)
 
 
 def evaluate(config: ConfigDict, workdir: Path, step: str | int = "best") -> Evaluation:
-    """Evaluates a checkpoint, prints the COCO table and draws the pictures.
+    """Evaluates a checkpoint, prints the COCO table, and writes result and figures.
+
+    It needs no training data, and no space or permission to write: the table comes first, and files
+    that can't be written are a warning.
 
     Args:
       config: whole configuration; must fit the parameters of the checkpoint.
-      workdir: of the training run.
-      step: "latest", "best" (the latest where none has an AP, as after an import) or a number of
+      workdir: of the run, which may be training.
+      step: "latest", "best" (the latest if none has an AP, as after an import) or a number of
         steps.
 
     Raises:
       ConfigError, CheckpointError: something does not fit, before anything is compiled.
     """
+    workdir = Path(workdir)
     check_agreement(agreed_config(config))
-    setup = set_up(config)
-    config = setup.config
+    setup = set_up(config, None, read_categories(workdir), str(workdir))
     shapes = with_sharding(abstract_params(setup.model), replicated(setup.mesh))
-    with Checkpoints(workdir, config, read_only=True) as checkpoints:
-        if step == "best" and checkpoints.best_step() is None:
-            step = "latest"
-        number = checkpoints.find(step)
-        params = checkpoints.restore_params(shapes, number)
-        average = checkpoints.has_average(number)
+    found = read_params(workdir, shapes, step, setup.config)
+    check_agreement({"the checkpoint to evaluate": found.step})
     _, detect = compile_programs(setup)
-    evaluation = Evaluator(setup.validation, config, detect, setup.mesh)(params)
-    folder = draw(setup, detect, params, workdir)
-    report(evaluation, Path(workdir) / "checkpoints" / str(number), folder, average)
+    evaluation = Evaluator(setup.validation, setup.config, detect, setup.mesh)(found.params)
+    print_result(evaluation, workdir / "checkpoints" / str(found.step), found.is_average)
+    with _optional("the evaluation is not recorded"):
+        _write_record(workdir, setup.config, found, evaluation)
+    _save_evaluation_figures(setup, detect, found, workdir)
     return evaluation
 
 
-def report(evaluation: Evaluation, checkpoint: Path, folder: Path | None, average: bool) -> None:
-    """Prints the COCO table, and where checkpoint and pictures are.
+def print_result(evaluation: Evaluation, checkpoint: Path, average: bool) -> None:
+    """Prints the COCO table and the checkpoint's folder, on the first process.
 
     Args:
-      evaluation: what was found.
+      evaluation: result.
       checkpoint: folder of the step.
-      folder: of the pictures, if there are any.
       average: whether the moving average of the parameters was evaluated.
     """
     if jax.process_index() == 0:
-        print(f"\n{evaluation.table()}\n", flush=True)
+        print(f"\n{evaluation.table()}\n")
         if average:
             print("parameters  the moving average of train.ema_decay")
-        print(f"checkpoint  {checkpoint}")
+        print(f"checkpoint  {checkpoint}", flush=True)
+
+
+def save_run_figures(setup: Setup, detect: Callable, params: PyTree, workdir: Path) -> None:
+    """Draws detections, denoising and curves of a training into its work directory.
+
+    All processes take part in the detection; the first one draws. Figures that can't be drawn or
+    written are a warning.
+
+    Args:
+      setup: of the training.
+      detect: from `compile_programs`.
+      params: to detect with.
+      workdir: of the training.
+    """
+    if not setup.config.eval.pictures:
+        _print_folder(None)
+        return
+    folder = Path(workdir) / "pictures"
+    with _optional("the figures are not complete"):
+        drawn = _detections(setup, detect, params)
+        if jax.process_index() != 0:
+            return
+        drawn |= _denoising(setup) | _curves(workdir)
+        figures.save(drawn, folder)
+        last_step = max((line["step"] for line in read_metrics(workdir)), default=0)
+        with MetricWriter(workdir, start_step=last_step) as writer:
+            writer.images(last_step, drawn)
+        _print_folder(folder)
+
+
+def _save_evaluation_figures(
+    setup: Setup, detect: Callable, found: RestoredParams, workdir: Path
+) -> None:
+    if not setup.config.eval.pictures:
+        _print_folder(None)
+        return
+    folder = workdir / "evaluations" / f"step_{found.step}"
+    with _optional("the figures are not complete"):
+        drawn = _detections(setup, detect, found.params)
+        if jax.process_index() != 0:
+            return
+        figures.save(drawn | _curves(workdir), folder)
+        _print_folder(folder)
+        if setup.config.dn.groups:
+            logger.warning("no figures of denoising: they show training images, see the training's")
+
+
+def _print_folder(folder: Path | None) -> None:
+    if jax.process_index() == 0:
         print(f"pictures    {folder or 'none: eval.pictures is 0'}", flush=True)
 
 
-def draw(setup: Setup, detect: Callable, params: PyTree, workdir: Path) -> Path | None:
-    """Draws detections, denoising and curves into the work directory.
+@contextlib.contextmanager
+def _optional(consequence: str) -> Iterator[None]:
+    """Turns an expected error into a warning: the result has been printed."""
+    try:
+        yield
+    except (Error, OSError) as error:
+        logger.warning("%s: %s", consequence, one_line(error))
 
-    All processes take part in the detection; the first one draws.
-    """
-    config = setup.config
-    if not config.eval.pictures:
-        return None
-    shown = figures.detected(params, detect, setup.validation, config, setup.mesh)
+
+def _write_record(
+    workdir: Path, config: ConfigDict, found: RestoredParams, evaluation: Evaluation
+) -> None:
+    """Writes the result of an evaluation as `evaluations/step_N.json`, as a whole or not at all."""
     if jax.process_index() != 0:
-        return None
-    drawn = {"detections": render_detections(shown, setup.class_names)}
-    if config.dn.groups:
-        dataset = open_dataset(config.data, "train")
-        batch = next(train_batches(dataset, config, 0, 1, process_count=jax.process_count()))
-        del batch["dropped_objects"], batch["bad_images"]
-        picture = figures.typical_picture(batch)
-        dn = denoising_queries(picture, jax.random.key(config.seed), config)
-        drawn |= figures.denoising_groups(picture, dn, config, setup.class_names)
+        return
+
+    def finite(values: dict[str, float]) -> dict[str, float | None]:
+        return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+    data = config.data
+    record = {
+        "step": found.step,
+        "time": round(time.time(), 3),
+        "parameters": "ema" if found.is_average else "params",
+        "data": {"name": data.name, "dir": data.dir, **data.validation.to_dict()},
+        "metrics": finite(evaluation.metrics),
+        "per_class": finite(evaluation.per_class),
+    }
+    path = workdir / "evaluations" / f"step_{found.step}.json"
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def _detections(setup: Setup, detect: Callable, params: PyTree) -> dict[str, np.ndarray]:
+    """Draws detections; {} on all processes but the first."""
+    shown = figures.detected(params, detect, setup.validation, setup.config, setup.mesh)
+    if jax.process_index() != 0:
+        return {}
+    return {"detections": render_detections(shown, setup.class_names)}
+
+
+def _denoising(setup: Setup) -> dict[str, np.ndarray]:
+    """Draws the denoising queries of an image of the first training batch."""
+    config = setup.config
+    if not config.dn.groups:
+        return {}
+    dataset = open_dataset(config.data, "train")
+    batch = next(train_batches(dataset, config, 0, 1, process_count=jax.process_count()))
+    del batch["dropped_objects"], batch["bad_images"]
+    image = figures.typical_image(batch)
+    dn = denoising_queries(image, jax.random.key(config.seed), config)
+    return figures.denoising_groups(image, dn, config, setup.class_names)
+
+
+def _curves(workdir: Path) -> dict[str, np.ndarray]:
+    """Draws the curves of the run, if it has any metrics."""
     metrics = Path(workdir) / "metrics.jsonl"
-    if metrics.exists():
-        drawn["curves"] = render_curves({Path(workdir).name: metrics})
-    last_step = max((line["step"] for line in read_metrics(workdir)), default=0)
-    with MetricWriter(workdir, start_step=last_step) as writer:
-        writer.images(last_step, drawn)
-    return figures.save(drawn, workdir)
+    return {"curves": render_curves({Path(workdir).name: metrics})} if metrics.exists() else {}

@@ -1,9 +1,10 @@
-"""What training and evaluation share: the checked config, devices, data, and compiled programs."""
+"""The common part of training and evaluation: checked config, devices, data, compiled programs."""
 
 import copy
 import dataclasses
 import hashlib
 import itertools
+import logging
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,12 +17,14 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dn_detr_jax.config import check_attention, validate
+from dn_detr_jax.data.coco_classes import Category
 from dn_detr_jax.data.datasets import Dataset, open_dataset
 from dn_detr_jax.data.loader import eval_batches, eval_plan
 from dn_detr_jax.data.plan import steps_per_epoch
 from dn_detr_jax.distributed.consistency import barrier, check_agreement
 from dn_detr_jax.errors import ConfigError, DataError
-from dn_detr_jax.models.registry import abstract_params, build_model
+from dn_detr_jax.evaluation.labels import with_labels_of_run
+from dn_detr_jax.models.registry import abstract_params, build_model, num_matching_queries
 from dn_detr_jax.sharding import make_mesh, replicated, with_sharding
 from dn_detr_jax.training import schedules
 from dn_detr_jax.training.compile_cache import compile_and_log, use_compile_cache
@@ -30,6 +33,7 @@ from dn_detr_jax.training.state import TrainState
 from dn_detr_jax.training.step import abstract_batch, jit_detect, jit_match
 
 PyTree = Any
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,31 +60,35 @@ class Setup:
         return [category.name for category in self.validation.categories]
 
 
-def set_up(config: ConfigDict, training: Dataset | None = None) -> Setup:
+def set_up(
+    config: ConfigDict,
+    training: Dataset | None = None,
+    run_categories: Sequence[Category] | None = None,
+    run_name: str = "the run",
+) -> Setup:
     """Checks the config against itself, the devices and the data; compiles nothing.
 
     Args:
       config: whole configuration; is not changed.
-      training: the training split, where there is a training to come.
+      training: the training split; None: there is only an evaluation, and no key of the training
+        has to fit.
+      run_categories: of the run to evaluate, by label; the labels of the validation data become
+        those of the run, by class name. None: labels stay as they are.
+      run_name: names that run in errors.
+
+    Raises:
+      ConfigError, DataError: something does not fit.
+      CheckpointError: the validation data has other classes than the run.
     """
     validate(config)
     use_compile_cache(config.compile.cache_dir)
     mesh = make_mesh(config.mesh.data)
     accepted_options(config, mesh.local_devices[0])  # raises for one that is refused
     check_attention(config, mesh.devices.flat[0].platform)
-    for key in ("train", "eval"):
-        if config[key].batch_size % mesh.size:
-            raise ConfigError(
-                f"{key}.batch_size", config[key].batch_size, f"a multiple of {mesh.size} devices"
-            )
-    rows = config.train.batch_size // mesh.size
-    if rows % config.train.accumulate_steps:
-        raise ConfigError(
-            "train.accumulate_steps",
-            config.train.accumulate_steps,
-            f"a divisor of the {rows} pictures per device: train.batch_size / {mesh.size} devices",
-        )
+    _check_batch_sizes(config, mesh, trains=training is not None)
     validation = open_dataset(config.data, "validation")
+    if run_categories is not None:
+        validation = with_labels_of_run(validation, run_categories, run_name)
     if training is not None:
         check_same_classes(training, validation)
     check_same_data([validation] if training is None else [training, validation])
@@ -89,14 +97,47 @@ def set_up(config: ConfigDict, training: Dataset | None = None) -> Setup:
         if dataset is not None:
             check_classes(config, dataset)
     processes = jax.process_index(), jax.process_count()
-    eval_batches(validation, config, *processes).close()  # checks that the pictures fit
+    eval_batches(validation, config, *processes).close()  # raises for images that don't fit
     model = build_model(config.model, config.compile.attention)
     detect = jit_detect(model=model, config=config, mesh=mesh)
     return Setup(config, mesh, model, validation, detect)
 
 
+def _check_batch_sizes(config: ConfigDict, mesh: Mesh, trains: bool) -> None:
+    """Raises ConfigError unless the devices can share the batches."""
+    for key in ("train", "eval") if trains else ("eval",):
+        if config[key].batch_size % mesh.size:
+            raise ConfigError(
+                f"{key}.batch_size", config[key].batch_size, f"a multiple of {mesh.size} devices"
+            )
+    rows = config.train.batch_size // mesh.size
+    if trains and rows % config.train.accumulate_steps:
+        raise ConfigError(
+            "train.accumulate_steps",
+            config.train.accumulate_steps,
+            f"a divisor of the {rows} images per device: train.batch_size / {mesh.size} devices",
+        )
+
+
+def warn_of_too_many_objects(config: ConfigDict, datasets: Sequence[Dataset]) -> None:
+    """Logs a warning for each split with images of more objects than the model has queries."""
+    queries = num_matching_queries(config.model)
+    for dataset in datasets:
+        counts = dataset.annotations.counts
+        if counts.max(initial=0) > queries:
+            logger.warning(
+                "%s, %s: %d images have more objects than the detector has queries, up to %d for "
+                "%d: it can't find all of them, so that recall is bounded; raise model.num_queries",
+                dataset.name,
+                dataset.split,
+                (counts > queries).sum(),
+                counts.max(),
+                queries,
+            )
+
+
 def resolve(config: ConfigDict, dataset: Dataset) -> ConfigDict:
-    """A copy of the config with what it leaves to the data, its zeros, filled in."""
+    """Returns a copy of the config in which zeros are replaced by the counts of the data."""
     config = copy.deepcopy(config)
     if not config.model.num_classes:
         config.model.num_classes = len(dataset.categories)
@@ -129,12 +170,12 @@ def check_same_data(datasets: Sequence[Dataset]) -> None:
 
 
 def _fingerprint(dataset: Dataset) -> str:
-    """What is in the pictures, as a checksum."""
+    """Returns the number of images and a checksum of their annotations."""
     table = dataset.annotations
     checksum = hashlib.sha256()
     for array in (table.image_ids, table.sizes, table.offsets, table.category_ids, table.bboxes):
         checksum.update(np.ascontiguousarray(array))
-    return f"{len(table.image_ids)} pictures, checksum {checksum.hexdigest()[:12]}"
+    return f"{len(table.image_ids)} images, checksum {checksum.hexdigest()[:12]}"
 
 
 def check_classes(config: ConfigDict, dataset: Dataset) -> None:
@@ -149,17 +190,18 @@ def check_classes(config: ConfigDict, dataset: Dataset) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All durations of a run, in steps."""
+    """All durations of a run, in steps; `profile` of 0 is none."""
 
     per_epoch: int
     total: int
     log_every: int
     eval_every: int
     checkpoint_every: int
+    profile: int = 0
 
     @classmethod
     def of(cls, config: ConfigDict, num_images: int) -> "Plan":
-        """The durations of a config for that many training pictures."""
+        """Returns the durations of a config for that many training images."""
         per_epoch = steps_per_epoch(num_images, config.train.batch_size)
 
         def steps(name, total=None):
@@ -168,7 +210,8 @@ class Plan:
 
         total = steps("duration")
         every = (steps(f"{name}_every", total) for name in ("log", "eval", "checkpoint"))
-        return cls(per_epoch, total, *every)
+        profiled = steps("profile", total) if config.train.profile else 0
+        return cls(per_epoch, total, *every, profiled)
 
 
 def compile_programs(
@@ -177,8 +220,8 @@ def compile_programs(
     """Compiles every program of the run ahead, one per canvas.
 
     Returns:
-      Train steps by canvas (none without `step_function`); and for the canvases that the validation
-      pictures lie on a function (params, batch) -> detections as `training.step.detect`, with
+      Train steps by canvas (none without `step_function`); and for the canvases of the validation
+      images a function (params, batch) -> detections as `training.step.detect`, with
       `assignment` int32 [B, M], the query matched to each object, -1 for padding, in place of the
       costs.
     """
@@ -207,7 +250,7 @@ def compile_programs(
     workers = os.cpu_count() or 1 if platform == "cpu" else 1
     with ThreadPoolExecutor(workers) as pool:
         programs = dict(pool.map(compile_one, tasks))
-    # Where devices meet for the first time, they wait for each other for 30 seconds (Gloo).
+    # At their first collective, devices wait for each other for at most 30 seconds (Gloo).
     barrier("compiled")
     match = jit_match(mesh)
 

@@ -26,17 +26,20 @@ INTERRUPTED = 130  # exit status after a second Ctrl-C: 128 + SIGINT, as shells 
 _SAME_SECONDS = 0.1
 
 
-def end_on_signals(what: str = "nothing was to be saved; the same command continues") -> None:
-    """Makes SIGTERM and SIGINT end this program at once from now on, with exit status 0.
+def end_on_signals(
+    what: str = "nothing was to be saved; the same command continues", status: int = 0
+) -> None:
+    """Makes SIGTERM and SIGINT end this program at once from now on.
 
     Does nothing outside the main thread, where Python allows no handlers.
 
     Args:
       what: ends the line on stderr.
+      status: exit status.
     """
     global _program
     if _program is None and threading.current_thread() is threading.main_thread():
-        _program = _Watcher(what)
+        _program = _Watcher(what, status)
         _program.start()
 
 
@@ -65,7 +68,7 @@ class StopRequest:
         self._watcher = _program
         if self._watcher is None and threading.current_thread() is threading.main_thread():
             numbers = (signal.SIGINT,) if self._several else _NUMBERS
-            self._watcher = _Watcher("", numbers)  # of a notebook or another program
+            self._watcher = _Watcher(numbers=numbers)  # of a notebook or another program
             self._watcher.start()
         if self._watcher is not None:
             self._watcher.request = self
@@ -94,8 +97,11 @@ class _Watcher(threading.Thread):
       request: of a loop that is to be asked to stop; None: the process ends.
     """
 
-    def __init__(self, what: str, numbers: tuple[signal.Signals, ...] = _NUMBERS):
+    def __init__(
+        self, what: str = "", status: int = 0, numbers: tuple[signal.Signals, ...] = _NUMBERS
+    ):
         super().__init__(name="signals", daemon=True)
+        self._status = status
         self.request: StopRequest | None = None
         self._what, self._numbers = what, numbers
         self._interrupted_at: float | None = None
@@ -136,7 +142,7 @@ class _Watcher(threading.Thread):
             if before is not None:
                 _end("Ctrl-C twice: ended at once; the same command continues", INTERRUPTED)
         if request is None:
-            _end(f"{_NAMES[signal.Signals(number)]}: ended; {self._what}", 0)
+            _end(f"{_NAMES[signal.Signals(number)]}: ended; {self._what}", self._status)
         else:
             request.receive(number)
 
