@@ -15,12 +15,12 @@ DC5 has four times as many feature pixels and 3 patterns three times as many que
 The learning rate drops for the last epoch; where the authors dropped it is not in their README.
 """
 
-from configs import coco_r50
+from dn_detr_jax.config import load_config
 
 
 def get_config():
     """`coco_r50` with dilation and patterns, and a shorter schedule."""
-    config = coco_r50.get_config()
+    config = load_config("coco_r50")
     config.model.backbone.dilation = True
     config.model.num_patterns = 3
     config.train.duration = "12 epochs"

@@ -16,12 +16,12 @@ To vary: `train.duration`, `train.batch_size` with `optimizer.learning_rate` in 
 smaller pictures (`python -m dn_detr_jax canvases` proposes them).
 """
 
-from configs import coco_r50
+from dn_detr_jax.config import load_config
 
 
 def get_config():
     """`coco_r50` with classes from the data, fresh heads and a short schedule."""
-    config = coco_r50.get_config()
+    config = load_config("coco_r50")
     config.data.labels = "contiguous"
     config.data.max_objects = 0
     config.data.snap = 0.1

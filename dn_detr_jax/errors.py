@@ -20,6 +20,10 @@ class ConfigError(Error, ValueError):
         super().__init__(f"{name} = {_shown(value)}: {expected}")
 
 
+class ConfigFileError(Error, ValueError):
+    """A config file that can't be found or loaded. The message is one line with the cause."""
+
+
 class DataError(Error, ValueError):
     """Unusable data, or a wrong setting of it. The message names the file, the image or the key."""
 

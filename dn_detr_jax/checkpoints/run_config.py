@@ -12,38 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flax import traverse_util
 from ml_collections import ConfigDict
 
 from dn_detr_jax.checkpoints.failures import first_line
-from dn_detr_jax.config import base_config, flat_keys, validate
+from dn_detr_jax.config.stored import changed_values, restored_config
 from dn_detr_jax.data.coco_classes import Category
 from dn_detr_jax.errors import CheckpointError, ConfigError
 
 CONFIG_FILE = "config.json"
-
-# Keys that change neither the parameters' shapes nor what is trained or measured.
-_HARMLESS = (
-    "checkpoint.",
-    "compile.",
-    "data.dir",
-    "data.packed_dir",
-    "data.prefetch",
-    "data.skip_bad",
-    "data.threads",
-    "data.workers",
-    "eval.batch_size",
-    "eval.pictures",
-    "max_skipped_steps",
-    "mesh.",
-    "model.remat",
-    "on_nonfinite",
-    "train.accumulate_steps",
-    "train.checkpoint_every",
-    "train.eval_every",
-    "train.log_every",
-    "train.profile",
-)
 
 
 def make_document(config: ConfigDict, categories: Sequence[Category]) -> dict[str, Any]:
@@ -92,16 +68,8 @@ def compare_documents(
     Raises:
       CheckpointError: they differ; the message names keys with both values, and the first class.
     """
-    defaults = make_document(base_config(), ())["config"]
-    was = traverse_util.flatten_dict(defaults, sep=".")
-    was |= traverse_util.flatten_dict(stored["config"], sep=".")
-    now = traverse_util.flatten_dict(present["config"], sep=".")
     differences = [] if read_only else _category_differences(stored, present)
-    differences += [
-        f"{key} was {was.get(key, 'missing')!r}, now {now.get(key, 'missing')!r}"
-        for key in sorted(was.keys() | now.keys())
-        if not _may_change(key, read_only) and was.get(key, was) != now.get(key, now)
-    ]
+    differences += changed_values(stored["config"], present["config"], evaluation=read_only)
     if differences:
         raise CheckpointError(
             f"{workdir}: holds a run of another config: {'; '.join(differences)}: "
@@ -145,24 +113,13 @@ def read_run_config(workdir: str | os.PathLike) -> tuple[ConfigDict, tuple[Categ
     """
     path = Path(workdir) / CONFIG_FILE
     stored, categories = read_config(workdir)
-    config = base_config()
-    known = set(flat_keys(config))
     try:
-        flat = traverse_util.flatten_dict(stored, sep=".")
-        kept = {key: v for key, v in flat.items() if key in known or key.startswith("model.")}
-        config.update(traverse_util.unflatten_dict(kept, sep="."))
-        validate(config)
+        config = restored_config(stored)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except Exception as error:  # any content in place of a value or a section
         raise CheckpointError(f"{path}: unknown to this version ({first_line(error)})") from error
     return config, categories
-
-
-def _may_change(key: str, read_only: bool) -> bool:
-    if read_only:
-        return not key.startswith("model.") or key in ("model.dtype", "model.remat")
-    return key.startswith(_HARMLESS)
 
 
 def _category_differences(stored: dict[str, Any], present: dict[str, Any]) -> list[str]:

@@ -1,23 +1,29 @@
 """The configuration of an experiment."""
 
+from dn_detr_jax.config.compiler import check_attention, compiler_options
 from dn_detr_jax.config.config import (
     base_config,
-    check_attention,
-    compiler_options,
     expand_user,
     flat_keys,
+    flat_values,
     nearest_key,
-    parse_duration,
+    nested_values,
     validate,
 )
+from dn_detr_jax.config.durations import parse_duration
+from dn_detr_jax.config.experiments import find_config, load_config
 
 __all__ = [
     "base_config",
     "check_attention",
     "compiler_options",
     "expand_user",
+    "find_config",
     "flat_keys",
+    "flat_values",
+    "load_config",
     "nearest_key",
+    "nested_values",
     "parse_duration",
     "validate",
 ]

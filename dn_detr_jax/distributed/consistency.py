@@ -13,21 +13,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import traverse_util
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from dn_detr_jax.config import flat_values
+from dn_detr_jax.config.variants import schema_of
 from dn_detr_jax.errors import DistributedError
 
-# What may be different on each machine: it changes no result.
-_OWN_KEYS = (
-    "compile.cache_dir",
-    "data.dir",
-    "data.packed_dir",
-    "data.prefetch",
-    "data.threads",
-    "data.workers",
-)
 _SHARED_SECONDS = 20.0  # until a file of one machine must be seen by the others
 
 
@@ -49,9 +41,10 @@ def gather(values: np.ndarray) -> np.ndarray:
 
 
 def agreed_config(config: ConfigDict) -> dict[str, Any]:
-    """The part of a config that must be the same in all processes, by dotted key."""
-    flat = traverse_util.flatten_dict(config.to_dict(), sep=".")
-    return {f"config.{key}": value for key, value in flat.items() if key not in _OWN_KEYS}
+    """Returns the values of a valid config that must be the same in all processes, by key."""
+    keys = schema_of(config.model.name).keys
+    values = flat_values(config)
+    return {f"config.{k}": value for k, value in values.items() if keys[k].machines == "same"}
 
 
 def check_agreement(values: Mapping[str, Any]) -> None:
