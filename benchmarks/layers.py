@@ -30,8 +30,10 @@ from dn_detr_jax.config import (
     validate,
 )
 from dn_detr_jax.models.attention import attention
-from dn_detr_jax.models.decoder import _interleave_heads
+from dn_detr_jax.models.decoder import interleave_heads
 from dn_detr_jax.models.encoder import EncoderLayer
+from dn_detr_jax.models.layers import LayerConfig
+from dn_detr_jax.models.levels import Levels
 
 FLAGS = common.FLAGS
 STRIDE = 32
@@ -39,8 +41,8 @@ STRIDE = 32
 
 def side_by_side(query, query_sine, key, key_position, value, mask, heads: int) -> jax.Array:
     """Content and position as the two halves of every head."""
-    query = _interleave_heads(query, query_sine, heads)
-    key = _interleave_heads(key, key_position, heads)
+    query = interleave_heads(query, query_sine, heads)
+    key = interleave_heads(key, key_position, heads)
     return attention(query, key, value, mask, heads)
 
 
@@ -67,22 +69,26 @@ class Layers(nn.Module):
 
     scan: bool
     num_layers: int
-    arguments: tuple
+    config: LayerConfig
 
     @nn.compact
     def __call__(self, x: jax.Array, position: jax.Array, valid: jax.Array) -> jax.Array:
         """Maps [B, K, D] to [B, K, D]."""
+
+        def run(layer, x):
+            return layer(Levels(x, position, valid, ((1, x.shape[1]),)), train=False)
+
         if not self.scan:
             for _ in range(self.num_layers):
-                x = EncoderLayer(*self.arguments)(x, position, valid, False)
+                x = run(EncoderLayer(self.config), x)
             return x
         scan = nn.scan(
-            lambda layer, x, _: (layer(x, position, valid, False), None),
+            lambda layer, x, _: (run(layer, x), None),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             length=self.num_layers,
         )
-        return scan(EncoderLayer(*self.arguments), x, None)[0]
+        return scan(EncoderLayer(self.config), x, None)[0]
 
 
 def pairs(config: ConfigDict) -> dict[str, dict[str, tuple[Callable, Sequence[Any]]]]:
@@ -105,7 +111,7 @@ def pairs(config: ConfigDict) -> dict[str, dict[str, tuple[Callable, Sequence[An
     def scores(way):
         return lambda x: energy(way(*x, valid[:, None, :], model.num_heads))
 
-    arguments = (model.num_heads, model.ffn_dim, model.activation, model.dropout, dtype)
+    layer = LayerConfig(model.num_heads, model.ffn_dim, model.activation, model.dropout, dtype)
     found: dict[str, dict[str, tuple[Callable, Sequence[Any]]]] = {
         "scores": {
             "one product": (scores(side_by_side), (inputs,)),
@@ -114,7 +120,7 @@ def pairs(config: ConfigDict) -> dict[str, dict[str, tuple[Callable, Sequence[An
         "layers": {},
     }
     for name, scan in (("unrolled", False), ("scanned", True)):
-        layers = Layers(scan, model.encoder_layers, arguments)
+        layers = Layers(scan, model.encoder_layers, layer)
         run = functools.partial(_run, layers, energy)
         params = jax.jit(layers.init)(jax.random.key(9), inputs[2], inputs[3], valid)
         found["layers"][name] = (run, (params, inputs[2], inputs[3], valid))

@@ -36,7 +36,7 @@ def our_program(config: ConfigDict, batch: dict) -> tuple[Callable, Callable, di
     import jax.numpy as jnp
 
     from benchmarks.train_step import device
-    from dn_detr_jax.inference.predictor import detect
+    from dn_detr_jax.evaluation.detect import detect
     from dn_detr_jax.models.registry import build_model
     from dn_detr_jax.training.compile_options import accepted_options
 
@@ -46,7 +46,7 @@ def our_program(config: ConfigDict, batch: dict) -> tuple[Callable, Callable, di
     )["params"]
 
     def program(params, images, sizes):
-        return detect(params, images, sizes, model=model, num_select=config.eval.num_select)
+        return detect(params, images, sizes, model=model, config=config)
 
     options = accepted_options(config, jax.devices()[0])
     lowered = jax.jit(program).lower(params, batch["image"], batch["size"])

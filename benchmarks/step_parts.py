@@ -23,7 +23,9 @@ from flax import linen as nn
 
 from benchmarks import common
 from dn_detr_jax import denoising, matching
-from dn_detr_jax.models.dn_dab_detr import normalize_images
+from dn_detr_jax.criterion import MatchedPart, Totals
+from dn_detr_jax.models.images import normalize_images
+from dn_detr_jax.models.registry import loss_settings
 from dn_detr_jax.training.compile_options import accepted_options
 from dn_detr_jax.training.optimizer import global_norm
 from dn_detr_jax.training.step import criterion, denoising_queries
@@ -47,7 +49,7 @@ def run_cut(
       given: results by the name of the submodule.
 
     Returns:
-      The model's outputs, and the results of the two submodules.
+      The model's outputs, the last feature map of the backbone, and the encoded tokens.
     """
     results = dict(given)
 
@@ -55,9 +57,13 @@ def run_cut(
         path = context.module.path
         if context.method_name != "__call__" or path not in (("backbone",), ("encoder",)):
             return call(*args, **kwargs)
-        if path[0] not in given:
-            results[path[0]] = call(*args, **kwargs)
-        return results[path[0]]
+        if path[0] == "backbone":  # the last feature map is all that is used
+            if "backbone" not in given:
+                results["backbone"] = call(*args, **kwargs)[-1]
+            return (results["backbone"],)
+        if "encoder" not in given:
+            results["encoder"] = call(*args, **kwargs).tokens
+        return args[0].replace(tokens=results["encoder"])
 
     with nn.intercept_methods(intercept):
         images = normalize_images(batch["image"], batch["size"])
@@ -133,14 +139,16 @@ def programs(step: Any) -> dict[str, Callable[[], Any]]:
         options = {"config": config, "mesh": mesh, "assignment": assignment}
         return criterion(outputs, dn, batch, **options)[0]
 
+    settings = loss_settings(config)
+
     def match(outputs, batch):
         dn = denoising_queries(batch, jax.random.key(0), config)
         matched = {name: denoising.split(x, dn)[1] for name, x in outputs.items()}
-        focal = {"alpha": config.loss.focal_alpha, "gamma": config.loss.focal_gamma}
-        cost = matching.matching_cost(
-            **matched, labels=batch["labels"], boxes=batch["boxes"], **config.matcher, **focal
-        )
-        return matching.assign(matching.sanitize(cost, batch["valid"])[0], batch["valid"], mesh)
+        totals = Totals.of(batch, dn)
+        cost, valid = MatchedPart(
+            **matched, targets=batch, totals=totals, settings=settings
+        ).problem()
+        return matching.assign(matching.sanitize(cost, valid)[0], valid, mesh)
 
     match_program = compiled(match, outputs, batch)
     assignment = match_program(outputs, batch)

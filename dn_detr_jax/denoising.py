@@ -285,20 +285,23 @@ def pack(dn: Denoising, slots: int) -> Denoising:
     return moved.replace(group=jnp.where(moved.valid, moved.group, -1))
 
 
-def query_content(label_table: jax.Array, dn: Denoising) -> jax.Array:
-    """Content of the denoising queries: embedding of the noised label, then the indicator 1.
+def query_content(label_table: jax.Array, dn: Denoising, *, indicator: bool = True) -> jax.Array:
+    """Embeds the noised labels as the content of the denoising queries.
 
     Args:
-      label_table: float [C + 1, D - 1]; the last row, no object, belongs to the matching queries,
-        and to the negatives of contrastive denoising.
+      label_table: float [C + 1, D - 1], or [C + 1, D] without indicator. The last row, no object,
+        belongs to the negatives of contrastive denoising, and may serve matching queries too.
       dn: from `prepare`.
+      indicator: append a channel of ones, which tells denoising queries from matching queries.
 
     Returns:
       float [B, S, D]; zero for empty slots, as in the PyTorch code.
     """
     content = label_table[dn.labels]
-    indicator = jnp.ones((*content.shape[:-1], 1), content.dtype)
-    return jnp.where(dn.valid[..., None], jnp.concatenate([content, indicator], axis=-1), 0)
+    if indicator:
+        ones = jnp.ones((*content.shape[:-1], 1), content.dtype)
+        content = jnp.concatenate([content, ones], axis=-1)
+    return jnp.where(dn.valid[..., None], content, 0)
 
 
 def query_boxes(dn: Denoising) -> jax.Array:
@@ -345,18 +348,16 @@ def reconstruction_loss(
     pred_boxes: jax.Array,
     dn: Denoising,
     *,
-    alpha: float = 0.25,
-    gamma: float = 2.0,
+    class_loss: losses.ClassLoss = losses.DEFAULT_CLASS_LOSS,
     num_targets: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
-    """Focal, L1 and GIoU loss of the reconstruction, for every decoder layer (section 4.3).
+    """Computes the class, L1 and GIoU losses of the reconstruction, by decoder layer (section 4.3).
 
     Args:
-      pred_logits: float [L, B, S, C], the denoising part.
+      pred_logits: float [L, B, S, K], the denoising part.
       pred_boxes: float [L, B, S, 4] cxcywh.
       dn: from `prepare`.
-      alpha: of the focal loss.
-      gamma: of the focal loss.
+      class_loss: for `loss_ce`.
       num_targets: of the batch that `dn` is a part of; None: its own.
 
     Returns:
@@ -369,7 +370,7 @@ def reconstruction_loss(
     num_targets = dn.num_targets if num_targets is None else num_targets
     count = jnp.maximum(num_targets, 1).astype(jnp.float32)
     pred_logits = pred_logits.astype(jnp.float32)
-    focal = losses.sigmoid_focal_loss(pred_logits, dn.target_labels, alpha=alpha, gamma=gamma)
+    by_class = class_loss.loss(pred_logits, dn.target_labels)
     l1, giou = losses.box_losses(pred_boxes.astype(jnp.float32), dn.target_boxes)
     wrong = jnp.argmax(pred_logits, axis=-1) != dn.target_labels
 
@@ -377,7 +378,7 @@ def reconstruction_loss(
         return jnp.sum(jnp.where(where, per_slot, 0.0), axis=(1, 2)) / count
 
     return {
-        "loss_ce": mean(jnp.sum(focal, axis=-1), dn.valid),
+        "loss_ce": mean(jnp.sum(by_class, axis=-1), dn.valid),
         "loss_bbox": mean(jnp.sum(l1, axis=-1), positive),
         "loss_giou": mean(giou, positive),
         "class_error": mean(100.0 * wrong, positive),

@@ -2,12 +2,16 @@
 
 Focal loss: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, equation 5. Set
 criterion: Carion et al., "End-to-End Object Detection with Transformers", ECCV 2020, section 3.1,
-with the sigmoid focal class loss of Deformable DETR and DN-DETR.
+with a class loss to choose.
 
 Losses are sums over the batch divided by counts over the batch. Under `jax.jit` with a sharded
-batch both are global, so nothing here knows of devices. With the counts of a larger batch given
-instead, the results of its parts add up to those of the whole. Everything is computed in float32.
+batch both are global, so this module does not deal with devices. If the counts of a larger batch
+are given instead, the results of its parts add up to those of the whole. All computations are in
+float32.
 """
+
+import dataclasses
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +22,7 @@ from dn_detr_jax import boxes as box_ops
 def sigmoid_focal_loss(
     logits: jax.Array, target_class: jax.Array, *, alpha: float = 0.25, gamma: float = 2.0
 ) -> jax.Array:
-    """Binary focal loss of every class.
+    """Computes the binary focal loss of every class.
 
     Args:
       logits: float [..., C].
@@ -40,15 +44,124 @@ def sigmoid_focal_loss(
     return loss * jnp.where(target, alpha, 1.0 - alpha).astype(logits.dtype)
 
 
+class ClassLoss(Protocol):
+    """What a detector says about classes: loss, matching cost and scores belong together."""
+
+    def loss(self, logits: jax.Array, target_class: jax.Array) -> jax.Array:
+        """Computes the loss of every logit or query, [..., K], to be summed over the last axis.
+
+        Args:
+          logits: float32 [..., K].
+          target_class: int, shape broadcasting to [...]; any value that is no class, such as -1 or
+            K, stands for no object.
+        """
+        ...
+
+    def divisor(self, num_objects: jax.Array, num_queries: int) -> jax.Array:
+        """Returns what the summed loss of a batch is divided by.
+
+        Args:
+          num_objects: float32 scalar, objects of the batch, each with a query.
+          num_queries: queries of the batch.
+        """
+        ...
+
+    def cost(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
+        """Computes the class cost of assigning objects to queries.
+
+        Args:
+          logits: float32 [..., N, K] of N queries.
+          labels: int [..., N, M], the class of each of M objects, repeated for every query.
+
+        Returns:
+          float32 [..., N, M].
+        """
+        ...
+
+    def scores(self, logits: jax.Array) -> jax.Array:
+        """Maps logits [..., K] to the scores [..., C] of the C classes, in [0, 1]."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class SigmoidFocalLoss:
+    """Independent classes with the focal loss, as in Deformable DETR and DN-DETR: K = C logits.
+
+    Attributes:
+      alpha: weight of the positive class, 1 - alpha of the negative.
+      gamma: focusing exponent.
+    """
+
+    alpha: float = 0.25
+    gamma: float = 2.0
+
+    def loss(self, logits: jax.Array, target_class: jax.Array) -> jax.Array:
+        """See `sigmoid_focal_loss`."""
+        return sigmoid_focal_loss(logits, target_class, alpha=self.alpha, gamma=self.gamma)
+
+    def divisor(self, num_objects: jax.Array, num_queries: int) -> jax.Array:
+        """Returns the number of objects, at least 1."""
+        del num_queries
+        return jnp.maximum(num_objects, 1.0)
+
+    def cost(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
+        """Returns the difference between the focal losses of the class being right and wrong."""
+        prob = jax.nn.sigmoid(jnp.take_along_axis(logits, labels, axis=-1))
+        negative = (1 - self.alpha) * prob**self.gamma * -jnp.log(1 - prob + 1e-8)
+        positive = self.alpha * (1 - prob) ** self.gamma * -jnp.log(prob + 1e-8)
+        return positive - negative
+
+    def scores(self, logits: jax.Array) -> jax.Array:
+        """Returns the sigmoid of every logit."""
+        return jax.nn.sigmoid(logits)
+
+
+@dataclasses.dataclass(frozen=True)
+class SoftmaxLoss:
+    """Cross-entropy over the classes and "no object", as in DETR: K = C + 1 logits.
+
+    Carion et al., ECCV 2020, section 3.1 and appendix A.4. The last logit is that of no object.
+
+    Attributes:
+      no_object_weight: of the queries without object, against 1 for the others.
+    """
+
+    no_object_weight: float = 0.1
+
+    def loss(self, logits: jax.Array, target_class: jax.Array) -> jax.Array:
+        """Returns the weighted cross-entropy of every query, [..., 1]."""
+        no_object = logits.shape[-1] - 1
+        is_object = (target_class >= 0) & (target_class < no_object)
+        target = jnp.broadcast_to(jnp.where(is_object, target_class, no_object), logits.shape[:-1])
+        log_prob = jax.nn.log_softmax(logits, axis=-1)
+        picked = jnp.take_along_axis(log_prob, target[..., None], axis=-1)
+        return -picked * jnp.where(is_object, 1.0, self.no_object_weight)[..., None]
+
+    def divisor(self, num_objects: jax.Array, num_queries: int) -> jax.Array:
+        """Returns the sum of the weights of all queries, so that the loss is their mean."""
+        return num_objects + self.no_object_weight * (num_queries - num_objects)
+
+    def cost(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
+        """Returns the negative probability of the object's class."""
+        return -jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), labels, axis=-1)
+
+    def scores(self, logits: jax.Array) -> jax.Array:
+        """Returns the probabilities of the classes, without that of no object."""
+        return jax.nn.softmax(logits, axis=-1)[..., :-1]
+
+
+DEFAULT_CLASS_LOSS = SigmoidFocalLoss()
+
+
 def box_losses(pred_boxes: jax.Array, target_boxes: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """L1 and generalized IoU loss of boxes that belong together.
+    """Computes the L1 and generalized IoU losses of pairs of boxes.
 
     Args:
       pred_boxes: float [..., 4] cxcywh.
       target_boxes: float, broadcasting to [..., 4], cxcywh.
 
     Returns:
-      |difference| of each coordinate [..., 4], and 1 - GIoU [...].
+      Absolute difference of each coordinate [..., 4], and 1 - GIoU [...].
     """
     l1 = jnp.abs(pred_boxes - target_boxes)
     giou = box_ops.generalized_iou(
@@ -60,7 +173,7 @@ def box_losses(pred_boxes: jax.Array, target_boxes: jax.Array) -> tuple[jax.Arra
 def classes_of_queries(
     assignment: jax.Array, labels: jax.Array, num_queries: int, num_classes: int
 ) -> jax.Array:
-    """Target class of every query: that of its object, or `num_classes` for no object.
+    """Returns the target class of every query: that of its object, or `num_classes` for no object.
 
     Args:
       assignment: int [B, L, M], query of every object or -1.
@@ -71,7 +184,7 @@ def classes_of_queries(
     Returns:
       int32 [L, B, N].
     """
-    # By comparison, not by scattering: a scatter into sharded pictures makes the compiler gather.
+    # By comparison, not by scattering: a scatter into sharded images makes the compiler gather.
     matched = assignment[:, :, None, :] == jnp.arange(num_queries)[:, None]  # [B, L, N, M]
     classes = jnp.where(matched, labels[:, None, None, :], num_classes)
     return jnp.min(classes, axis=-1, initial=num_classes).astype(jnp.int32).swapaxes(0, 1)
@@ -85,31 +198,30 @@ def set_criterion(
     valid: jax.Array,
     assignment: jax.Array,
     *,
-    alpha: float = 0.25,
-    gamma: float = 2.0,
+    class_loss: ClassLoss = DEFAULT_CLASS_LOSS,
     num_objects: jax.Array | None = None,
     num_images: int | None = None,
 ) -> dict[str, jax.Array]:
-    """Losses of matched predictions, for every decoder layer.
+    """Computes the losses of matched predictions, for every decoder layer.
 
     Args:
-      pred_logits: float [L, B, N, C], the matching part.
+      pred_logits: float [L, B, N, K], the matching part.
       pred_boxes: float [L, B, N, 4] cxcywh.
       labels: int [B, M].
       boxes: float [B, M, 4] cxcywh.
       valid: bool [B, M].
       assignment: int [B, L, M], query of every object or -1.
-      alpha: of the focal loss.
-      gamma: of the focal loss.
+      class_loss: for `loss_ce`.
       num_objects: to divide by; None: those of this batch.
-      num_images: the same for what is a mean over pictures.
+      num_images: to divide means over images by; None: those of this batch.
 
     Returns:
       The losses `loss_ce`, `loss_bbox`, `loss_giou` and the metrics `loss_xy`, `loss_hw` (parts of
       loss_bbox), `class_error` (percent of matched queries whose best class is wrong) and
       `cardinality_error` (published as the mean difference between the number of objects and of
-      queries whose best class is not the last one), each float32 [L], divided by the number of
-      objects, at least 1. `class_error` is 100 for a batch without objects.
+      queries whose best class is not the last one), each float32 [L]. Losses are divided by the
+      number of objects, at least 1; `loss_ce` by `ClassLoss.divisor`. `class_error` is 100 for a
+      batch without objects.
     """
     num_queries, num_classes = pred_logits.shape[2:]
     pred_logits = pred_logits.astype(jnp.float32)
@@ -119,7 +231,8 @@ def set_criterion(
     images = num_images or len(valid)
 
     target_class = classes_of_queries(assignment, labels, num_queries, num_classes)
-    focal = sigmoid_focal_loss(pred_logits, target_class, alpha=alpha, gamma=gamma)
+    by_class = class_loss.loss(pred_logits, target_class)
+    ce_count = class_loss.divisor(num_objects, images * num_queries)
 
     query = assignment.swapaxes(0, 1)  # [L, B, M]
     matched = query >= 0
@@ -134,7 +247,7 @@ def set_criterion(
     detected = jnp.sum(best_class != num_classes - 1, axis=2, dtype=jnp.float32)
     cardinality = jnp.abs(detected - jnp.sum(valid, axis=1, dtype=jnp.float32))
     return {
-        "loss_ce": jnp.sum(focal, axis=(1, 2, 3)) / count,
+        "loss_ce": jnp.sum(by_class, axis=(1, 2, 3)) / ce_count,
         "loss_bbox": jnp.sum(l1, axis=(1, 2, 3)) / count,
         "loss_giou": jnp.sum(giou, axis=(1, 2)) / count,
         "loss_xy": jnp.sum(l1[..., :2], axis=(1, 2, 3)) / count,
@@ -147,7 +260,7 @@ def set_criterion(
 def weighted_total(
     terms: dict[str, jax.Array], *, weight_class: float, weight_bbox: float, weight_giou: float
 ) -> jax.Array:
-    """Sum over decoder layers of the three weighted losses; other entries are metrics.
+    """Sums the three weighted losses over the decoder layers; other entries are metrics.
 
     Args:
       terms: from `set_criterion` or `denoising.reconstruction_loss`, each [L].

@@ -1,22 +1,23 @@
 """Bipartite matching between predictions and objects.
 
 Carion et al., "End-to-End Object Detection with Transformers", ECCV 2020, section 3.1, with the
-focal class cost of Deformable DETR. The costs are computed on the device; the assignment problem
-is solved on the host by `scipy.optimize.linear_sum_assignment`, in one callback for all decoder
-layers of all pictures that a device holds.
+class cost of the class loss. The costs are computed on the device; the assignment problems are
+solved on the host by `scipy.optimize.linear_sum_assignment`, in one callback for all decoder layers
+of all images of a device.
 
 Three facts shape this module:
 
 - `jax.pure_callback` inside a plain multi-device `jax.jit` makes the compiler gather its operands
   on one device. Inside `jax.shard_map` each device calls with its own shard.
-- The callback receives jax arrays, and a jax operation inside a callback can hang the CPU backend:
-  they become NumPy arrays first.
+- The callback receives jax arrays, and a jax operation inside a callback can hang the CPU backend.
+  The callback therefore converts them to NumPy arrays first.
 - An exception inside a callback is lost on TPU. Costs are therefore made finite on the device, and
-  the number of entries that needed it is returned for the training loop to act upon.
+  the training loop gets the number of entries that were not.
 """
 
 import threading
 import time
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +27,10 @@ from jax.sharding import PartitionSpec as P
 from scipy.optimize import linear_sum_assignment
 
 from dn_detr_jax import boxes as box_ops
+from dn_detr_jax.losses import DEFAULT_CLASS_LOSS, ClassLoss
 
-# Replaces costs that are not finite, and bounds the others: far above any real cost (|cost| stays
-# below some hundreds for normalised boxes), and far below what float32 sums lose digits over.
+# Replaces costs that are not finite, and bounds the others. It is far above any real cost (|cost|
+# stays below some hundreds for normalised boxes), and small enough for exact sums in float32.
 MAX_COST = 1e6
 
 
@@ -41,21 +43,19 @@ def matching_cost(
     cost_class: float = 2.0,
     cost_bbox: float = 5.0,
     cost_giou: float = 2.0,
-    alpha: float = 0.25,
-    gamma: float = 2.0,
+    class_loss: ClassLoss = DEFAULT_CLASS_LOSS,
 ) -> jax.Array:
-    """Cost of assigning each object to each query, for every decoder layer.
+    """Computes the cost of assigning each object to each query, for every decoder layer.
 
     Args:
-      pred_logits: float [L, B, N, C].
+      pred_logits: float [L, B, N, K].
       pred_boxes: float [L, B, N, 4] cxcywh, normalised.
       labels: int [B, M].
       boxes: float [B, M, 4] cxcywh, normalised.
-      cost_class: weight of the focal class cost.
+      cost_class: weight of the class cost.
       cost_bbox: weight of the L1 distance of the boxes.
       cost_giou: weight of the negative generalized IoU.
-      alpha: of the focal cost.
-      gamma: of the focal cost.
+      class_loss: whose class cost it is.
 
     Returns:
       float32 [B, L, N, M], without gradient.
@@ -67,14 +67,12 @@ def matching_cost(
     index = jnp.broadcast_to(
         labels[:, None, None, :], (labels.shape[0], layers, num_queries, labels.shape[1])
     )
-    prob = jax.nn.sigmoid(jnp.take_along_axis(logits, index, axis=-1))  # of each object's class
-    negative = (1 - alpha) * prob**gamma * -jnp.log(1 - prob + 1e-8)
-    positive = alpha * (1 - prob) ** gamma * -jnp.log(prob + 1e-8)
+    by_class = class_loss.cost(logits, index)
 
     a, b = predicted[:, :, :, None, :], boxes[:, None, None, :, :]
     l1 = jnp.sum(jnp.abs(a - b), axis=-1)
     giou = box_ops.generalized_iou(box_ops.cxcywh_to_xyxy(a), box_ops.cxcywh_to_xyxy(b))
-    return cost_class * (positive - negative) + cost_bbox * l1 - cost_giou * giou
+    return cost_class * by_class + cost_bbox * l1 - cost_giou * giou
 
 
 def sanitize(cost: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -95,7 +93,7 @@ def sanitize(cost: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 class HostTimer:
-    """Seconds spent solving assignments in this process, over all its devices."""
+    """Measures the seconds that this process spends on assignments, over all its devices."""
 
     def __init__(self):
         """Starts at zero."""
@@ -103,12 +101,12 @@ class HostTimer:
         self._seconds = 0.0
 
     def add(self, seconds: float) -> None:
-        """Adds one call."""
+        """Adds the seconds of one call."""
         with self._lock:
             self._seconds += seconds
 
     def take(self) -> float:
-        """The seconds since the last `take`."""
+        """Returns the seconds since the last `take`."""
         with self._lock:
             seconds, self._seconds = self._seconds, 0.0
         return seconds
@@ -121,50 +119,68 @@ def solve_on_host(cost: np.ndarray, valid: np.ndarray) -> np.ndarray:
     """Solves every assignment problem of a shard with SciPy.
 
     Args:
-      cost: finite float32 [B, L, N, M]; fastest where the costs of an object's queries are
-        neighbours in memory.
+      cost: finite float32 [B, L, N, M]; fastest if the costs of an object's queries are neighbors
+        in memory.
       valid: bool [B, M].
 
     Returns:
-      int32 [B, L, M]: query matched to each object. -1 for padding, and for the objects left over
-      when a picture has more objects than queries.
+      int32 [B, L, M], the query matched to each object; -1 for padding, and for the objects left
+      over if an image has more objects than queries.
     """
     start = time.perf_counter()
     cost, valid = np.asarray(cost), np.asarray(valid)
     result = np.full((*cost.shape[:2], cost.shape[3]), -1, np.int32)
-    for picture in np.flatnonzero(valid.any(axis=1)):
-        real = np.flatnonzero(valid[picture])
+    for image in np.flatnonzero(valid.any(axis=1)):
+        real = np.flatnonzero(valid[image])
         # Objects as rows: SciPy's shortest augmenting paths grow with the smaller side.
-        problems = cost[picture].swapaxes(1, 2)[:, real]
+        problems = cost[image].swapaxes(1, 2)[:, real]
         for layer, problem in enumerate(problems):
             rows, queries = linear_sum_assignment(problem)
-            result[picture, layer, real[rows]] = queries
+            result[image, layer, real[rows]] = queries
     host_timer.add(time.perf_counter() - start)
     return result
 
 
 def assign(cost: jax.Array, valid: jax.Array, mesh: Mesh | None = None) -> jax.Array:
-    """Optimal assignment by one host callback per device.
+    """Solves the assignment problems of one set of outputs, see `assign_all`."""
+    return assign_all([(cost, valid)], mesh)[0]
+
+
+def assign_all(
+    problems: Sequence[tuple[jax.Array, jax.Array]], mesh: Mesh | None = None
+) -> list[jax.Array]:
+    """Solves assignment problems by one host callback per device.
 
     Args:
-      cost: finite float32 [B, L, N, M], see `sanitize`.
-      valid: bool [B, M].
+      problems: pairs of a finite cost float32 [B, L, N, M], see `sanitize`, and valid bool [B, M].
+        L, N and M may differ from pair to pair.
       mesh: with an axis `data` over which B is sharded; None on a single device.
 
     Returns:
-      int32 [B, L, M], as `solve_on_host`.
+      int32 [B, L, M] for each pair, as `solve_on_host`.
     """
+    if not problems:
+        return []
+    shapes = [(cost.shape[1], cost.shape[3]) for cost, _ in problems]
 
-    def solve(by_object, valid):
-        return solve_on_host(np.asarray(by_object).swapaxes(2, 3), valid)
+    def solve(problems):
+        # One array for all: a callback with several results does not lower inside `shard_map` in
+        # some versions of jax.
+        found = [solve_on_host(np.asarray(c).swapaxes(2, 3), valid) for c, valid in problems]
+        return np.concatenate([x.reshape(len(x), -1) for x in found], axis=1)
 
-    def call(cost, valid):
-        shape = jax.ShapeDtypeStruct((*cost.shape[:2], cost.shape[3]), jnp.int32)
+    def call(problems):
         # Transposed on the device, so that the host reads the costs of an object as one row.
-        by_object = cost.swapaxes(2, 3)
-        return jax.pure_callback(solve, shape, by_object, valid, vmap_method="sequential")
+        by_object = [(cost.swapaxes(2, 3), valid) for cost, valid in problems]
+        total = sum(layers * objects for layers, objects in shapes)
+        shape = jax.ShapeDtypeStruct((len(problems[0][0]), total), jnp.int32)
+        return jax.pure_callback(solve, shape, by_object, vmap_method="sequential")
 
-    if mesh is None:
-        return call(cost, valid)
-    sharded = jax.shard_map(call, mesh=mesh, in_specs=(P("data"), P("data")), out_specs=P("data"))
-    return sharded(cost, valid)
+    if mesh is not None:
+        call = jax.shard_map(call, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    flat, found, start = call(list(problems)), [], 0
+    for layers, objects in shapes:
+        part = flat[:, start : start + layers * objects]
+        found.append(part.reshape(len(flat), layers, objects))
+        start += layers * objects
+    return found

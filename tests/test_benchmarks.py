@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 from fast_jit import XLA_FLAGS, fast_jit
-from tiny_detector import denoising_queries, object_noise, picture_batch
+from tiny_detector import denoising_queries, image_batch, object_noise
 
 from benchmarks import common, gpu_plan, matching, peer, step_parts
 from dn_detr_jax import denoising
@@ -87,7 +87,7 @@ def test_the_fixed_assignment_is_an_assignment():
 
 def test_a_cut_model_gives_what_the_whole_one_gives(tiny):
     """Catches a part whose time would be that of something else than a part of this model."""
-    batch = {name: jax.numpy.asarray(value) for name, value in picture_batch().items()}
+    batch = {name: jax.numpy.asarray(value) for name, value in image_batch().items()}
     dn = denoising_queries(batch, object_noise())
 
     @fast_jit

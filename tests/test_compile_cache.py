@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from tiny_detector import tiny_config
 
+from dn_detr_jax.evaluation.detect import jit_eval_step, jit_match
 from dn_detr_jax.models.registry import abstract_params, build_model
 from dn_detr_jax.sharding import make_mesh
 from dn_detr_jax.training.compile_cache import use_compile_cache
-from dn_detr_jax.training.step import abstract_batch, jit_detect, jit_match
+from dn_detr_jax.training.step import abstract_batch
 
 _SCRIPT = """
 import logging, sys
@@ -98,7 +99,7 @@ def test_detections_do_not_call_the_host():
     config, mesh = tiny_config(), make_mesh(1)
     model = build_model(config.model)
     batch = abstract_batch(config, "eval", mesh)
-    detect = jit_detect(model=model, config=config, mesh=mesh)
+    detect = jit_eval_step(model=model, config=config, mesh=mesh)
     lowered = detect.lower(abstract_params(model), batch)
     assert "callback" not in lowered.as_text()
     cost = lowered.out_info["cost"]

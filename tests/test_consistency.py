@@ -24,7 +24,7 @@ from dn_detr_jax.distributed import consistency
 from dn_detr_jax.distributed import launch
 from dn_detr_jax.data.plan import process_rows
 from dn_detr_jax.sharding import make_mesh, put_batch
-from dn_detr_jax.training.step import jit_match
+from dn_detr_jax.evaluation.detect import jit_match
 
 address, index, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
 facts = {"solved": []}

@@ -13,10 +13,10 @@ from fast_jit import fast_jit
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from tiny_detector import GROUPS, by_group, object_noise, picture_batch
+from tiny_detector import GROUPS, by_group, image_batch, object_noise
 
 from dn_detr_jax import denoising
-from dn_detr_jax.models.dn_dab_detr import normalize_images
+from dn_detr_jax.models.images import normalize_images
 from dn_detr_jax.training.step import criterion
 
 # --- layout and noise -----------------------------------------------------------------------------
@@ -285,7 +285,7 @@ def test_objects_that_do_not_fit_are_left_out_at_random():
 
 def test_packed_and_paper_layout_have_the_same_loss(tiny):
     """For pictures whose groups all fit, with the same noise: 12 slots in place of 21."""
-    batch, noise = picture_batch(7), object_noise(7)
+    batch, noise = image_batch(7), object_noise(7)
 
     def losses(params, batch, noise):
         options = {"groups": GROUPS, "label_noise": 0.2, "box_noise": 0.4}
@@ -441,12 +441,12 @@ def differs(a, b):
 @pytest.fixture(scope="module")
 def result(tiny):
     """Of the batch and the noise that the other tests vary."""
-    return tiny.train(tiny.params, picture_batch(), object_noise())
+    return tiny.train(tiny.params, image_batch(), object_noise())
 
 
 def test_matching_queries_do_not_see_denoising_queries(tiny, result):
     """The paper's leak: objects known to the matching part in training, and not in use."""
-    batch = picture_batch()
+    batch = image_batch()
     plain = tiny.detect(tiny.params, batch["image"], batch["size"])
     assert_close(result.match, plain)
     other = tiny.train(tiny.params, batch, object_noise(seed=9))
@@ -461,7 +461,7 @@ def test_groups_do_not_see_each_other(tiny, result):
     mixed = jax.tree.map(
         lambda a, b: np.where(slots.reshape(-1, *[1] * (a.ndim - 2)), b, a), first, other
     )
-    got = tiny.train(tiny.params, picture_batch(), mixed)
+    got = tiny.train(tiny.params, image_batch(), mixed)
     assert_equal(got.match, result.match)
     got, want = by_group(got.dn), by_group(result.dn)
     assert_equal(
@@ -476,7 +476,7 @@ def test_objects_of_a_group_see_each_other(tiny, result):
     """A mask that hides everything would pass the tests above."""
     noise = object_noise()
     noise.box_u[0, 0] = 1 - noise.box_u[0, 0]  # object 0 of group 0
-    got = by_group(tiny.train(tiny.params, picture_batch(), noise).dn)
+    got = by_group(tiny.train(tiny.params, image_batch(), noise).dn)
     want = by_group(result.dn)
     neighbour = (slice(None), 0, 0, 1)
     assert differs(
@@ -486,7 +486,7 @@ def test_objects_of_a_group_see_each_other(tiny, result):
 
 def test_content_of_empty_slots_changes_nothing(tiny, result):
     """Whatever a loader leaves in the padding: outputs and losses stay the same to the bit."""
-    batch = picture_batch()
+    batch = image_batch()
     invalid = ~batch["valid"]
     batch["labels"][invalid] = 77
     batch["boxes"][invalid] = -3.0
@@ -506,7 +506,7 @@ def test_more_slots_for_objects_change_nothing(tiny, result, attend_padding):
     """
 
     def run(objects):
-        batch, noise = picture_batch(objects), object_noise(objects)
+        batch, noise = image_batch(objects), object_noise(objects)
         got = tiny.train(tiny.params, batch, noise, attend_padding=attend_padding)
         real = {k: v[:, :, :, :4] for k, v in by_group(got.dn).items()}
         valid = batch["valid"][:, None, :4].repeat(GROUPS, axis=1)
@@ -523,7 +523,7 @@ def test_more_slots_for_objects_change_nothing(tiny, result, attend_padding):
 
 def test_the_rest_of_the_batch_changes_nothing(tiny, result):
     """A picture among others, and the same one among other others."""
-    batch = picture_batch()
+    batch = image_batch()
     batch["image"][1:] = batch["image"][1:, ::-1]
     batch["valid"][1:] = True
     batch["size"][1:] = 64
@@ -538,7 +538,7 @@ def test_the_rest_of_the_batch_changes_nothing(tiny, result):
 @pytest.mark.parametrize("objects", ["none", "mixed"])
 def test_loss_and_gradients_are_finite(tiny, objects):
     """A batch without objects, and one in which a picture has none."""
-    batch = picture_batch()
+    batch = image_batch()
     batch["valid"] &= objects == "mixed"
     (loss, terms), gradient = tiny.loss_and_gradient(tiny.params, batch, object_noise())
     assert np.isfinite(loss) and loss > 0

@@ -30,12 +30,13 @@ from dn_detr_jax.config import (
 )
 from dn_detr_jax.data.plan import TrainPlan, plan_eval
 from dn_detr_jax.errors import ConfigError, DataError
+from dn_detr_jax.evaluation.detect import eval_step
 from dn_detr_jax.models.registry import abstract_params, build_model, trainable
 from dn_detr_jax.sharding import make_mesh
 from dn_detr_jax.training.optimizer import describe, make_optimizer
 from dn_detr_jax.training.setup import Plan
 from dn_detr_jax.training.state import abstract_state
-from dn_detr_jax.training.step import abstract_batch, compute_losses, detect
+from dn_detr_jax.training.step import abstract_batch, compute_losses
 
 KEYS = flat_keys(base_config())
 
@@ -225,7 +226,7 @@ def make_all(config):
     assert jax.eval_shape(losses, state.params, batch, key)[0].shape == ()
     batch = abstract_batch(config, "eval", mesh)
     found = jax.eval_shape(
-        lambda params, batch: detect(params, batch, model=model, config=config), params, batch
+        lambda params, batch: eval_step(params, batch, model=model, config=config), params, batch
     )
     assert found["scores"].shape == (config.eval.batch_size, config.eval.num_select)
 

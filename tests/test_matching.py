@@ -12,6 +12,7 @@ from hypothesis.extra import numpy as hnp
 from scipy.optimize import linear_sum_assignment
 
 from dn_detr_jax import matching
+from dn_detr_jax.losses import SigmoidFocalLoss
 from dn_detr_jax.sharding import make_mesh
 
 sanitize = fast_jit(matching.sanitize)
@@ -151,8 +152,9 @@ def test_cost_equals_a_plain_loop():
     predicted = oracle.random_boxes(rng, layers, batch, queries)
     labels = rng.integers(0, classes, (batch, objects))
     boxes = oracle.random_boxes(rng, batch, objects)
+    focal = SigmoidFocalLoss(alpha=0.3, gamma=1.5)
     weights = {"cost_class": 3.0, "cost_bbox": 0.7, "cost_giou": 1.9}
-    cost = fast_jit(lambda *args: matching.matching_cost(*args, **weights, alpha=0.3, gamma=1.5))
+    cost = fast_jit(lambda *args: matching.matching_cost(*args, **weights, class_loss=focal))
     got = cost(logits, predicted, labels, boxes)
     assert got.shape == (batch, layers, queries, objects)
     for b, layer, n, m in np.ndindex(got.shape):

@@ -12,8 +12,8 @@ from flax import traverse_util
 from tiny_detector import (
     CANVAS,
     denoising_queries,
+    image_batch,
     object_noise,
-    picture_batch,
     random_params,
     tiny_config,
 )
@@ -22,7 +22,7 @@ from dn_detr_jax.config import base_config
 from dn_detr_jax.denoising import Denoising
 from dn_detr_jax.models import attention, position
 from dn_detr_jax.models.backbones.resnet import ResNet
-from dn_detr_jax.models.dn_dab_detr import IMAGE_MEAN, IMAGE_STD, normalize_images
+from dn_detr_jax.models.images import IMAGE_MEAN, IMAGE_STD, normalize_images, valid_tokens
 from dn_detr_jax.models.registry import abstract_params, build_model, parameter_table, trainable
 from dn_detr_jax.training.step import compute_losses
 
@@ -44,7 +44,7 @@ def abstract_features(canvas, **options):
     size = jax.ShapeDtypeStruct((2, 2), jnp.int32)
     init = ResNet(**options).init_with_output
     features, variables = jax.eval_shape(init, jax.random.key(0), image, size)
-    return features.shape, variables["params"]
+    return features[-1].shape, variables["params"]
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_first_predictions(tiny, start):
     """
     params = tiny.params | start
     np.testing.assert_allclose(jax.nn.sigmoid(start["class_head"]["bias"]), 0.01, rtol=1e-5)
-    batch = picture_batch()
+    batch = image_batch()
     got = tiny.detect(params, batch["image"], batch["size"])
     anchors = np.broadcast_to(jax.nn.sigmoid(start["anchors"]), got["pred_boxes"].shape)
     np.testing.assert_allclose(got["pred_boxes"], anchors, atol=1e-5)
@@ -193,7 +193,7 @@ def test_gradient_reaches_every_parameter(tiny):
     A bias of attention keys shifts all the scores of a query alike, which the softmax ignores:
     its gradient is zero but for rounding.
     """
-    _, gradient = tiny.loss_and_gradient(tiny.params, picture_batch(), object_noise())
+    _, gradient = tiny.loss_and_gradient(tiny.params, image_batch(), object_noise())
     largest = {path: float(np.abs(leaf).max()) for path, leaf in flat(gradient).items()}
     key_biases = {p for p in largest if p.endswith("/bias") and "key" in p.split("/")[-2]}
     assert len(key_biases) == 1 + 2 * 4
@@ -204,7 +204,7 @@ def test_bfloat16_gives_float32_outputs_near_those_of_float32(tiny):
     """Catches box arithmetic in bfloat16, whose 8 bits are 4 pixels of 1000."""
     config = tiny_config().model
     config.dtype = "bfloat16"
-    model, batch = build_model(config), picture_batch()
+    model, batch = build_model(config), image_batch()
     assert {leaf.dtype for leaf in jax.tree.leaves(abstract_params(model))} == {
         jnp.dtype("float32")
     }
@@ -241,7 +241,7 @@ def test_bfloat16_is_for_convolutions_and_matrices_alone(tiny):
     """
     config = tiny_config()
     config.model.dtype = "bfloat16"
-    model, batch = build_model(config.model), picture_batch()
+    model, batch = build_model(config.model), image_batch()
 
     def loss(params):
         rest = {"model": model, "config": config, "mesh": tiny.mesh}
@@ -277,7 +277,7 @@ def rematerialised(tiny, parts):
 @pytest.mark.parametrize("parts", [("backbone", "encoder", "decoder"), ("attention",)])
 def test_rematerialisation_does_not_change_the_numbers(tiny, parts):
     loss = rematerialised(tiny, parts)
-    arguments = tiny.params, picture_batch(), object_noise()
+    arguments = tiny.params, image_batch(), object_noise()
     (want, want_terms), want_gradient = tiny.loss_and_gradient(*arguments)
     (got, got_terms), gradient = fast_jit(jax.value_and_grad(loss, has_aux=True))(*arguments)
     np.testing.assert_allclose(got, want, rtol=1e-6)
@@ -290,7 +290,7 @@ def test_rematerialisation_does_not_change_the_numbers(tiny, parts):
 
 def test_rematerialisation_keeps_less_for_the_backward_pass(tiny):
     """Bytes from the forward to the backward pass; catches a name that reaches no part."""
-    arguments = tiny.params, picture_batch(), object_noise()
+    arguments = tiny.params, image_batch(), object_noise()
 
     def kept(parts):
         loss = rematerialised(tiny, parts)
@@ -317,7 +317,7 @@ def test_rematerialisation_keeps_less_for_the_backward_pass(tiny):
 
 def test_normalised_images_equal_a_plain_computation():
     """Garbage in the padded area becomes 0, which is the mean colour."""
-    batch = picture_batch()
+    batch = image_batch()
     got = np.asarray(normalize_images(batch["image"], batch["size"]))
     for b, (height, width) in enumerate(batch["size"]):
         picture = batch["image"][b, :height, :width].astype(np.float64) / 255
@@ -336,7 +336,7 @@ def on_larger_canvas(batch, side):
 
 def test_detections_do_not_depend_on_the_canvas(tiny):
     """The same pictures on canvases of 64 and of 96, all that is padded filled with garbage."""
-    batch = picture_batch()
+    batch = image_batch()
     want = tiny.detect(tiny.params, batch["image"], batch["size"])
     for side in (CANVAS, 96):
         other = on_larger_canvas(batch, side)
@@ -371,14 +371,14 @@ def test_features_do_not_depend_on_the_canvas(depth, norm, stem, dilation, mask_
         dilation=dilation,
         mask_padding=mask_padding,
     )
-    batch = picture_batch()
+    batch = image_batch()
     (height, width), size = batch["size"][1], batch["size"][1:2]
     exact = batch["image"][1:2, :height, :width]
     large = on_larger_canvas(batch, 96)["image"][1:2]
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(exact.shape), size)["params"]
     params = random_params(shapes)
     features = fast_jit(
-        lambda image, size: model.apply({"params": params}, normalize_images(image, size), size)
+        lambda image, size: model.apply({"params": params}, normalize_images(image, size), size)[-1]
     )
     want = np.asarray(features(exact, size))
     rows, columns = want.shape[1:3]
@@ -404,7 +404,7 @@ def test_image_encoding_equals_a_plain_loop_on_any_canvas(canvas):
     shape = (canvas[0] // stride, canvas[1] // stride)
 
     def encode(size):
-        valid = position.valid_tokens(size, canvas, shape)
+        valid = valid_tokens(size, canvas, shape)
         return valid, position.image_encoding(valid, features, 20.0, 30.0)
 
     valid, got = fast_jit(encode)(sizes)
@@ -486,7 +486,7 @@ def traced_gradient(tiny, kind):
         out = model.apply({"params": params}, images, batch["size"], dn)
         return sum(jnp.sum(value) for value in out.values())
 
-    return jax.jit(jax.grad(loss)).trace(tiny.shapes, picture_batch())
+    return jax.jit(jax.grad(loss)).trace(tiny.shapes, image_batch())
 
 
 def pretend_cudnn(monkeypatch):

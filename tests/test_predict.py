@@ -27,10 +27,10 @@ from dn_detr_jax.data.datasets import open_dataset
 from dn_detr_jax.data.loader import eval_batches
 from dn_detr_jax.errors import CheckpointError, DataError
 from dn_detr_jax.evaluation.coco_ap import CocoEvaluator
+from dn_detr_jax.evaluation.detect import jit_eval_step
 from dn_detr_jax.inference.predictor import place, read_picture, read_run
 from dn_detr_jax.models.registry import build_model
 from dn_detr_jax.sharding import make_mesh, put_batch
-from dn_detr_jax.training.step import jit_detect
 
 _ROOT = Path(__file__).parent.parent
 NAMELESS = 6  # a label of digits_run
@@ -59,7 +59,7 @@ def test_a_split_gives_what_its_evaluation_sees(digits_run, predictor, validatio
     """Catches another resize, canvas, channel order, number of detections or scale of boxes."""
     run = read_run(digits_run)
     mesh = make_mesh(1)
-    detect = jit_detect(model=build_model(run.config.model), config=run.config, mesh=mesh)
+    detect = jit_eval_step(model=build_model(run.config.model), config=run.config, mesh=mesh)
     categories = [{"id": c.id, "name": c.name} for c in predictor.categories if c.name]
     truth = validation.coco_ground_truth() | {"annotations": [], "categories": categories}
     evaluator = CocoEvaluator(truth, [c.id for c in predictor.categories])

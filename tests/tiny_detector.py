@@ -11,7 +11,7 @@ from flax import traverse_util
 
 from dn_detr_jax import denoising
 from dn_detr_jax.config import base_config
-from dn_detr_jax.models.dn_dab_detr import normalize_images
+from dn_detr_jax.models.images import normalize_images
 from dn_detr_jax.models.registry import abstract_params, build_model
 from dn_detr_jax.sharding import make_mesh
 from dn_detr_jax.training.step import compute_losses, criterion
@@ -59,7 +59,7 @@ def random_params(shapes, seed=0):
     return traverse_util.unflatten_dict(drawn)
 
 
-def picture_batch(objects=4):
+def image_batch(objects=4):
     """Three pictures of several sizes, with 4, 2 and 0 objects in so many slots."""
     rng = np.random.default_rng(1)
     labels = np.full((3, objects), 0, np.int32)

@@ -49,7 +49,7 @@ class Evaluator:
         Args:
           dataset: the split.
           config: whole configuration.
-          detect: from `training.step.jit_detect`.
+          detect: from `compile_programs`.
           mesh: devices.
         """
         self._dataset, self._config, self._detect, self._mesh = dataset, config, detect, mesh

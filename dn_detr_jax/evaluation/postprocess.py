@@ -3,26 +3,32 @@
 import jax
 import jax.numpy as jnp
 
+from dn_detr_jax.losses import DEFAULT_CLASS_LOSS, ClassLoss
+
 
 def select_detections(
-    pred_logits: jax.Array, pred_boxes: jax.Array, num_select: int
+    pred_logits: jax.Array,
+    pred_boxes: jax.Array,
+    num_select: int,
+    class_loss: ClassLoss = DEFAULT_CLASS_LOSS,
 ) -> dict[str, jax.Array]:
-    """The best (query, class) pairs of every picture.
+    """Selects the best (query, class) pairs of every image.
 
-    As in Deformable DETR and DN-DETR, all pairs of query and class compete by the sigmoid of their
-    logit, so a query can give several detections. There is no non-maximum suppression.
+    As in Deformable DETR and DN-DETR, all pairs of query and class compete by their score, so a
+    query can give several detections. There is no non-maximum suppression.
 
     Args:
-      pred_logits: float [B, N, C] of the last decoder layer.
+      pred_logits: float [B, N, K] of the last decoder layer.
       pred_boxes: float [B, N, 4] cxcywh, normalised.
-      num_select: K, at most N * C.
+      num_select: number of detections, at most N * C.
+      class_loss: maps logits to the scores of the C classes.
 
     Returns:
-      `scores` float32 [B, K] in descending order, `labels` int32 [B, K], `boxes` float32 [B, K, 4]
-      cxcywh, normalised.
+      `scores` float32 [B, num_select] in descending order, `labels` int32 [B, num_select], `boxes`
+      float32 [B, num_select, 4] cxcywh, normalised.
     """
-    num_classes = pred_logits.shape[-1]
-    logits = pred_logits.astype(jnp.float32).reshape(len(pred_logits), -1)
-    scores, pair = jax.lax.top_k(jax.nn.sigmoid(logits), num_select)
+    scores = class_loss.scores(pred_logits.astype(jnp.float32))
+    num_classes = scores.shape[-1]
+    best, pair = jax.lax.top_k(scores.reshape(len(scores), -1), num_select)
     boxes = jnp.take_along_axis(pred_boxes, (pair // num_classes)[..., None], axis=1)
-    return {"scores": scores, "labels": pair % num_classes, "boxes": boxes.astype(jnp.float32)}
+    return {"scores": best, "labels": pair % num_classes, "boxes": boxes.astype(jnp.float32)}

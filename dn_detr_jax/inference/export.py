@@ -20,8 +20,9 @@ from flax import traverse_util
 
 import dn_detr_jax
 from dn_detr_jax.boxes import cxcywh_to_xyxy
+from dn_detr_jax.evaluation.detect import detect
 from dn_detr_jax.inference import exported
-from dn_detr_jax.inference.predictor import Run, detect
+from dn_detr_jax.inference.predictor import Run
 from dn_detr_jax.models.registry import build_model
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -54,7 +55,7 @@ def export(
 
     def program(params, images, sizes):
         nested = traverse_util.unflatten_dict(params, sep="/")
-        found = detect(nested, images, sizes, model=model, num_select=config.eval.num_select)
+        found = detect(nested, images, sizes, model=model, config=config)
         return found | {"boxes": cxcywh_to_xyxy(found["boxes"])}
 
     shapes = (

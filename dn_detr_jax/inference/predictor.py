@@ -23,7 +23,6 @@ from typing import TypeVar, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -35,8 +34,7 @@ from dn_detr_jax.data.coco_classes import Category, assumed_categories
 from dn_detr_jax.data.images import decode_upright
 from dn_detr_jax.data.plan import assign_canvases
 from dn_detr_jax.errors import CheckpointError, DataError
-from dn_detr_jax.evaluation.postprocess import select_detections
-from dn_detr_jax.models.dn_dab_detr import normalize_images
+from dn_detr_jax.evaluation.detect import detect
 from dn_detr_jax.models.registry import abstract_params, build_model
 from dn_detr_jax.training.compile_cache import compile_and_log, use_compile_cache
 from dn_detr_jax.training.compile_options import accepted_options
@@ -136,22 +134,6 @@ def load(
     return Predictor(run.config, run.params, run.categories, batch_size=batch_size)
 
 
-def detect(
-    params: dict, images: jax.Array, sizes: jax.Array, *, model: nn.Module, num_select: int
-) -> dict[str, jax.Array]:
-    """The last decoder layer's detections, see `select_detections`.
-
-    Args:
-      params: of the model.
-      images: uint8 [B, H, W, 3] RGB, anything beyond `sizes`.
-      sizes: int32 [B, 2], height and width of each picture on its canvas.
-      model: detector.
-      num_select: detections per picture.
-    """
-    outputs = model.apply({"params": params}, normalize_images(images, sizes), sizes)
-    return select_detections(outputs["pred_logits"][-1], outputs["pred_boxes"][-1], num_select)
-
-
 class Predictor:
     """Finds objects in pictures of any size. Threads may share one."""
 
@@ -187,7 +169,7 @@ class Predictor:
         model = build_model(config.model)
 
         def program(params, images, sizes):
-            return detect(params, images, sizes, model=model, num_select=config.eval.num_select)
+            return detect(params, images, sizes, model=model, config=config)
 
         self._program = jax.jit(program)
 

@@ -1,7 +1,8 @@
-"""Sine position encodings of feature maps and of boxes, and masks of padding.
+"""Sine position encodings of feature maps and of boxes.
 
-Vaswani et al. 2017 in two dimensions, as DETR has it; the temperature of the feature maps is 20 for
-height and width in DAB-DETR (Liu et al., ICLR 2022, section 4.4), that of boxes 10000.
+The encoding of Vaswani et al. 2017 in two dimensions, in the form of DETR. DAB-DETR uses a
+temperature of 20 for the height and width of feature maps and of 10000 for boxes (Liu et al., ICLR
+2022, section 4.4).
 """
 
 import math
@@ -11,35 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def _valid_lines(size: jax.Array, full: int, reduced: int) -> jax.Array:
-    """Which of `reduced` lines are valid, by nearest neighbour in `full` lines: bool [B, reduced].
-
-    Line i of the reduced map looks at line floor(i * full / reduced) of the picture.
-    """
-    ratio = np.float32(full) / np.float32(reduced)
-    source = np.floor(np.arange(reduced, dtype=np.float32) * ratio).astype(np.int32)
-    return source[None, :] < size[:, None]
-
-
-def valid_tokens(size: jax.Array, canvas: tuple[int, int], shape: tuple[int, int]) -> jax.Array:
-    """Mask of the feature pixels that belong to the picture.
-
-    Args:
-      size: int [B, 2], valid height and width in the canvas; the rest is padding on the right and
-        at the bottom.
-      canvas: (H, W) of the batch.
-      shape: (h, w) of the feature map.
-
-    Returns:
-      bool [B, h, w].
-    """
-    rows = _valid_lines(size[:, 0], canvas[0], shape[0])
-    columns = _valid_lines(size[:, 1], canvas[1], shape[1])
-    return rows[:, :, None] & columns[:, None, :]
-
-
 def _sines(position: jax.Array, features: int, temperature: float) -> jax.Array:
-    """Interleaved sines and cosines [..., features] of angles [...]."""
+    """Interleaves sines and cosines: angles [...] to [..., features]."""
     exponent = 2.0 * (np.arange(features) // 2) / features
     angle = position[..., None] / (temperature**exponent).astype(np.float32)
     return jnp.where(np.arange(features) % 2 == 0, jnp.sin(angle), jnp.cos(angle))
@@ -53,18 +27,18 @@ def image_encoding(
     *,
     half_pixel: bool = False,
 ) -> jax.Array:
-    """Position encoding of a feature map, relative to the valid part of each picture.
+    """Encodes the positions of a feature map, relative to the valid part of each image.
 
     Args:
-      valid: bool [B, h, w], a rectangle from the top left corner of each picture.
+      valid: bool [B, h, w], a rectangle from the top left corner of each map.
       features: D, divisible by 4.
       temperature_h: temperature for the vertical half, which comes first.
       temperature_w: temperature for the horizontal half.
-      half_pixel: positions of pixels are their centres, as in Deformable DETR (with a temperature
-        of 10000); False: their far edges, as in DETR.
+      half_pixel: if True, the position of a pixel is its center, as in Deformable DETR (with a
+        temperature of 10000); if False, its far edge, as in DETR.
 
     Returns:
-      float32 [B, h, w, D]. At padded pixels finite and without meaning.
+      float32 [B, h, w, D]. Values at padded pixels are finite but meaningless.
     """
 
     def encode(lines, temperature):  # [B, n] -> [B, n, D / 2]
@@ -86,12 +60,12 @@ def image_encoding(
 
 
 def box_encoding(boxes: jax.Array, features: int, temperature: float = 10000.0) -> jax.Array:
-    """Sine encoding of anchors.
+    """Encodes anchors as sines and cosines.
 
     Args:
-      boxes: float [..., 4] cxcywh in [0, 1], or [..., 2] with the centre alone.
-      features: channels for each coordinate.
-      temperature: of the sines.
+      boxes: float [..., 4] cxcywh in [0, 1], or [..., 2] with the center alone.
+      features: channels for each coordinate, even.
+      temperature: ratio of the longest to the shortest wavelength.
 
     Returns:
       float32 [..., 4 * features] in the order y, x, w, h, or [..., 2 * features] as y, x.

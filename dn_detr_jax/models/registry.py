@@ -1,6 +1,11 @@
-"""From a configuration to a detector, by `config.model.name`."""
+"""The variants of the detector by `config.model.name`, and what a variant decides.
 
+`register` adds a variant from outside of the package; nothing else needs a change.
+"""
+
+import dataclasses
 import re
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -9,23 +14,91 @@ from flax import linen as nn
 from flax import traverse_util
 from ml_collections import ConfigDict
 
+from dn_detr_jax import criterion
+from dn_detr_jax.denoising import Denoising
 from dn_detr_jax.errors import ConfigError
-from dn_detr_jax.models.backbones.resnet import ResNet
-from dn_detr_jax.models.dn_dab_detr import DNDabDetr
+from dn_detr_jax.losses import ClassLoss, SigmoidFocalLoss
+from dn_detr_jax.models import dn_dab_detr
 
 
-def _dn_dab_detr(config: ConfigDict, attention: str) -> DNDabDetr:
-    dtype = jnp.dtype(config.dtype)
-    sizes = config.backbone.to_dict()
-    sizes.pop("frozen_stages")
-    remat = tuple(config.remat)
-    given = ("name", "backbone", "dtype", "remat")
-    options = {k: v for k, v in config.items() if k not in given}
-    backbone = ResNet(**sizes, dtype=dtype, remat="backbone" in remat)
-    return DNDabDetr(backbone=backbone, **options, dtype=dtype, remat=remat, attention=attention)
+def focal_loss(config: ConfigDict) -> SigmoidFocalLoss:
+    """Makes the class loss of `config.loss`."""
+    return SigmoidFocalLoss(config.focal_alpha, config.focal_gamma)
 
 
-MODELS = {"dn_dab_detr": _dn_dab_detr}
+OutputParts = Callable[
+    [
+        criterion.Outputs,
+        Denoising | None,
+        criterion.Targets,
+        criterion.Totals,
+        criterion.LossSettings,
+    ],
+    list[criterion.OutputPart],
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """Everything that the package needs to know of a variant.
+
+    Attributes:
+      name: value of `config.model.name`.
+      build: (`config.model`, `config.compile.attention`) -> the detector, a module called like
+        `Detector`.
+      num_queries: (`config.model`) -> number of matching queries N.
+      frozen: (`config.model`) -> regular expressions for the paths of parameters that are not
+        trained.
+      class_loss: (`config.loss`) -> loss, matching cost and scores of classes.
+      output_parts: (outputs, dn, targets, totals, settings) -> the parts of the training loss, the
+        matching queries first, see `criterion.output_parts`.
+      torch_names: "module:attribute" with the names of the official state dict; it is imported when
+        weights are converted. Empty: there are none.
+    """
+
+    name: str
+    build: Callable[[ConfigDict, str], nn.Module]
+    num_queries: Callable[[ConfigDict], int]
+    frozen: Callable[[ConfigDict], list[str]] = lambda config: []
+    class_loss: Callable[[ConfigDict], ClassLoss] = focal_loss
+    output_parts: OutputParts = criterion.output_parts
+    torch_names: str = ""
+
+
+_variants: dict[str, Variant] = {}
+
+
+def register(variant: Variant) -> None:
+    """Makes a variant known by its name.
+
+    Raises:
+      ValueError: another variant has that name.
+    """
+    if _variants.get(variant.name, variant) != variant:
+        raise ValueError(f"model {variant.name!r}: another variant has this name")
+    _variants[variant.name] = variant
+
+
+register(
+    Variant(
+        name="dn_dab_detr",
+        build=dn_dab_detr.build,
+        num_queries=dn_dab_detr.num_queries,
+        frozen=dn_dab_detr.frozen,
+        torch_names="dn_detr_jax.interop.torch_names:MODULES",
+    )
+)
+
+
+def variant_of(config: ConfigDict) -> Variant:
+    """Returns the variant of `config.model`.
+
+    Raises:
+      ConfigError: unknown name.
+    """
+    if config.name not in _variants:
+        raise ConfigError("model.name", config.name, f"unknown; known: {', '.join(_variants)}")
+    return _variants[config.name]
 
 
 def build_model(config: ConfigDict, attention: str = "xla") -> nn.Module:
@@ -33,51 +106,52 @@ def build_model(config: ConfigDict, attention: str = "xla") -> nn.Module:
 
     Args:
       config: `config.model`.
-      attention: `config.compile.attention`; parameters are the same, and results but for rounding.
+      attention: `config.compile.attention`; it changes no parameters, and results by rounding only.
 
     Raises:
       ConfigError: unknown name.
     """
-    if config.name not in MODELS:
-        raise ConfigError("model.name", config.name, f"unknown; known: {', '.join(MODELS)}")
-    return MODELS[config.name](config, attention)
+    return variant_of(config).build(config, attention)
 
 
 def num_matching_queries(config: ConfigDict) -> int:
-    """Matching queries N of `config.model`: every anchor with every pattern."""
-    return config.num_queries * max(config.num_patterns, 1)
+    """Returns the number of matching queries N of `config.model`."""
+    return variant_of(config).num_queries(config)
+
+
+def loss_settings(config: ConfigDict) -> criterion.LossSettings:
+    """Returns the settings of matching and losses of a whole configuration."""
+    return criterion.LossSettings(
+        class_loss=variant_of(config.model).class_loss(config.loss),
+        costs=config.matcher.to_dict(),
+        weights={k: v for k, v in config.loss.items() if k.startswith("weight_")},
+    )
 
 
 def abstract_params(model: nn.Module, canvas: tuple[int, int] = (64, 64)) -> dict:
-    """Shapes and dtypes of the parameters, without computing anything."""
+    """Returns the shapes and dtypes of the parameters, without computing anything."""
     image = jax.ShapeDtypeStruct((1, *canvas, 3), jnp.float32)
     size = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     return jax.eval_shape(model.init, jax.random.key(0), image, size)["params"]
 
 
 def trainable(params: dict, config: ConfigDict) -> dict[str, bool]:
-    """Which parameters are trained, by their path.
+    """Tells which parameters are trained, by their path.
 
     Args:
       params: nested dictionary of arrays or shapes.
       config: `config.model`.
 
     Returns:
-      {"backbone/stem_conv/kernel": False, ...}: False for frozen batch norm, and for the stem and
-      the first `backbone.frozen_stages` stages.
+      {"backbone/stem_conv/kernel": False, ...}: False for the frozen parameters of the variant.
     """
-    frozen = []
-    if config.backbone.norm == "frozen_batch_norm":
-        frozen.append(r"^backbone/.*norm\d?/")
-    if config.backbone.frozen_stages >= 0:
-        frozen.append(r"^backbone/stem")
-        frozen += [rf"^backbone/layer{i + 1}_" for i in range(config.backbone.frozen_stages)]
+    frozen = variant_of(config).frozen(config)
     paths = traverse_util.flatten_dict(params, sep="/")
     return {path: not any(re.search(p, path) for p in frozen) for path in paths}
 
 
-def parameter_table(params: dict, is_trainable: dict[str, bool]) -> str:
-    """A readable table of all parameters: path, shape, size, and whether they are trained."""
+def parameter_table(params: dict, is_trainable: Mapping[str, bool]) -> str:
+    """Formats a table of all parameters: path, shape, size, and whether they are trained."""
     flat = traverse_util.flatten_dict(params, sep="/")
     sizes = {path: int(np.prod(leaf.shape)) for path, leaf in flat.items()}
     width = max(map(len, flat))

@@ -11,7 +11,8 @@ from dn_detr_jax import boxes as box_ops
 from dn_detr_jax import losses, matching
 from dn_detr_jax.evaluation.postprocess import select_detections
 from dn_detr_jax.models.deformable import sample_levels
-from dn_detr_jax.models.position import box_encoding, image_encoding, valid_tokens
+from dn_detr_jax.models.images import valid_tokens
+from dn_detr_jax.models.position import box_encoding, image_encoding
 from dn_detr_jax.parity import check_denoising, reference
 from dn_detr_jax.parity.check_detector import to_pixels
 from dn_detr_jax.parity.comparison import ATOL, RTOL, Report

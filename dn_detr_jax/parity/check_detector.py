@@ -19,7 +19,7 @@ from dn_detr_jax import denoising
 from dn_detr_jax.boxes import inverse_sigmoid
 from dn_detr_jax.evaluation.postprocess import select_detections
 from dn_detr_jax.interop.convert import flat, gradients_to_torch, params_from_torch
-from dn_detr_jax.models.position import valid_tokens
+from dn_detr_jax.models.images import valid_tokens
 from dn_detr_jax.models.registry import abstract_params, build_model, trainable
 from dn_detr_jax.parity import reference
 from dn_detr_jax.parity.comparison import Report

@@ -23,6 +23,7 @@ from dn_detr_jax.data.loader import eval_batches, eval_plan
 from dn_detr_jax.data.plan import steps_per_epoch
 from dn_detr_jax.distributed.consistency import barrier, check_agreement
 from dn_detr_jax.errors import ConfigError, DataError
+from dn_detr_jax.evaluation.detect import jit_eval_step, jit_match
 from dn_detr_jax.evaluation.labels import with_labels_of_run
 from dn_detr_jax.models.registry import abstract_params, build_model, num_matching_queries
 from dn_detr_jax.sharding import make_mesh, replicated, with_sharding
@@ -30,7 +31,7 @@ from dn_detr_jax.training import schedules
 from dn_detr_jax.training.compile_cache import compile_and_log, use_compile_cache
 from dn_detr_jax.training.compile_options import accepted_options
 from dn_detr_jax.training.state import TrainState
-from dn_detr_jax.training.step import abstract_batch, jit_detect, jit_match
+from dn_detr_jax.training.step import abstract_batch
 
 PyTree = Any
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class Setup:
       mesh: devices.
       model: detector.
       validation: the split to evaluate on.
-      detect: the jitted `training.step.detect`.
+      detect: the jitted `evaluation.detect.eval_step`.
     """
 
     config: ConfigDict
@@ -99,7 +100,7 @@ def set_up(
     processes = jax.process_index(), jax.process_count()
     eval_batches(validation, config, *processes).close()  # raises for images that don't fit
     model = build_model(config.model, config.compile.attention)
-    detect = jit_detect(model=model, config=config, mesh=mesh)
+    detect = jit_eval_step(model=model, config=config, mesh=mesh)
     return Setup(config, mesh, model, validation, detect)
 
 
@@ -221,7 +222,7 @@ def compile_programs(
 
     Returns:
       Train steps by canvas (none without `step_function`); and for the canvases of the validation
-      images a function (params, batch) -> detections as `training.step.detect`, with
+      images a function (params, batch) -> detections as `eval_step`, with
       `assignment` int32 [B, M], the query matched to each object, -1 for padding, in place of the
       costs.
     """

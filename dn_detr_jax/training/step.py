@@ -1,21 +1,21 @@
-"""The compiled training and evaluation steps, sharded over a mesh.
+"""The compiled training step, sharded over a mesh.
 
-One `jax.jit` with explicit shardings each: the batch is split over the mesh axis `data`, state and
+It is one `jax.jit` with explicit shardings: the batch is split over the mesh axis `data`, state and
 metrics are replicated, and losses are sums over the global batch divided by global counts. The
-compiler puts in the gradient's all-reduce; nothing in the losses knows of devices. Random numbers
+compiler adds the all-reduce of the gradients; the losses do not deal with devices. Random numbers
 come from the seed and the step by `jax.random.fold_in`, so they depend neither on the number of
 devices nor on where a run was interrupted.
 
-With `train.accumulate_steps` a device takes its pictures in several parts, one after the other.
-Noise is drawn and counts are taken before the batch is split, so that the parts' losses, and their
-gradients, add up to those of the batch at once.
+With `train.accumulate_steps` a device processes its images in several parts, one after the other.
+The noise is drawn and the counts are taken before the batch is split, so the losses and gradients
+of the parts add up to those of the whole batch.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
@@ -24,9 +24,10 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from dn_detr_jax import denoising, losses, matching
-from dn_detr_jax.evaluation.postprocess import select_detections
-from dn_detr_jax.models.dn_dab_detr import normalize_images
+from dn_detr_jax import denoising
+from dn_detr_jax.criterion import Totals, total_loss
+from dn_detr_jax.models.images import normalize_images
+from dn_detr_jax.models.registry import loss_settings, variant_of
 from dn_detr_jax.sharding import (
     largest_axis_over_data,
     over_data,
@@ -41,58 +42,10 @@ PyTree = Any
 Batch = dict[str, jax.Array]
 
 
-@flax.struct.dataclass
-class Totals:
-    """Counts of a global batch, which the losses of its parts are divided by.
-
-    Attributes:
-      num_images: B.
-      num_objects: float32 scalar.
-      num_targets: of the denoising queries, int32 scalar; None without denoising.
-    """
-
-    num_images: int = flax.struct.field(pytree_node=False)
-    num_objects: jax.Array
-    num_targets: jax.Array | None
-
-    @classmethod
-    def of(cls, batch: Batch, dn: denoising.Denoising | None) -> "Totals":
-        """Counts a whole batch."""
-        valid = batch["valid"]
-        num_objects = jnp.sum(valid, dtype=jnp.float32)
-        return cls(len(valid), num_objects, None if dn is None else dn.num_targets)
-
-
-def _costs(
-    outputs: dict[str, jax.Array], batch: Batch, config: ConfigDict
-) -> tuple[jax.Array, jax.Array]:
-    """Matching costs [B, L, N, M] of all layers, and how many of them were not finite."""
-    cost = matching.matching_cost(
-        outputs["pred_logits"],
-        outputs["pred_boxes"],
-        batch["labels"],
-        batch["boxes"],
-        **config.matcher,
-        alpha=config.loss.focal_alpha,
-        gamma=config.loss.focal_gamma,
-    )
-    return matching.sanitize(cost, batch["valid"])
-
-
-def _by_layer(terms: dict[str, jax.Array], prefix: str) -> dict[str, jax.Array]:
-    """{"loss_ce": [L]} to scalars: the last layer without suffix, the others `_0`, `_1`, ..."""
-    named = {}
-    for name, values in terms.items():
-        for layer in range(len(values) - 1):
-            named[f"{prefix}{name}_{layer}"] = values[layer]
-        named[f"{prefix}{name}"] = values[-1]
-    return named
-
-
 def denoising_queries(
     batch: Batch, key: jax.Array, config: ConfigDict, noise: denoising.Noise | None = None
 ) -> denoising.Denoising | None:
-    """The denoising queries of a batch, or None with `dn.groups` of 0.
+    """Makes the denoising queries of a batch; None if `dn.groups` is 0.
 
     Args:
       batch: `labels` [B, M], `boxes` [B, M, 4] and `valid` [B, M].
@@ -140,7 +93,7 @@ def compute_losses(
     mesh: Mesh,
     noise: denoising.Noise | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The training loss of a batch and all its terms.
+    """Computes the training loss of a batch and all its terms.
 
     Args:
       params: of the model.
@@ -197,55 +150,31 @@ def criterion(
     assignment: jax.Array | None = None,
     totals: Totals | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
-    """The training loss of a model's outputs.
+    """Computes the training loss of a model's outputs.
 
     Args:
-      outputs: `pred_logits` [L, B, S + N, C] and `pred_boxes` [L, B, S + N, 4].
+      outputs: `pred_logits` [L, B, S + N, K] and `pred_boxes` [L, B, S + N, 4], and what else the
+        parts of the variant read.
       dn: the denoising queries among them, or None.
       batch: `labels`, `boxes` and `valid`.
       config: whole configuration.
       mesh: for the matching; None if the batch is on one device.
-      assignment: int [B, L, M] to use in place of the matching.
-      totals: of the batch that this one is a part of; the results of all parts add up to its own.
+      assignment: int [B, L, M] of the matching queries, to use in place of the matching.
+      totals: counts of the batch that this one is a part of; the results of all parts add up to
+        those of that batch.
 
     Returns:
-      The loss and the terms of `compute_losses`, and the assignment int32 [B, L, M].
+      The loss and the terms of `compute_losses`, and the assignment int32 [B, L, M] of the matching
+      queries.
     """
     totals = Totals.of(batch, dn) if totals is None else totals
-    # Split before matching: a denoising query must never be matched.
-    parts = {name: denoising.split(x, dn) for name, x in outputs.items()}
-    matched = {name: part[1] for name, part in parts.items()}
-    nonfinite = jnp.zeros((), jnp.int32)
-    if assignment is None:
-        cost, nonfinite = _costs(matched, batch, config)
-        assignment = matching.assign(cost, batch["valid"], mesh)
-    focal = {"alpha": config.loss.focal_alpha, "gamma": config.loss.focal_gamma}
-    weights = {k: v for k, v in config.loss.items() if k.startswith("weight_")}
-    terms = losses.set_criterion(
-        **matched,
-        labels=batch["labels"],
-        boxes=batch["boxes"],
-        valid=batch["valid"],
-        assignment=assignment,
-        num_objects=totals.num_objects,
-        num_images=totals.num_images,
-        **focal,
-    )
-    total = losses.weighted_total(terms, **weights)
-    named = _by_layer(terms, "")
-    if dn is not None:
-        terms = denoising.reconstruction_loss(
-            parts["pred_logits"][0],
-            parts["pred_boxes"][0],
-            dn,
-            num_targets=totals.num_targets,
-            **focal,
-        )
-        total = total + losses.weighted_total(terms, **weights)
-        named |= _by_layer(terms, "dn_")
-    named["num_objects"] = jnp.sum(batch["valid"], dtype=jnp.float32)
-    named["nonfinite_costs"] = nonfinite.astype(jnp.float32)
-    return total, named, assignment
+    variant = variant_of(config.model)
+    parts = variant.output_parts(outputs, dn, batch, totals, loss_settings(config))
+    if assignment is not None:
+        parts[0] = dataclasses.replace(parts[0], assignment=assignment)
+    total, terms, assignments = total_loss(parts, mesh)
+    terms["num_objects"] = jnp.sum(batch["valid"], dtype=jnp.float32)
+    return total, terms, assignments[0] if assignment is None else assignment
 
 
 def compute_gradients(
@@ -353,28 +282,6 @@ def train_step(
     return new, metrics
 
 
-def detect(
-    params: PyTree, batch: Batch, *, model: nn.Module, config: ConfigDict
-) -> dict[str, jax.Array]:
-    """Detections of a batch, and what matching the last decoder layer would cost.
-
-    The matching itself is not part of it (`jit_match`): a program that calls the host can't be kept
-    in JAX's cache of compiled programs.
-
-    Returns:
-      `scores`, `labels` and `boxes` as `select_detections`; `image_id` int32 [B]; and `cost`, the
-      argument of `matching.assign`, float32 [B, 1, N, M].
-    """
-    images = normalize_images(batch["image"], batch["size"])
-    outputs = model.apply({"params": params}, images, batch["size"])
-    outputs = {name: x[-1:] for name, x in outputs.items()}
-    cost, _ = _costs(outputs, batch, config)
-    detections = select_detections(
-        outputs["pred_logits"][0], outputs["pred_boxes"][0], config.eval.num_select
-    )
-    return detections | {"image_id": batch["image_id"], "cost": cost}
-
-
 def jit_train_step(
     *,
     model: nn.Module,
@@ -423,33 +330,6 @@ def jit_train_step(
         donate_argnums=0,
     )
     return jitted, names
-
-
-def jit_detect(
-    *, model: nn.Module, config: ConfigDict, mesh: Mesh
-) -> Callable[[PyTree, Batch], dict[str, jax.Array]]:
-    """The jitted `detect`: (params, batch) -> detections, gathered on every device, and costs."""
-
-    def step(params, batch):
-        return detect(params, batch, model=model, config=config)
-
-    everywhere, over = replicated(mesh), over_data(mesh)
-    detections = dict.fromkeys(("scores", "labels", "boxes", "image_id"), everywhere)
-    return jax.jit(step, in_shardings=(everywhere, over), out_shardings=detections | {"cost": over})
-
-
-def jit_match(mesh: Mesh) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """The jitted matching of detections.
-
-    Returns:
-      A function of `cost` float32 [B, 1, N, M] of `detect` and `valid` bool [B, M], which gives the
-      query matched to each object, -1 for padding, int32 [B, M], gathered on every device.
-    """
-
-    def match(cost, valid):
-        return matching.assign(cost, valid, mesh)[:, 0]
-
-    return jax.jit(match, in_shardings=over_data(mesh), out_shardings=replicated(mesh))
 
 
 def abstract_batch(

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dn_detr_jax.models.position import valid_tokens
+from dn_detr_jax.models.images import valid_tokens
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 BOTTLENECK_DEPTHS = (50, 101)
@@ -170,16 +170,16 @@ class ResNet(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, image: jax.Array, size: jax.Array) -> jax.Array:
-        """Features of a batch.
+    def __call__(self, image: jax.Array, size: jax.Array) -> tuple[jax.Array, ...]:
+        """Computes the features of a batch.
 
         Args:
           image: float [B, H, W, 3], normalised, zero at padded pixels.
           size: int [B, 2], valid height and width.
 
         Returns:
-          [B, ceil(H / s), ceil(W / s), C]: stride s is 4 * 2 ** (stages - 1), half of that with
-          dilation.
+          [B, ceil(H / s), ceil(W / s), C] of every stage: the stride s of stage i is 4 * 2 ** i,
+          half of that for the last one with dilation.
         """
         masks = _Masks(size, image.shape[1:3])
         norm = NORMS[self.norm]
@@ -201,6 +201,7 @@ class ResNet(nn.Module):
             x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
 
         block = nn.remat(_Block) if self.remat else _Block
+        features = []
         for stage, blocks in enumerate(BLOCKS[self.depth][: self.stages]):
             dilated = self.dilation and stage == self.stages - 1
             strided = (stage > 0 or self.stem == "light") and not dilated
@@ -218,4 +219,5 @@ class ResNet(nn.Module):
                     dtype=self.dtype,
                     name=f"layer{stage + 1}_block{index}",
                 )(x, masks((height, width)), masks(out))
-        return x
+            features.append(x)
+        return tuple(features)

@@ -1,0 +1,99 @@
+"""Prediction heads: classes and boxes of the states of every decoder layer."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from dn_detr_jax.boxes import inverse_sigmoid
+from dn_detr_jax.models.initializers import prior_probability_bias, torch_default_kernel
+from dn_detr_jax.models.layers import MLP, Linear
+
+
+def _class_head(num_classes: int, dtype: jnp.dtype) -> Linear:
+    return Linear(
+        num_classes,
+        prior_probability_bias(),
+        torch_default_kernel,
+        dtype=dtype,
+        out_dtype=jnp.float32,
+    )
+
+
+def _box_head(hidden_dim: int, dtype: jnp.dtype) -> MLP:
+    """Makes a box head whose initial offsets are 0."""
+    features = (hidden_dim, hidden_dim, 4)
+    return MLP(features, torch_default_kernel, last_constant=0.0, dtype=dtype)
+
+
+def _outputs(logits: jax.Array, offsets: jax.Array, references: jax.Array) -> dict[str, jax.Array]:
+    boxes = jax.nn.sigmoid(offsets + inverse_sigmoid(references))
+    return {"pred_logits": logits, "pred_boxes": boxes}
+
+
+class SharedHeads(nn.Module):
+    """One class head and one box head for all decoder layers.
+
+    Attributes:
+      num_classes: C.
+      hidden_dim: D.
+      dtype: of the compute.
+    """
+
+    num_classes: int
+    hidden_dim: int
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        """Makes the heads."""
+        self.class_head = _class_head(self.num_classes, self.dtype)
+        self.box_head = _box_head(self.hidden_dim, self.dtype)
+
+    def box_offsets(self, layer: int, x: jax.Array) -> jax.Array:
+        """Offsets of boxes in logit space, [..., D] to float32 [..., 4]."""
+        del layer
+        return self.box_head(x)
+
+    def __call__(self, states: jax.Array, references: jax.Array) -> dict[str, jax.Array]:
+        """Predicts classes and boxes.
+
+        Args:
+          states: [L, B, Q, D] of all decoder layers.
+          references: float32 [L, B, Q, 4] cxcywh, which the boxes are predicted relative to.
+
+        Returns:
+          `pred_logits` float32 [L, B, Q, C] and `pred_boxes` float32 [L, B, Q, 4] cxcywh.
+        """
+        logits = self.class_head(states)
+        return _outputs(logits, self.box_head(states), references)
+
+
+class LayerHeads(nn.Module):
+    """A class head and a box head for each decoder layer, called like `SharedHeads`.
+
+    Attributes:
+      num_layers: L.
+      num_classes: C.
+      hidden_dim: D.
+      dtype: of the compute.
+    """
+
+    num_layers: int
+    num_classes: int
+    hidden_dim: int
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        """Makes the heads."""
+        layers = range(self.num_layers)
+        self.class_head = [_class_head(self.num_classes, self.dtype) for _ in layers]
+        self.box_head = [_box_head(self.hidden_dim, self.dtype) for _ in layers]
+
+    def box_offsets(self, layer: int, x: jax.Array) -> jax.Array:
+        """See `SharedHeads.box_offsets`."""
+        return self.box_head[layer](x)
+
+    def __call__(self, states: jax.Array, references: jax.Array) -> dict[str, jax.Array]:
+        """See `SharedHeads.__call__`."""
+        logits = [head(x) for head, x in zip(self.class_head, states, strict=True)]
+        offsets = [head(x) for head, x in zip(self.box_head, states, strict=True)]
+        return _outputs(jnp.stack(logits), jnp.stack(offsets), references)

@@ -1,0 +1,155 @@
+"""Linear maps, small networks and norms, shared by encoder, decoder and heads."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from dn_detr_jax.models.attention import attention
+from dn_detr_jax.models.initializers import torch_default_bias, torch_default_kernel, xavier_uniform
+
+LAYER_NORM_EPS = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerConfig:
+    """Settings that all layers of encoder and decoder share.
+
+    Attributes:
+      num_heads: heads of every attention.
+      ffn_dim: width of the feed-forward networks.
+      activation: "prelu" or "relu", in the feed-forward networks.
+      dropout: rate.
+      dtype: of the compute. Layer norms, boxes and the residual stream stay in float32.
+      attention_fn: `attention`, or a function with the same arguments and result.
+    """
+
+    num_heads: int
+    ffn_dim: int
+    activation: str = "prelu"
+    dropout: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+    attention_fn: Callable[..., jax.Array] = attention
+
+
+def call_layer(layer: nn.Module, *inputs: Any, remat: bool, **static: Any) -> jax.Array:
+    """Calls a layer, and recomputes it in the backward pass if `remat` is True.
+
+    Args:
+      layer: module bound to its parent.
+      *inputs: arrays, or trees of arrays. With `remat` they are all that the forward pass keeps.
+      remat: recompute the layer's intermediate results in place of storing them.
+      **static: keyword arguments of the layer that are Python values, such as `train`.
+    """
+    if not remat:
+        return layer(*inputs, **static)
+    return nn.remat(lambda layer, *inputs: layer(*inputs, **static))(layer, *inputs)
+
+
+def layer_norm(name: str) -> nn.LayerNorm:
+    """Makes a layer norm with PyTorch's epsilon and the two-pass variance.
+
+    It computes in float32, whatever the dtype of the compute. The residual stream thus stays in
+    float32 too: it is small, and its rounding errors would add up from layer to layer.
+    """
+    return nn.LayerNorm(
+        epsilon=LAYER_NORM_EPS, use_fast_variance=False, dtype=jnp.float32, name=name
+    )
+
+
+class Linear(nn.Module):
+    """A linear map, by default with Xavier weights and PyTorch's default bias.
+
+    Attributes:
+      features: number of outputs.
+      bias_init: initialiser of the bias; None: PyTorch's default.
+      kernel_init: initialiser of the weights.
+      dtype: of the compute.
+      out_dtype: of the result; None: `dtype`.
+    """
+
+    features: int
+    bias_init: nn.initializers.Initializer | None = None
+    kernel_init: nn.initializers.Initializer = xavier_uniform
+    dtype: jnp.dtype = jnp.float32
+    out_dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [..., K] to [..., features]."""
+        fan_in = x.shape[-1]
+        kernel = self.param("kernel", self.kernel_init, (fan_in, self.features))
+        bias_init = self.bias_init or torch_default_bias(fan_in)
+        bias = self.param("bias", bias_init, (self.features,))
+        out_dtype = self.out_dtype or self.dtype
+        operands = x.astype(self.dtype), kernel.astype(self.dtype)
+        y = jnp.matmul(*operands, preferred_element_type=out_dtype)
+        # In float32, since the gradient is a sum over all tokens.
+        return (y.astype(jnp.float32) + bias).astype(out_dtype)
+
+
+class MLP(nn.Module):
+    """Linear maps with ReLU between them.
+
+    Attributes:
+      features: number of outputs of each layer.
+      kernel_init: initialiser of the weights.
+      last_constant: if given, the last layer starts with weights 0 and this bias.
+      dtype: of the compute.
+    """
+
+    features: tuple[int, ...]
+    kernel_init: nn.initializers.Initializer = torch_default_kernel
+    last_constant: float | None = None
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [..., K] to float32 [..., features[-1]]."""
+        last = len(self.features) - 1
+        for i, features in enumerate(self.features):
+            init, bias_init = self.kernel_init, None
+            if i == last and self.last_constant is not None:
+                init = nn.initializers.zeros
+                bias_init = nn.initializers.constant(self.last_constant)
+            out_dtype = jnp.float32 if i == last else None
+            x = Linear(features, bias_init, init, self.dtype, out_dtype, name=f"layer{i}")(x)
+            if i < last:
+                x = nn.relu(x)
+        return x
+
+
+class Activation(nn.Module):
+    """ReLU, or PReLU with one learned slope (He et al., ICCV 2015)."""
+
+    kind: str = "prelu"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps any shape."""
+        if self.kind == "relu":
+            return nn.relu(x)
+        slope = self.param("slope", nn.initializers.constant(0.25), ())
+        # In float32, since the slope's gradient is a sum over all tokens and channels.
+        y = x.astype(jnp.float32)
+        return jnp.where(y >= 0, y, slope * y).astype(x.dtype)
+
+
+class FeedForward(nn.Module):
+    """The two-layer network of a transformer layer, with its residual and layer norm."""
+
+    config: LayerConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Maps [..., D] to [..., D]; dropout is active if `train` is True."""
+        config = self.config
+        y = Linear(config.ffn_dim, dtype=config.dtype, name="linear1")(x)
+        y = Activation(config.activation, name="activation")(y)
+        y = nn.Dropout(config.dropout)(y, deterministic=not train)
+        y = Linear(x.shape[-1], dtype=config.dtype, name="linear2")(y)
+        y = nn.Dropout(config.dropout)(y, deterministic=not train)
+        return layer_norm("norm")(x + y)
