@@ -1,7 +1,7 @@
 """Box formats, overlaps and the logit space in which anchors are refined.
 
-Boxes are float arrays `[..., 4]`: `cxcywh` (centre x, centre y, width, height) or `xyxy` (left,
-top, right, bottom). Networks predict `cxcywh` normalised by the picture's valid size, so values
+Boxes are float arrays `[..., 4]`: `cxcywh` (center x, center y, width, height) or `xyxy` (left,
+top, right, bottom). Networks predict `cxcywh` normalized by the valid size of the image, so values
 lie in [0, 1]. Overlaps follow Rezatofighi et al., "Generalized Intersection over Union", CVPR 2019,
 with the guards of the official DN-DETR code (1e-6 in the denominators), so that empty boxes give 0.
 """
@@ -15,7 +15,7 @@ _OVERLAP_EPS = 1e-6
 
 
 def clamp(x: jax.Array, low: float | None = None, high: float | None = None) -> jax.Array:
-    """`jnp.clip` whose gradient is 1 on the boundary itself, as in PyTorch.
+    """Clips like `jnp.clip`, but with a gradient of 1 on the boundary itself, as in PyTorch.
 
     Args:
       x: any shape.
@@ -30,38 +30,38 @@ def clamp(x: jax.Array, low: float | None = None, high: float | None = None) -> 
 
 
 def inverse_sigmoid(x: jax.Array, eps: float = LOGIT_EPS) -> jax.Array:
-    """`log(x / (1 - x))` with both sides kept at or above `eps`.
+    """Computes `log(x / (1 - x))` with numerator and denominator kept at or above `eps`.
 
     Args:
-      x: any shape; values outside [0, 1] count as 0 or 1.
+      x: any shape; values outside [0, 1] are clipped.
       eps: bound; the result lies within +-log(1 / eps), about 6.9 for the default.
 
     Returns:
-      Array of the shape of `x`. The gradient vanishes where a bound is active.
+      Array of the shape of `x`. The gradient is 0 where a bound is active.
     """
     x = clamp(x, 0.0, 1.0)
     return jnp.log(clamp(x, eps) / clamp(1.0 - x, eps))
 
 
 def cxcywh_to_xyxy(boxes: jax.Array) -> jax.Array:
-    """Converts `[..., 4]` boxes from centre and size to corners."""
-    centre, half = boxes[..., :2], 0.5 * boxes[..., 2:]
-    return jnp.concatenate([centre - half, centre + half], axis=-1)
+    """Converts `[..., 4]` boxes from center and size to corners."""
+    center, half = boxes[..., :2], 0.5 * boxes[..., 2:]
+    return jnp.concatenate([center - half, center + half], axis=-1)
 
 
 def xyxy_to_cxcywh(boxes: jax.Array) -> jax.Array:
-    """Converts `[..., 4]` boxes from corners to centre and size."""
+    """Converts `[..., 4]` boxes from corners to center and size."""
     low, high = boxes[..., :2], boxes[..., 2:]
     return jnp.concatenate([0.5 * (low + high), high - low], axis=-1)
 
 
 def area(boxes: jax.Array) -> jax.Array:
-    """Areas `[...]` of `xyxy` boxes `[..., 4]`."""
+    """Computes the areas `[...]` of `xyxy` boxes `[..., 4]`."""
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 
 def iou_and_union(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Intersection over union and the union's area of `xyxy` boxes, see `iou`."""
+    """Computes intersection over union and the area of the union of `xyxy` boxes, see `iou`."""
     low = jnp.maximum(a[..., :2], b[..., :2])
     high = jnp.minimum(a[..., 2:], b[..., 2:])
     sides = clamp(high - low, 0.0)
@@ -71,7 +71,7 @@ def iou_and_union(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def iou(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Intersection over union of `xyxy` boxes, elementwise with broadcasting.
+    """Computes the intersection over union of `xyxy` boxes, elementwise with broadcasting.
 
     For all pairs of `[N, 4]` and `[M, 4]` call `iou(a[:, None], b[None])`, which is `[N, M]`.
     """
@@ -79,7 +79,7 @@ def iou(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def generalized_iou(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Generalized IoU of `xyxy` boxes in [-1, 1], elementwise with broadcasting."""
+    """Computes the generalized IoU of `xyxy` boxes, in [-1, 1], elementwise with broadcasting."""
     overlap, union = iou_and_union(a, b)
     low = jnp.minimum(a[..., :2], b[..., :2])
     high = jnp.maximum(a[..., 2:], b[..., 2:])

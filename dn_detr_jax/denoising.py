@@ -1,30 +1,29 @@
-"""Query denoising: the part that makes DN-DETR learn fast, as free functions of any detector.
+"""Query denoising, the part that makes DN-DETR learn fast, as free functions for any detector.
 
 Li et al., "DN-DETR: Accelerate DETR Training by Introducing Query DeNoising", CVPR 2022, sections
 4.2 to 4.4. In training, noised copies of the true labels and boxes go through the decoder as extra
-queries in front of the matching queries, and their outputs have to reconstruct the originals: no
-matching is needed for them. The copies come in groups; an attention mask keeps matching queries
-from seeing any of them and the groups from seeing each other.
+queries in front of the matching queries. Their outputs have to reconstruct the originals, so they
+need no matching. The copies come in groups. An attention mask hides all of them from the matching
+queries, and the groups from each other.
 
 The contrastive variant (Zhang et al., "DINO: DETR with Improved DeNoising Anchor Boxes for
 End-to-End Object Detection", ICLR 2023, section 3.3) gives every object a second copy in each
-group, with more noise, which has to be recognised as no object.
+group, with more noise, which has to be recognized as no object.
 
-All shapes are static. B pictures, M slots for objects, G groups, S = G * M denoising slots (2 * G *
+All shapes are static. B images, M slots for objects, G groups, S = G * M denoising slots (2 * G *
 M if contrastive), N matching queries, C classes, L decoder layers, D channels. A slot of an absent
-object is *empty*: it is never attended to and never enters a loss.
+object is *empty*: no query attends to it, and it enters no loss.
 
-Most pictures have far fewer objects than slots for them, so that most of these S slots are empty.
-`pack` moves the real ones together into a smaller number: each picture gets as many whole groups as
-fit.
+Most images have far fewer objects than slots, so most of these S slots are empty. `pack` moves the
+real ones into a smaller number of slots: each image gets as many whole groups as fit.
 
-Everything around a decoder of your own, in the order of the calls:
+The calls around a decoder of your own, in their order:
 
 >>> import jax, jax.numpy as jnp
 >>> from dn_detr_jax import denoising
 >>> labels = jnp.array([[3, 1], [2, 0]])                            # [B, M], contiguous
 >>> boxes = jnp.full((2, 2, 4), 0.5)                                # [B, M, 4] cxcywh in [0, 1]
->>> valid = jnp.array([[True, True], [True, False]])                # the second picture has one
+>>> valid = jnp.array([[True, True], [True, False]])                # the second image has one
 >>> noise = denoising.draw_noise(jax.random.key(0), (2, 3 * 2), num_classes=5)
 >>> dn = denoising.prepare(labels, boxes, valid, noise, groups=3, label_noise=0.2, box_noise=0.4)
 >>> dn.boxes.shape, dn.valid.sum().item()                           # 3 groups of 2 + 1 objects
@@ -50,21 +49,21 @@ import jax.numpy as jnp
 from dn_detr_jax import losses
 from dn_detr_jax.boxes import clamp, cxcywh_to_xyxy, xyxy_to_cxcywh
 
-# Label of negatives: the last row of the label table, and a target that is none of the classes.
+# Label of negatives. It selects the last row of the label table, and as a target it is no class.
 NO_OBJECT = -1
 
 
 @flax.struct.dataclass
 class Noise:
-    """Raw random draws, apart from their use so that stored draws can be injected.
+    """Raw random draws. They are separate from their use, so that stored draws can be injected.
 
     Attributes:
-      label_u: float32 [B, S] uniform in [0, 1); the label flips where it is below the noise scale.
-      label_new: int32 [B, S] replacement labels, used where the label flips.
+      label_u: float32 [B, S] uniform in [0, 1); a label flips if it is below the noise scale.
+      label_new: int32 [B, S] replacements of the labels that flip.
       box_u: float32 [B, S, 4] uniform in [0, 1).
-      box_sign: float32 [B, S, 4], 1 or -1, for contrastive denoising alone.
-      priority: float32 [B, M] uniform in [0, 1), for packing alone: of more objects than fit, the
-        lowest are kept.
+      box_sign: float32 [B, S, 4], 1 or -1, only for contrastive denoising.
+      priority: float32 [B, M] uniform in [0, 1), only for packing: of more objects than fit, those
+        with the lowest values are kept.
     """
 
     label_u: jax.Array
@@ -76,17 +75,17 @@ class Noise:
 
 @flax.struct.dataclass
 class Denoising:
-    """What goes from `prepare` to the attention mask, the queries, the split and the loss.
+    """Denoising queries and their targets: the state from `prepare` to the loss.
 
     Attributes:
       labels: int32 [B, S] noised labels, `NO_OBJECT` for negatives.
       boxes: float32 [B, S, 4] noised boxes, cxcywh in [0, 1].
-      group: int32 [B, S] denoising group of every slot, empty ones included; -1 for a slot of no
+      group: int32 [B, S] denoising group of every slot, also of empty ones; -1 for a slot without
         group.
       valid: bool [B, S], False for empty slots.
       target_labels: int32 [B, S] true labels, `NO_OBJECT` for negatives.
       target_boxes: float32 [B, S, 4] true boxes, cxcywh in [0, 1].
-      negative: bool [B, S], True for the copies that have no box to reconstruct.
+      negative: bool [B, S], True for copies without a box to reconstruct.
     """
 
     labels: jax.Array
@@ -99,12 +98,12 @@ class Denoising:
 
     @property
     def num_slots(self) -> int:
-        """Denoising slots per picture, S."""
+        """Number of denoising slots per image, S."""
         return self.valid.shape[-1]
 
     @property
     def num_targets(self) -> jax.Array:
-        """Slots of the whole batch with an object to reconstruct, int32: divides the losses."""
+        """Number of slots of the batch with an object to reconstruct, int32; divides the losses."""
         return jnp.sum(self.valid & ~self.negative, dtype=jnp.int32)
 
 
@@ -119,11 +118,11 @@ def draw_noise(
     """Draws the noise of a global batch.
 
     Args:
-      key: from `jax.random.fold_in(key, step)`, so that noise does not depend on the devices.
+      key: from `jax.random.fold_in(key, step)`, so that the noise does not depend on the devices.
       shape: (B, S).
       num_classes: C; replacements are uniform over the C real classes and may hit the true label.
-      contrastive: with the signs of contrastive denoising; the other draws stay the same.
-      num_objects: M, to draw priorities for packing; the other draws stay the same. 0: none.
+      contrastive: also draw the signs of contrastive denoising; the other draws stay the same.
+      num_objects: M, to also draw priorities for packing; the other draws stay the same. 0: none.
     """
     flip_key, label_key, box_key = jax.random.split(key, 3)
     sign_key, priority_key = jax.random.fold_in(key, 3), jax.random.fold_in(key, 4)
@@ -138,18 +137,18 @@ def draw_noise(
 
 
 def add_label_noise(labels: jax.Array, noise: Noise, scale: float) -> jax.Array:
-    """Flips each label with probability `scale` (section 4.2). Labels and result: int [B, S]."""
+    """Flips each label of int [B, S] with probability `scale` (section 4.2)."""
     return jnp.where(noise.label_u < scale, noise.label_new, labels)
 
 
 def add_box_noise(boxes: jax.Array, noise: Noise, scale: float) -> jax.Array:
-    """Shifts centres and scales sides (section 4.2).
+    """Shifts centers and scales sides (section 4.2).
 
     Args:
       boxes: float [B, S, 4] cxcywh in [0, 1].
       noise: raw draws.
-      scale: below 1. Centres move by at most `scale` times half a side, so that they stay inside
-        their box; sides become 1 - scale to 1 + scale times as long.
+      scale: below 1. Centers move by at most `scale` times half a side, and thus stay inside their
+        box; sides become 1 - scale to 1 + scale times as long.
 
     Returns:
       float [B, S, 4] cxcywh, clipped to [0, 1].
@@ -161,17 +160,17 @@ def add_box_noise(boxes: jax.Array, noise: Noise, scale: float) -> jax.Array:
 def add_contrastive_box_noise(
     boxes: jax.Array, noise: Noise, scale: float, negative: jax.Array
 ) -> jax.Array:
-    """Moves every side of a box by itself: a little, or more for negatives (DINO, section 3.3).
+    """Moves every side of a box independently, further for negatives (DINO, section 3.3).
 
     Args:
       boxes: float [B, S, 4] cxcywh in [0, 1].
       noise: raw draws with signs.
-      scale: below 1. Sides move in- or outwards by a share of half the box's extent: 0 to `scale`,
-        for negatives `scale` to 2 * `scale`.
+      scale: below 1. A side moves inwards or outwards by a share of half the extent of the box: 0
+        to `scale`, for negatives `scale` to 2 * `scale`.
       negative: bool [B, S].
 
     Returns:
-      float [B, S, 4] cxcywh, corners clipped to [0, 1]; a box whose sides cross has the extent 0.
+      float [B, S, 4] cxcywh, corners clipped to [0, 1]. A box whose sides cross gets the extent 0.
     """
     half = jnp.concatenate([boxes[..., 2:], boxes[..., 2:]], axis=-1) / 2
     distance = noise.box_u + negative[..., None]
@@ -192,20 +191,21 @@ def prepare(
 ) -> Denoising:
     """Lays out the groups and applies the noise: slot `g * M + m` is object m in group g.
 
-    If contrastive, a group is twice as long: the negative of slot `g * 2M + m` is `g * 2M + M + m`.
+    With `contrastive` a group is twice as long: the negative of slot `g * 2M + m` is slot
+    `g * 2M + M + m`.
 
     Args:
-      labels: int [B, M] contiguous labels, anything at padding.
-      boxes: float [B, M, 4] cxcywh in [0, 1], anything at padding.
+      labels: int [B, M] contiguous labels; any value at padding.
+      boxes: float [B, M, 4] cxcywh in [0, 1]; any value at padding.
       valid: bool [B, M], True for real objects.
       noise: draws for `slots_needed(M, groups, contrastive)` slots.
       groups: G, at least 1.
       label_noise: probability that a label flips.
       box_noise: scale of the box noise, in [0, 1).
-      contrastive: add the negatives. Boxes then get the noise of `add_contrastive_box_noise`.
+      contrastive: add negatives, and use `add_contrastive_box_noise`.
 
     Raises:
-      ValueError: the noise is for another number of slots, or has no signs for contrastive use.
+      ValueError: the noise has another number of slots, or no signs for contrastive denoising.
     """
     batch, num_objects = labels.shape
     slots = slots_needed(num_objects, groups, contrastive)
@@ -242,17 +242,17 @@ def prepare(
 
 
 def slots_needed(num_objects: int, groups: int, contrastive: bool = False) -> int:
-    """Denoising slots per picture, S, for M slots for objects and G groups."""
+    """Returns the denoising slots per image, S, for M slots for objects and G groups."""
     return num_objects * groups * (2 if contrastive else 1)
 
 
 def limit_objects(valid: jax.Array, priority: jax.Array, most: int) -> jax.Array:
-    """Of pictures with more objects than `most`, keeps those with the lowest priorities.
+    """Keeps at most `most` objects of each image, those with the lowest priorities.
 
     Args:
       valid: bool [B, M], True for real objects.
       priority: float [B, M], see `Noise`.
-      most: objects to keep in a picture.
+      most: number of objects to keep.
 
     Returns:
       bool [B, M].
@@ -262,17 +262,17 @@ def limit_objects(valid: jax.Array, priority: jax.Array, most: int) -> jax.Array
 
 
 def pack(dn: Denoising, slots: int) -> Denoising:
-    """Moves the real slots of each picture together: as many whole groups as fit, in their order.
+    """Moves the real slots of each image together, as many whole groups as fit, in their order.
 
-    What a slot holds stays the same, so that a picture whose groups all fit has the same losses as
-    before. Masks and losses need no change: they go by the groups and the validity of slots.
+    The content of a slot stays the same, so an image whose groups all fit has the same losses as
+    before. Masks and losses need no change, since they use the group and validity of each slot.
 
     Args:
-      dn: from `prepare`, without more real slots in a group than `slots`, see `limit_objects`.
-      slots: per picture.
+      dn: from `prepare`, with at most `slots` real slots in a group, see `limit_objects`.
+      slots: number of slots per image.
 
     Returns:
-      The same with at most `slots` slots; the empty ones are at the end, of no group.
+      The same with at most `slots` slots; empty ones are at the end and have no group.
     """
     group_size = jnp.sum(dn.valid & (dn.group == 0), axis=1, keepdims=True)
     kept = dn.valid & (dn.group < slots // jnp.maximum(group_size, 1))
@@ -305,21 +305,21 @@ def query_content(label_table: jax.Array, dn: Denoising, *, indicator: bool = Tr
 
 
 def query_boxes(dn: Denoising) -> jax.Array:
-    """Anchors float [B, S, 4] cxcywh of the denoising queries; 0.5 everywhere for empty slots."""
+    """Returns the anchors float [B, S, 4] cxcywh of denoising queries; 0.5 for empty slots."""
     return jnp.where(dn.valid[..., None], dn.boxes, 0.5)
 
 
 def attention_mask(dn: Denoising, num_queries: int, *, attend_padding: bool = False) -> jax.Array:
-    """Which query (row) may attend to which (column) in the decoder's self-attention.
+    """Masks the decoder's self-attention: which query (row) may attend to which (column).
 
-    Matching queries see matching queries alone. Denoising queries see the matching queries and the
-    real slots of their own group.
+    Matching queries attend to matching queries only. Denoising queries attend to the matching
+    queries and the real slots of their own group.
 
     Args:
       dn: from `prepare`.
       num_queries: N.
-      attend_padding: let queries also see the empty slots of their group, which is what the
-        PyTorch code does: results of a picture then depend on the rest of its batch.
+      attend_padding: denoising queries also attend to the empty slots of their group, as in the
+        PyTorch code. Results of an image then depend on the rest of its batch.
 
     Returns:
       bool [B, S + N, S + N], True: may attend. Every row has at least one True for N > 0.
@@ -336,8 +336,8 @@ def attention_mask(dn: Denoising, num_queries: int, *, attend_padding: bool = Fa
 def split(outputs: jax.Array, dn: Denoising | None) -> tuple[jax.Array, jax.Array]:
     """Splits decoder outputs [..., S + N, K] into the denoising and the matching part.
 
-    To be called before the matching: no denoising query may be matched. Without denoising the
-    first part is empty.
+    Split before matching: no denoising query may be matched. Without denoising the first part is
+    empty.
     """
     slots = 0 if dn is None else dn.num_slots
     return outputs[..., :slots, :], outputs[..., slots:, :]
@@ -362,9 +362,9 @@ def reconstruction_loss(
 
     Returns:
       `loss_ce`, `loss_bbox`, `loss_giou` and the metric `class_error` (percent), each float32 [L].
-      Sums over the batch, divided by the number of real slots, at least 1: under `jit` over a
-      sharded batch that is the global number. All are 0 for a batch without objects. Negatives
-      enter `loss_ce` alone, and do not count.
+      They are sums over the batch, divided by the number of real slots, at least 1; under `jit`
+      with a sharded batch that is the global number. All are 0 for a batch without objects.
+      Negatives enter only `loss_ce`, and do not count.
     """
     positive = dn.valid & ~dn.negative
     num_targets = dn.num_targets if num_targets is None else num_targets

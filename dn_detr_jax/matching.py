@@ -30,7 +30,7 @@ from dn_detr_jax import boxes as box_ops
 from dn_detr_jax.losses import DEFAULT_CLASS_LOSS, ClassLoss
 
 # Replaces costs that are not finite, and bounds the others. It is far above any real cost (|cost|
-# stays below some hundreds for normalised boxes), and small enough for exact sums in float32.
+# stays below some hundreds for normalized boxes), and small enough for exact sums in float32.
 MAX_COST = 1e6
 
 
@@ -49,9 +49,9 @@ def matching_cost(
 
     Args:
       pred_logits: float [L, B, N, K].
-      pred_boxes: float [L, B, N, 4] cxcywh, normalised.
+      pred_boxes: float [L, B, N, 4] cxcywh, normalized.
       labels: int [B, M].
-      boxes: float [B, M, 4] cxcywh, normalised.
+      boxes: float [B, M, 4] cxcywh, normalized.
       cost_class: weight of the class cost.
       cost_bbox: weight of the L1 distance of the boxes.
       cost_giou: weight of the negative generalized IoU.

@@ -1,7 +1,7 @@
 """The device mesh, and how batches and states lie on it.
 
-One mesh axis, `data`: batches are split over it, everything else has a copy on every device, except
-the optimizer's state where it is split too.
+There is one mesh axis, `data`. Batches are split over it. Everything else has a copy on every
+device, except an optimizer state that is split too.
 """
 
 from collections.abc import Sequence
@@ -18,13 +18,13 @@ PyTree = Any
 
 
 def make_mesh(num_devices: int = -1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over `num_devices` of the devices, by default jax's; -1: all of them.
+    """Makes a mesh over `num_devices` of the devices, by default jax's; -1: all of them.
 
-    With several processes each has as many of them as every other, and they come in the order of
-    the processes: the rows of a batch that a process reads are those that its devices hold.
+    All processes have equally many of them, in the order of the processes, so that a process reads
+    the rows of a batch that its devices hold.
 
     Raises:
-      ConfigError: there are not that many devices, or not as many in every process.
+      ConfigError: there are fewer devices, or they differ in number between processes.
     """
     devices = jax.devices() if devices is None else devices
     if num_devices != -1 and not 1 <= num_devices <= len(devices):
@@ -44,7 +44,7 @@ def make_mesh(num_devices: int = -1, devices: Sequence[jax.Device] | None = None
         raise ConfigError(
             "mesh.data",
             num_devices,
-            f"the same number of devices in each of {len(by_process)} processes, of which one has "
+            f"equally many devices in each of {len(by_process)} processes; one of them has "
             f"{fewest}: a multiple of {len(by_process)}, at most {fewest * len(by_process)}",
         )
     ordered = [device for process in sorted(by_process) for device in by_process[process][:each]]
@@ -52,20 +52,20 @@ def make_mesh(num_devices: int = -1, devices: Sequence[jax.Device] | None = None
 
 
 def over_data(mesh: Mesh) -> NamedSharding:
-    """The sharding of batches: the first axis is split over the devices."""
+    """Returns the sharding of batches: the first axis is split over the devices."""
     return NamedSharding(mesh, P("data"))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of states and results: every device has a copy."""
+    """Returns the sharding of states and results: every device has a copy."""
     return NamedSharding(mesh, P())
 
 
 def largest_axis_over_data(shapes: PyTree, mesh: Mesh) -> PyTree:
-    """The shardings of arrays of which every device keeps a part.
+    """Returns shardings that split each array over the devices.
 
-    Each array is split along the largest of its axes that the number of devices divides, the first
-    of equals; where there is none, every device has a copy.
+    An array is split along its largest axis that the number of devices divides, the first of equal
+    ones. If there is no such axis, every device has a copy.
     """
 
     def sharding(x):
@@ -79,7 +79,7 @@ def largest_axis_over_data(shapes: PyTree, mesh: Mesh) -> PyTree:
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Sends this process' rows of a batch to its devices, as parts of the global arrays."""
+    """Sends the rows of a batch of this process to its devices, as parts of global arrays."""
     sharding = over_data(mesh)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 

@@ -23,7 +23,7 @@ def iou_and_giou(a, b, eps=EPS):
 
 
 def giou(a, b):
-    """Of two boxes given by centre and size."""
+    """Of two boxes given by center and size."""
     return iou_and_giou(corners(a), corners(b))[1]
 
 
@@ -37,7 +37,7 @@ def focal(logit, positive, alpha=0.25, gamma=2.0):
 
 
 def random_boxes(rng, *shape):
-    """Boxes float32 [*shape, 4] as centre and size, inside the unit square."""
+    """Boxes float32 [*shape, 4] as center and size, inside the unit square."""
     size = rng.uniform(0.05, 0.5, (*shape, 2))
-    centre = size / 2 + rng.uniform(0, 1, (*shape, 2)) * (1 - size)
-    return np.concatenate([centre, size], axis=-1).astype(np.float32)
+    center = size / 2 + rng.uniform(0, 1, (*shape, 2)) * (1 - size)
+    return np.concatenate([center, size], axis=-1).astype(np.float32)

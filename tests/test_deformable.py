@@ -32,7 +32,7 @@ def read(level, x, y):
 
 
 def test_samples_equal_a_plain_loop():
-    """Catches x and y or levels mixed up, pixel corners for centres, and wrapping at the border."""
+    """Catches x and y or levels mixed up, pixel corners for centers, and wrapping at the border."""
     value, locations, weights = inputs()
     got = sample(value, SHAPES, locations, weights)
     want = np.zeros((BATCH, QUERIES, HEADS, FEATURES))

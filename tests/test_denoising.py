@@ -45,7 +45,7 @@ def prepared(groups=GROUPS, label_noise=0.2, box_noise=0.4, contrastive=False):
 def test_slot_of_every_object_in_every_group(contrastive):
     """A wrong layout gives targets to other queries.
 
-    Negatives come behind the positives of their group, and every picture has its own: the PyTorch
+    Negatives come behind the positives of their group, and every image has its own: the PyTorch
     code takes them from the whole batch.
     """
     labels, boxes, valid = targets()
@@ -110,7 +110,7 @@ def test_contrastive_noise_moves_sides_by_themselves_and_negatives_further():
         np.testing.assert_allclose(np.corrcoef(share.T), np.eye(4), atol=0.12)
 
 
-def test_contrastive_noise_stays_in_the_picture():
+def test_contrastive_noise_stays_in_the_image():
     """Corners are clipped; sides that cross give a box without extent, not a negative one."""
     boxes = np.float32([[[0.1, 0.9, 0.2, 0.2], [0.5, 0.5, 0.2, 0.2]]])
     noise = denoising.Noise(
@@ -162,7 +162,7 @@ seeds, scales = st.integers(0, 2**32 - 1), st.floats(0, 0.99)
 
 @given(draws, seeds, scales)
 def test_box_noise_stays_in_its_bounds(box_u, seed, scale):
-    """Centres stay in their box, sides within 1 +- scale, everything in the picture.
+    """Centers stay in their box, sides within 1 +- scale, everything in the image.
 
     Catches noise twice as large (the paper's lambda is of half a side), and axes mixed up.
     """
@@ -188,7 +188,7 @@ def test_box_noise_reaches_its_bounds_and_follows_its_draws():
         np.testing.assert_allclose(denoising.add_box_noise(box, noise, 0.4), want, rtol=1e-6)
 
 
-def test_box_noise_is_clipped_to_the_picture():
+def test_box_noise_is_clipped_to_the_image():
     box = np.float32([0.01, 0.99, 0.9, 0.9])
     noise = denoising.Noise(label_u=None, label_new=None, box_u=np.float32([0, 1, 1, 1]))
     np.testing.assert_array_equal(denoising.add_box_noise(box, noise, 0.5), [0, 1, 1, 1])
@@ -239,7 +239,7 @@ def _in_both_layouts(counts, key):
 @pytest.mark.parametrize("slots", [4, 9, 100])
 @pytest.mark.parametrize("contrastive", [False, True])
 def test_packed_slots_hold_whole_groups_with_the_noise_they_had(contrastive, slots):
-    """Catches a group cut in two, slots of another picture, and a copy that changes its noise.
+    """Catches a group cut in two, slots of another image, and a copy that changes its noise.
 
     0 to 6 objects in 4, 9 or any number of slots: 3 groups, fewer, and more objects than slots.
     """
@@ -284,7 +284,7 @@ def test_objects_that_do_not_fit_are_left_out_at_random():
 
 
 def test_packed_and_paper_layout_have_the_same_loss(tiny):
-    """For pictures whose groups all fit, with the same noise: 12 slots in place of 21."""
+    """For images whose groups all fit, with the same noise: 12 slots in place of 21."""
     batch, noise = image_batch(7), object_noise(7)
 
     def losses(params, batch, noise):
@@ -478,9 +478,9 @@ def test_objects_of_a_group_see_each_other(tiny, result):
     noise.box_u[0, 0] = 1 - noise.box_u[0, 0]  # object 0 of group 0
     got = by_group(tiny.train(tiny.params, image_batch(), noise).dn)
     want = by_group(result.dn)
-    neighbour = (slice(None), 0, 0, 1)
+    neighbor = (slice(None), 0, 0, 1)
     assert differs(
-        {k: v[neighbour] for k, v in got.items()}, {k: v[neighbour] for k, v in want.items()}
+        {k: v[neighbor] for k, v in got.items()}, {k: v[neighbor] for k, v in want.items()}
     )
 
 
@@ -501,7 +501,7 @@ def test_content_of_empty_slots_changes_nothing(tiny, result):
 def test_more_slots_for_objects_change_nothing(tiny, result, attend_padding):
     """Four slots or seven for the same objects.
 
-    With `attend_padding`, as in the PyTorch code, they do change the results: so a picture depends
+    With `attend_padding`, as in the PyTorch code, they do change the results: so an image depends
     on the rest of its batch there, and this test would see it.
     """
 
@@ -522,7 +522,7 @@ def test_more_slots_for_objects_change_nothing(tiny, result, attend_padding):
 
 
 def test_the_rest_of_the_batch_changes_nothing(tiny, result):
-    """A picture among others, and the same one among other others."""
+    """An image among others, and the same one among other others."""
     batch = image_batch()
     batch["image"][1:] = batch["image"][1:, ::-1]
     batch["valid"][1:] = True
@@ -537,7 +537,7 @@ def test_the_rest_of_the_batch_changes_nothing(tiny, result):
 
 @pytest.mark.parametrize("objects", ["none", "mixed"])
 def test_loss_and_gradients_are_finite(tiny, objects):
-    """A batch without objects, and one in which a picture has none."""
+    """A batch without objects, and one in which an image has none."""
     batch = image_batch()
     batch["valid"] &= objects == "mixed"
     (loss, terms), gradient = tiny.loss_and_gradient(tiny.params, batch, object_noise())

@@ -25,7 +25,7 @@ gradient = fast_jit(
 
 
 def random_problem(seed, objects):
-    """Outputs, targets with so many objects per picture, and any assignment of them."""
+    """Outputs, targets with so many objects per image, and any assignment of them."""
     rng = np.random.default_rng(seed)
     logits = rng.normal(0, 3, (LAYERS, BATCH, QUERIES, CLASSES)).astype(np.float32)
     pred_boxes = oracle.random_boxes(rng, LAYERS, BATCH, QUERIES)
@@ -72,7 +72,7 @@ def criterion_names():
 
 @given(st.integers(0, 2**32 - 1), st.lists(st.integers(0, OBJECTS), min_size=3, max_size=3))
 def test_set_criterion_equals_a_plain_loop(seed, objects):
-    """Catches mixed-up layers and pictures, targets on wrong queries, normalising per picture."""
+    """Catches mixed-up layers and images, targets on wrong queries, normalizing per image."""
     problem = random_problem(seed, objects)
     got, want = criterion(*problem), slow_criterion(*problem)
     assert set(got) == set(want)

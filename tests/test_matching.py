@@ -20,20 +20,20 @@ assign = fast_jit(matching.assign)
 
 
 def check_assignment(cost, valid, assignment):
-    """Every picture and layer: a one-to-one map of the real objects of SciPy's total cost."""
+    """Every image and layer: a one-to-one map of the real objects of SciPy's total cost."""
     cost, assignment = np.asarray(cost, np.float64), np.asarray(assignment)
     batch, layers, queries, objects = cost.shape
     assert assignment.shape == (batch, layers, objects) and assignment.dtype == np.int32
-    for picture, layer in np.ndindex(batch, layers):
-        real = np.flatnonzero(valid[picture])
-        problem = cost[picture, layer][:, real]
+    for image, layer in np.ndindex(batch, layers):
+        real = np.flatnonzero(valid[image])
+        problem = cost[image, layer][:, real]
         rows, columns = linear_sum_assignment(problem)
-        got = assignment[picture, layer]
-        assert (got[~valid[picture]] == -1).all()
+        got = assignment[image, layer]
+        assert (got[~valid[image]] == -1).all()
         matched = [m for m in real if got[m] >= 0]
         assert len(matched) == min(len(real), queries)
         assert len({got[m] for m in matched}) == len(matched)
-        total = sum(cost[picture, layer, got[m], m] for m in matched)
+        total = sum(cost[image, layer, got[m], m] for m in matched)
         # Ties may be broken either way; the total may not differ.
         assert total == pytest.approx(problem[rows, columns].sum(), rel=1e-9, abs=1e-9)
 
@@ -55,7 +55,7 @@ def problems(values, max_queries=7, max_objects=9):
 
 @given(problems(st.floats(-1e4, 1e4, width=32)))
 def test_solution_is_scipys(problem):
-    """Catches swapped axes, columns of padding that take queries, and mixed-up pictures."""
+    """Catches swapped axes, columns of padding that take queries, and mixed-up images."""
     check_assignment(*problem, matching.solve_on_host(*problem))
 
 
@@ -69,21 +69,21 @@ def test_solution_is_the_best_of_all_permutations(problem):
     """SciPy's own answer, checked once by brute force."""
     cost, valid = problem
     got = matching.solve_on_host(cost, valid)
-    for picture, layer in np.ndindex(cost.shape[:2]):
-        real = np.flatnonzero(valid[picture])
-        table = cost[picture, layer].astype(np.float64)[:, real]
+    for image, layer in np.ndindex(cost.shape[:2]):
+        real = np.flatnonzero(valid[image])
+        table = cost[image, layer].astype(np.float64)[:, real]
         long, short = (table, table.T) if len(table) >= len(real) else (table.T, table)
         best = min(
             sum(long[row, column] for column, row in enumerate(rows))
             for rows in itertools.permutations(range(len(long)), len(short))
         )
-        matched = [(got[picture, layer, m], i) for i, m in enumerate(real)]
+        matched = [(got[image, layer, m], i) for i, m in enumerate(real)]
         total = sum(table[q, i] for q, i in matched if q >= 0)
         assert total == pytest.approx(best, abs=1e-9)
 
 
 @pytest.mark.parametrize("objects", [0, 1])
-def test_pictures_without_objects_and_with_one(objects):
+def test_images_without_objects_and_with_one(objects):
     rng = np.random.default_rng(objects)
     cost, valid = rng.normal(size=(2, 3, 5, 4)).astype(np.float32), np.zeros((2, 4), bool)
     valid[1, :objects] = True
@@ -106,7 +106,7 @@ SHAPE = (2, 3, 5, 4)
 
 
 @given(hnp.arrays(np.float32, SHAPE, elements=ANY), hnp.arrays(bool, (2, 4)))
-def test_any_cost_is_sanitised_counted_and_solved(cost, valid):
+def test_any_cost_is_sanitized_counted_and_solved(cost, valid):
     """SciPy raises on NaN and on infeasible costs; an exception in a callback is lost on TPU."""
     clean, count = sanitize(cost, valid)
     clean = np.asarray(clean)
@@ -122,7 +122,7 @@ def test_any_cost_is_sanitised_counted_and_solved(cost, valid):
 
 
 def test_a_query_of_nonfinite_cost_is_the_last_choice():
-    """A sanitised entry must repel: as 0 or -MAX_COST it would win the matching."""
+    """A sanitized entry must repel: as 0 or -MAX_COST it would win the matching."""
     cost = np.float32([[[[np.nan, 1], [-np.inf, 300], [200, 2]]]])
     clean, count = sanitize(cost, np.ones((1, 2), bool))
     assert count == 2
@@ -166,7 +166,7 @@ def test_cost_equals_a_plain_loop():
 
 
 def test_bound_is_far_above_real_costs():
-    """The worst prediction of normalised boxes must not reach the bound that marks broken ones."""
+    """The worst prediction of normalized boxes must not reach the bound that marks broken ones."""
     logits = np.full((1, 1, 1, 2), -200, np.float32)
     cost = matching.matching_cost(
         logits, np.ones((1, 1, 1, 4), np.float32), np.zeros((1, 1), int), np.zeros((1, 1, 4))

@@ -163,8 +163,8 @@ def test_first_predictions(tiny, start):
     assert 0.003 < np.median(scores) < 0.03 and scores.max() < 0.2
 
 
-def test_random_anchors_cover_the_picture():
-    """Option random_refpoints_xy: centres uniform, where normal logits crowd the middle."""
+def test_random_anchors_cover_the_image():
+    """Option random_refpoints_xy: centers uniform, where normal logits crowd the middle."""
     config = tiny_config().model
     config.num_queries = 2000
 
@@ -260,8 +260,8 @@ def test_bfloat16_is_for_convolutions_and_matrices_alone(tiny):
     assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
 
 
-def rematerialised(tiny, parts):
-    """The loss as a function of parameters, batch and noise, with these parts rematerialised."""
+def rematerialized(tiny, parts):
+    """The loss as a function of parameters, batch and noise, with these parts rematerialized."""
     config = tiny_config()
     config.model.remat = parts
     model = build_model(config.model)
@@ -275,8 +275,8 @@ def rematerialised(tiny, parts):
 
 
 @pytest.mark.parametrize("parts", [("backbone", "encoder", "decoder"), ("attention",)])
-def test_rematerialisation_does_not_change_the_numbers(tiny, parts):
-    loss = rematerialised(tiny, parts)
+def test_rematerialization_does_not_change_the_numbers(tiny, parts):
+    loss = rematerialized(tiny, parts)
     arguments = tiny.params, image_batch(), object_noise()
     (want, want_terms), want_gradient = tiny.loss_and_gradient(*arguments)
     (got, got_terms), gradient = fast_jit(jax.value_and_grad(loss, has_aux=True))(*arguments)
@@ -288,12 +288,12 @@ def test_rematerialisation_does_not_change_the_numbers(tiny, parts):
         np.testing.assert_allclose(flat(gradient)[name], value, atol=atol, err_msg=name)
 
 
-def test_rematerialisation_keeps_less_for_the_backward_pass(tiny):
+def test_rematerialization_keeps_less_for_the_backward_pass(tiny):
     """Bytes from the forward to the backward pass; catches a name that reaches no part."""
     arguments = tiny.params, image_batch(), object_noise()
 
     def kept(parts):
-        loss = rematerialised(tiny, parts)
+        loss = rematerialized(tiny, parts)
 
         def backward(params, batch, noise):
             return jax.vjp(lambda p: loss(p, batch, noise)[0], params)[1]
@@ -304,7 +304,7 @@ def test_rematerialisation_keeps_less_for_the_backward_pass(tiny):
     everything = kept(())
     parts = "backbone", "encoder", "decoder", "attention"
     saved = {part: everything - kept((part,)) for part in parts}
-    # Tokens x tokens x heads x pictures of float32: the least that an attention keeps.
+    # Tokens x tokens x heads x images of float32: the least that an attention keeps.
     assert saved["encoder"] > (CANVAS // 4) ** 4 * 2 * 3 * 4
     assert saved["decoder"] > 2 * 20 * (CANVAS // 4) ** 2 * 2 * 3 * 4
     assert saved["backbone"] > 4 * (CANVAS // 4) ** 2 * 8 * 3 * 4
@@ -315,19 +315,19 @@ def test_rematerialisation_keeps_less_for_the_backward_pass(tiny):
 # --- independence from the canvas -----------------------------------------------------------------
 
 
-def test_normalised_images_equal_a_plain_computation():
-    """Garbage in the padded area becomes 0, which is the mean colour."""
+def test_normalized_images_equal_a_plain_computation():
+    """Garbage in the padded area becomes 0, which is the mean color."""
     batch = image_batch()
     got = np.asarray(normalize_images(batch["image"], batch["size"]))
     for b, (height, width) in enumerate(batch["size"]):
-        picture = batch["image"][b, :height, :width].astype(np.float64) / 255
-        want = (picture - IMAGE_MEAN) / IMAGE_STD
+        image = batch["image"][b, :height, :width].astype(np.float64) / 255
+        want = (image - IMAGE_MEAN) / IMAGE_STD
         np.testing.assert_allclose(got[b, :height, :width], want, atol=1e-5)
         assert not got[b, height:].any() and not got[b, :, width:].any()
 
 
 def on_larger_canvas(batch, side):
-    """The same pictures, with garbage where the larger canvas is padded."""
+    """The same images, with garbage where the larger canvas is padded."""
     image = np.random.default_rng(7).integers(0, 256, (3, side, side, 3)).astype(np.uint8)
     for b, (height, width) in enumerate(batch["size"]):
         image[b, :height, :width] = batch["image"][b, :height, :width]
@@ -335,7 +335,7 @@ def on_larger_canvas(batch, side):
 
 
 def test_detections_do_not_depend_on_the_canvas(tiny):
-    """The same pictures on canvases of 64 and of 96, all that is padded filled with garbage."""
+    """The same images on canvases of 64 and of 96, all that is padded filled with garbage."""
     batch = image_batch()
     want = tiny.detect(tiny.params, batch["image"], batch["size"])
     for side in (CANVAS, 96):
@@ -356,10 +356,10 @@ def test_detections_do_not_depend_on_the_canvas(tiny):
     ],
 )
 def test_features_do_not_depend_on_the_canvas(depth, norm, stem, dilation, mask_padding):
-    """A picture by itself, of sides that the stride does not divide, and far inside a canvas.
+    """An image by itself, of sides that the stride does not divide, and far inside a canvas.
 
     Both norms, stems, blocks, and dilation. Behind its biases padding is not zero any more, and
-    leaks into the picture through every 3x3 convolution. Without `mask_padding`, as in PyTorch, it
+    leaks into the image through every 3x3 convolution. Without `mask_padding`, as in PyTorch, it
     does, and this test sees it.
     """
     model = ResNet(
@@ -399,7 +399,7 @@ def slow_sines(angle, features, temperature):
 
 @pytest.mark.parametrize("canvas", [(32, 32), (48, 64)])
 def test_image_encoding_equals_a_plain_loop_on_any_canvas(canvas):
-    """Relative to the picture, not to the canvas: rows first, then columns."""
+    """Relative to the image, not to the canvas: rows first, then columns."""
     stride, features, sizes = 8, 8, np.int32([[32, 32], [20, 31], [1, 17]])
     shape = (canvas[0] // stride, canvas[1] // stride)
 

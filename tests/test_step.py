@@ -99,7 +99,7 @@ def runs(tmp_path_factory):
 
 
 def test_eight_devices_give_the_loss_and_the_gradients_of_one(runs):
-    """Catches losses normalised per device, and noise that depends on the devices."""
+    """Catches losses normalized per device, and noise that depends on the devices."""
     one, eight = runs.arrays[1], runs.arrays[8]
     assert one.keys() == eight.keys()
     assert one["term/num_objects"] == 12
@@ -143,7 +143,7 @@ def test_nothing_but_gradients_grows_with_the_number_of_queries(runs):
         total_bytes(parse_collectives(runs.programs[queries], num_devices=8)) for queries in (6, 10)
     )
     # The anchors' is [N, 4]. That of the queries' one content is summed over the devices before
-    # it is summed over the queries, [N, 16]. The pictures would come on top, eight of them.
+    # it is summed over the queries, [N, 16]. The images would come on top, eight of them.
     assert 0 < many - few <= 4 * (10 - 6) * (4 + 16)
 
 

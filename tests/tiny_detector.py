@@ -60,7 +60,7 @@ def random_params(shapes, seed=0):
 
 
 def image_batch(objects=4):
-    """Three pictures of several sizes, with 4, 2 and 0 objects in so many slots."""
+    """Three images of several sizes, with 4, 2 and 0 objects in so many slots."""
     rng = np.random.default_rng(1)
     labels = np.full((3, objects), 0, np.int32)
     boxes = np.zeros((3, objects, 4), np.float32)

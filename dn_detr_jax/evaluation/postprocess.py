@@ -19,13 +19,13 @@ def select_detections(
 
     Args:
       pred_logits: float [B, N, K] of the last decoder layer.
-      pred_boxes: float [B, N, 4] cxcywh, normalised.
+      pred_boxes: float [B, N, 4] cxcywh, normalized.
       num_select: number of detections, at most N * C.
       class_loss: maps logits to the scores of the C classes.
 
     Returns:
       `scores` float32 [B, num_select] in descending order, `labels` int32 [B, num_select], `boxes`
-      float32 [B, num_select, 4] cxcywh, normalised.
+      float32 [B, num_select, 4] cxcywh, normalized.
     """
     scores = class_loss.scores(pred_logits.astype(jnp.float32))
     num_classes = scores.shape[-1]

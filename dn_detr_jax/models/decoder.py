@@ -143,7 +143,7 @@ class DenseDecoder(nn.Module):
           train: dropout is active.
 
         Returns:
-          Normalised states [L, B, Q, D], and the float32 [L, B, Q, 4] cxcywh boxes that a layer's
+          Normalized states [L, B, Q, D], and the float32 [L, B, Q, 4] cxcywh boxes that a layer's
           predictions are relative to. Gradients flow through those boxes into the layer before, but
           not through the anchors that are handed from layer to layer.
         """

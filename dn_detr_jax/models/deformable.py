@@ -1,9 +1,9 @@
 """Multi-scale deformable sampling, the core of deformable attention.
 
 Zhu et al., "Deformable DETR: Deformable Transformers for End-to-End Object Detection", ICLR 2021,
-equation 3: every head of every query reads a few points of each feature level, at fractional
-positions, and adds them up with its own weights. Only gathers and sums: differentiable by all its
-inputs, without a kernel of its own.
+equation 3. Every head of every query reads a few points of each feature level, at fractional
+positions, and sums them with its own weights. The function consists of gathers and sums, so it is
+differentiable by all its inputs and needs no kernel of its own.
 """
 
 import jax
@@ -16,21 +16,21 @@ def sample_levels(
     locations: jax.Array,
     weights: jax.Array,
 ) -> jax.Array:
-    """Weighted sums of bilinear samples; outside of a level there are zeros.
+    """Computes weighted sums of bilinear samples; values outside of a level are 0.
 
     Args:
-      value: [B, K, heads, d], the tokens of all levels one after the other, K = sum of h * w.
+      value: [B, K, heads, d], the concatenated tokens of all levels, K = sum of h * w.
       shapes: (h, w) of each level.
-      locations: float [B, Q, heads, levels, points, 2], x and y of each point as shares of the
-        level's width and height: 0 is the outer edge of the first pixel, 1 that of the last.
-      weights: float [B, Q, heads, levels, points]; in an attention they add up to 1 over levels and
-        points.
+      locations: float [B, Q, heads, levels, points, 2], x and y of each point relative to the
+        width and height of the level: 0 is the outer edge of the first pixel, 1 that of the last.
+      weights: float [B, Q, heads, levels, points]; in an attention their sum over levels and points
+        is 1.
 
     Returns:
       [B, Q, heads * d] in the dtype of `value`, summed in float32.
 
     Raises:
-      ValueError: `value` does not have as many tokens as the levels have pixels.
+      ValueError: the number of tokens is not the number of pixels of all levels.
     """
     sizes = [height * width for height, width in shapes]
     if value.shape[1] != sum(sizes):
@@ -54,11 +54,11 @@ def sample_levels(
 
 
 def _corners(locations: jax.Array, shape: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
-    """The four pixels around each location [..., points, 2] of a level of `shape` (h, w).
+    """Finds the four pixels around each location [..., points, 2] of a level of `shape` (h, w).
 
     Returns:
       Pixel numbers int32 and bilinear shares float32, both [..., points * 4]; the share is 0
-      outside.
+      outside of the level.
     """
     height, width = shape
     position = locations.astype(jnp.float32) * jnp.array([width, height], jnp.float32) - 0.5
@@ -71,7 +71,7 @@ def _corners(locations: jax.Array, shape: tuple[int, int]) -> tuple[jax.Array, j
             x, y = corner[..., 0], corner[..., 1]
             inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
             shares.append(jnp.where(inside, share, 0.0))
-            # Chosen before they become integers, which far away they would not fit.
+            # Masked before the cast: positions far away do not fit into int32.
             pixels.append(jnp.where(inside, y * width + x, 0).astype(jnp.int32))
     flat = (*locations.shape[:-2], 4 * locations.shape[-2])
     return jnp.stack(pixels, -1).reshape(flat), jnp.stack(shares, -1).reshape(flat)

@@ -1,7 +1,7 @@
 """The transformer encoder of DAB-DETR, which scales position encodings by the content.
 
 Liu et al., "DAB-DETR: Dynamic Anchor Boxes are Better Queries for DETR", ICLR 2022. Layers are
-normalised after their residuals; there is no norm behind the last one.
+normalized after their residuals; there is no norm behind the last one.
 """
 
 import jax

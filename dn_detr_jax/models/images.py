@@ -1,4 +1,4 @@
-"""Standardised pixels, and the masks of what is an image and what is padding."""
+"""Standardized pixels, and the masks of what is an image and what is padding."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ IMAGE_STD = (0.229, 0.224, 0.225)
 
 
 def normalize_images(image: jax.Array, size: jax.Array) -> jax.Array:
-    """Standardises uint8 pixels and sets padding to zero.
+    """Standardizes uint8 pixels and sets padding to zero.
 
     Args:
       image: uint8 [B, H, W, 3] RGB.
@@ -43,7 +43,7 @@ def valid_tokens(size: jax.Array, canvas: tuple[int, int], shape: tuple[int, int
 
 
 def _valid_lines(size: jax.Array, full: int, reduced: int) -> jax.Array:
-    """Masks the valid lines of `reduced`, by nearest neighbour in `full` lines: bool [B, reduced].
+    """Masks the valid lines of `reduced`, by nearest neighbor in `full` lines: bool [B, reduced].
 
     Line i of the reduced map corresponds to line floor(i * full / reduced) of the canvas.
     """

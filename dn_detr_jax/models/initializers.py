@@ -1,4 +1,4 @@
-"""Weight initialisers of the official PyTorch code, for Flax kernels (input axes first)."""
+"""Weight initializers of the official PyTorch code, for Flax kernels (input axes first)."""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ torch_default_kernel = nn.initializers.variance_scaling(1 / 3, "fan_in", "unifor
 
 
 def torch_default_bias(fan_in: int) -> nn.initializers.Initializer:
-    """Uniform within +-1 / sqrt(fan_in), PyTorch's default for biases."""
+    """Draws uniformly within +-1 / sqrt(fan_in), PyTorch's default for biases."""
     bound = 1.0 / math.sqrt(fan_in)
 
     def init(key: jax.Array, shape: Sequence[int], dtype=jnp.float32) -> jax.Array:
@@ -24,7 +24,7 @@ def torch_default_bias(fan_in: int) -> nn.initializers.Initializer:
 
 
 def packed_xavier_uniform(parts: int) -> nn.initializers.Initializer:
-    """Xavier uniform of a kernel that PyTorch keeps packed with `parts - 1` others of its shape."""
+    """Draws a kernel that PyTorch packs with `parts - 1` others of its shape: Xavier uniform."""
 
     def init(key: jax.Array, shape: Sequence[int], dtype=jnp.float32) -> jax.Array:
         bound = math.sqrt(6.0 / (shape[0] + parts * shape[1]))
@@ -34,11 +34,11 @@ def packed_xavier_uniform(parts: int) -> nn.initializers.Initializer:
 
 
 def aligned_heads(num_heads: int, gain: float) -> nn.initializers.Initializer:
-    """A permutation times `gain` that deals the channels of a sine encoding out to the heads.
+    """Makes a permutation, times `gain`, that distributes a sine encoding over the heads.
 
-    Two projections that start like this make the score of a query and a key, in every head, a sum
-    of cosines of the distance between their positions: largest where they coincide. Sine and
-    cosine of a frequency stay together; all heads get frequencies of every size.
+    With two such projections, the score of a query and a key in every head is a sum of cosines of
+    the distance between their positions, which is largest if they coincide. Sine and cosine of a
+    frequency stay together; all heads get frequencies of every size.
     """
 
     def init(key: jax.Array, shape: Sequence[int], dtype=jnp.float32) -> jax.Array:
@@ -52,5 +52,5 @@ def aligned_heads(num_heads: int, gain: float) -> nn.initializers.Initializer:
 
 
 def prior_probability_bias(probability: float = 0.01) -> nn.initializers.Initializer:
-    """Constant bias whose sigmoid is `probability` (Lin et al., ICCV 2017, section 4.1)."""
+    """Makes a constant bias whose sigmoid is `probability` (Lin et al., ICCV 2017, section 4.1)."""
     return nn.initializers.constant(-math.log((1.0 - probability) / probability))

@@ -65,8 +65,8 @@ class Linear(nn.Module):
 
     Attributes:
       features: number of outputs.
-      bias_init: initialiser of the bias; None: PyTorch's default.
-      kernel_init: initialiser of the weights.
+      bias_init: initializer of the bias; None: PyTorch's default.
+      kernel_init: initializer of the weights.
       dtype: of the compute.
       out_dtype: of the result; None: `dtype`.
     """
@@ -96,7 +96,7 @@ class MLP(nn.Module):
 
     Attributes:
       features: number of outputs of each layer.
-      kernel_init: initialiser of the weights.
+      kernel_init: initializer of the weights.
       last_constant: if given, the last layer starts with weights 0 and this bias.
       dtype: of the compute.
     """

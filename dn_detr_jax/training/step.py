@@ -187,18 +187,18 @@ def compute_gradients(
     config: ConfigDict,
     mesh: Mesh,
 ) -> tuple[tuple[jax.Array, dict[str, jax.Array]], PyTree]:
-    """The results of `compute_losses`, and the gradient of the loss.
+    """Returns the results of `compute_losses` and the gradient of the loss.
 
     Args:
       params, batch, key, model, config, mesh: as for `compute_losses`. With
-        `config.train.accumulate_steps` above 1 every device takes its part of the batch in so many
-        steps; the results are the same, except for which values dropout sets to zero.
+        `config.train.accumulate_steps` above 1 every device processes its part of the batch in so
+        many steps; the results are the same, except for the values that dropout sets to zero.
       trainable: bool for every parameter; gradients of the others are zero.
     """
     parts = {"model": model, "config": config}
 
     def frozen(params):
-        # Without this, the backward pass of frozen layers would be computed and thrown away.
+        # Otherwise the backward pass of frozen layers would be computed and discarded.
         return jax.tree.map(
             lambda p, train: p if train else jax.lax.stop_gradient(p), params, trainable
         )
@@ -215,7 +215,7 @@ def compute_gradients(
     steps = config.train.accumulate_steps
 
     def of_device(params, rows, totals, dropout_key):
-        # From here on every device has its own copy, whose gradient is summed once, at the end.
+        # From here every device has its own copy, whose gradient is summed once, at the end.
         params = jax.lax.pcast(params, "data", to="varying")
         dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index("data"))
         rows = jax.tree.map(lambda x: x.reshape(steps, -1, *x.shape[1:]), rows)
@@ -250,7 +250,7 @@ def train_step(
     config: ConfigDict,
     mesh: Mesh,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimizer step. `trainable` has a bool for every parameter; see `compute_gradients`.
+    """Runs one optimizer step. `trainable` has a bool for every parameter; see `compute_gradients`.
 
     Returns:
       The new state and the metrics: `loss`, its terms, and the global norms `grad_norm` (before
@@ -262,7 +262,7 @@ def train_step(
         state.params, batch, key, trainable=trainable, model=model, config=config, mesh=mesh
     )
     if config.mesh.shard_optimizer:
-        # Every device goes on with its part of the gradients, to update its part of the moments.
+        # Every device keeps its part of the gradients, to update its part of the moments.
         split = largest_axis_over_data(grads, mesh)
         grads = jax.lax.with_sharding_constraint(grads, split)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -290,18 +290,18 @@ def jit_train_step(
     config: ConfigDict,
     mesh: Mesh,
 ) -> tuple[Callable[[TrainState, Batch], tuple[TrainState, jax.Array]], list[str]]:
-    """The jitted train step, with its metrics in one vector so that logging is one transfer.
+    """Jits the train step, with its metrics in one vector so that logging is one transfer.
 
     Args:
       model: detector.
       optimizer: of the state.
       trainable: bool for every parameter.
-      config: whole configuration; baked into the program.
+      config: whole configuration, constant in the program.
       mesh: devices.
 
     Returns:
-      A function (state, batch) -> (state, float32 [K]) that takes over (donates) the state, and
-      the names of the K metrics. It compiles once for each canvas.
+      A function (state, batch) -> (state, float32 [K]) to which the state is donated, and the names
+      of the K metrics. It compiles once for each canvas.
     """
 
     def step(state, batch):
@@ -335,11 +335,11 @@ def jit_train_step(
 def abstract_batch(
     config: ConfigDict, purpose: str, mesh: Mesh, canvas: tuple[int, int] | None = None
 ) -> Batch:
-    """Shapes of a batch.
+    """Returns the shapes of a batch.
 
     Args:
       config: whole configuration.
-      purpose: "train" or "eval", whose batch size it takes.
+      purpose: "train" or "eval", the section with the batch size.
       mesh: devices.
       canvas: (height, width), by default the first of the config.
     """

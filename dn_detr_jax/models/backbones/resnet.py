@@ -1,9 +1,9 @@
 """ResNet v1.5 backbones (He et al., CVPR 2016; stride in the 3x3 as torchvision and timm have it).
 
-Frozen batch norm goes with pretrained weights, group norm with training from scratch. Padded
-pixels are set to zero in front of every convolution that looks at neighbours and left out of the
-group statistics, so that a picture gives the same features on every canvas; `mask_padding=False`
-is the behaviour of the PyTorch code, where the padding of a batch leaks into its pictures.
+Use frozen batch norm with pretrained weights and group norm for training from scratch. Padded
+pixels are set to zero before every convolution that reads neighbors, and are excluded from the
+group statistics, so an image gives the same features on every canvas. `mask_padding=False` is the
+behavior of the PyTorch code, where the padding of a batch leaks into its images.
 """
 
 from collections.abc import Callable
@@ -18,33 +18,33 @@ BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 
 BOTTLENECK_DEPTHS = (50, 101)
 BOTTLENECK_EXPANSION = 4
 
-# He et al., ICCV 2015, as torchvision initialises its ResNets.
+# He et al., ICCV 2015, as torchvision initializes its ResNets.
 _kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 class FrozenBatchNorm(nn.Module):
-    """Batch norm as a fixed affine map, with the statistics as never-trained parameters."""
+    """Batch norm as a fixed affine map, with the statistics as parameters that are not trained."""
 
     eps: float = 1e-5
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, valid: jax.Array) -> jax.Array:
-        """Maps [B, H, W, C]; `valid` is not needed."""
+        """Maps [B, H, W, C]; ignores `valid`."""
         shape = (x.shape[-1],)
         scale = self.param("scale", nn.initializers.ones, shape)
         bias = self.param("bias", nn.initializers.zeros, shape)
         mean = self.param("mean", nn.initializers.zeros, shape)
         var = self.param("var", nn.initializers.ones, shape)
         factor = scale * jax.lax.rsqrt(var + self.eps)
-        # In float32: a factor rounded to bfloat16 would be off for its whole channel.
+        # In float32: rounding a factor to bfloat16 would bias its whole channel.
         return (x.astype(jnp.float32) * factor + (bias - mean * factor)).astype(self.dtype)
 
 
 class GroupNorm(nn.Module):
-    """Group norm (Wu and He, ECCV 2018) whose statistics are those of the valid pixels.
+    """Group norm (Wu and He, ECCV 2018) with the statistics of the valid pixels.
 
-    `flax.linen.GroupNorm` takes a mask too, but only one with all channels.
+    The mask of `flax.linen.GroupNorm` needs all channels, this one has none.
     """
 
     max_groups: int = 32
@@ -53,13 +53,13 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, valid: jax.Array) -> jax.Array:
-        """Normalises [B, H, W, C] over the pixels where `valid` [B, H, W, 1] is True."""
+        """Normalizes [B, H, W, C] over the pixels where `valid` [B, H, W, 1] is True."""
         channels = x.shape[-1]
         groups = min(self.max_groups, channels // 4)
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
 
-        # Sums over pixels first: one pass over the large array, the rest is small.
+        # Sum over pixels first: one pass over the large array, then small ones.
         masked = jnp.where(valid, x, 0).astype(jnp.float32)
         count = jnp.sum(valid, axis=(1, 2), dtype=jnp.float32) * (channels // groups)
 
@@ -79,7 +79,7 @@ NORMS = {"frozen_batch_norm": FrozenBatchNorm, "group_norm": GroupNorm}
 
 
 class _Masks:
-    """Masks [B, H, W, 1] of the valid pixels at any resolution, made once each."""
+    """Masks [B, H, W, 1] of the valid pixels at any resolution, each made once."""
 
     def __init__(self, size: jax.Array, canvas: tuple[int, int]):
         self._size, self._canvas, self._cache = size, canvas, {}
@@ -103,7 +103,7 @@ class _Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, valid: jax.Array, valid_out: jax.Array) -> jax.Array:
-        """Maps [B, H, W, C]; masks [B, ., ., 1] of its valid pixels and of those of the result."""
+        """Maps [B, H, W, C], given masks [B, ., ., 1] of its valid pixels and of the result's."""
 
         def masks(x):
             return valid if x.shape[1:3] == valid.shape[1:3] else valid_out
@@ -148,15 +148,15 @@ class ResNet(nn.Module):
 
     Attributes:
       depth: 18, 34, 50 or 101.
-      width: channels of the first stage, 64 as published; doubled by every stage.
+      width: channels of the first stage, 64 as published; every stage doubles them.
       stages: 1 to 4.
       norm: a key of `NORMS`.
-      stem: "standard", 7x7 stride 2 and 3x3 max pooling stride 2; or "light", for small pictures:
-        3x3 stride 2, and the first stage has the other stride.
-      dilation: last stage at the stride of the one before, dilated instead (DC5).
-      mask_padding: results do not depend on the canvas, see the module's head.
+      stem: "standard", 7x7 stride 2 and 3x3 max pooling stride 2; or "light", for small images:
+        3x3 stride 2, and stride 2 in the first stage.
+      dilation: the last stage is dilated in place of its stride (DC5).
+      mask_padding: results do not depend on the canvas, see the module's docstring.
       dtype: of the compute.
-      remat: compute blocks again in the backward pass, see `config.model.remat`.
+      remat: recompute blocks in the backward pass in place of storing them.
     """
 
     depth: int = 50
@@ -174,7 +174,7 @@ class ResNet(nn.Module):
         """Computes the features of a batch.
 
         Args:
-          image: float [B, H, W, 3], normalised, zero at padded pixels.
+          image: float [B, H, W, 3], normalized, zero at padded pixels.
           size: int [B, 2], valid height and width.
 
         Returns:
@@ -196,7 +196,7 @@ class ResNet(nn.Module):
         )(image)
         x = nn.relu(norm(name="stem_norm", dtype=self.dtype)(x, masks(x.shape[1:3])))
         if self.stem == "standard":
-            if self.mask_padding:  # zero is neutral for the maximum, after the ReLU
+            if self.mask_padding:  # after the ReLU, zero is neutral for the maximum
                 x = jnp.where(masks(x.shape[1:3]), x, 0)
             x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
 
