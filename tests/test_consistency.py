@@ -149,10 +149,10 @@ def test_the_mesh_goes_by_processes(wanted, processes):
 @pytest.mark.parametrize(
     ("counts", "wanted", "words"),
     [
-        ((2, 2), 3, r"mesh\.data = 3: .* each of 2 processes, of which one has 2: a multiple of 2"),
+        ((2, 2), 3, r"mesh\.data = 3: .* each of 2 processes; one of them has 2: a multiple of 2"),
         ((4, 4), 9, r"mesh\.data = 9: 1 to 8"),
-        ((4, 2), -1, r"mesh\.data = -1: .* of which one has 2: .* at most 4"),
-        ((4, 2), 6, r"mesh\.data = 6: .* of which one has 2: .* at most 4"),
+        ((4, 2), -1, r"mesh\.data = -1: .* one of them has 2: .* at most 4"),
+        ((4, 2), 6, r"mesh\.data = 6: .* one of them has 2: .* at most 4"),
         ((1, 1, 1), 2, r"mesh\.data = 2: .* each of 3 processes"),
     ],
 )

@@ -15,6 +15,10 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from dn_detr_jax import criterion
+from dn_detr_jax.config import variants
+from dn_detr_jax.config.checks import Check
+from dn_detr_jax.config.dn_dab_detr import CHECKS, KEYS, NAME
+from dn_detr_jax.config.keys import Key
 from dn_detr_jax.denoising import Denoising
 from dn_detr_jax.errors import ConfigError
 from dn_detr_jax.losses import ClassLoss, SigmoidFocalLoss
@@ -47,6 +51,8 @@ class Variant:
       build: (`config.model`, `config.compile.attention`) -> the detector, a module called like
         `Detector`.
       num_queries: (`config.model`) -> number of matching queries N.
+      keys: config keys of its own, with their defaults; they are unknown to other variants.
+      checks: rules across keys.
       frozen: (`config.model`) -> regular expressions for the paths of parameters that are not
         trained.
       class_loss: (`config.loss`) -> loss, matching cost and scores of classes.
@@ -59,6 +65,8 @@ class Variant:
     name: str
     build: Callable[[ConfigDict, str], nn.Module]
     num_queries: Callable[[ConfigDict], int]
+    keys: tuple[Key, ...] = ()
+    checks: tuple[Check, ...] = ()
     frozen: Callable[[ConfigDict], list[str]] = lambda config: []
     class_loss: Callable[[ConfigDict], ClassLoss] = focal_loss
     output_parts: OutputParts = criterion.output_parts
@@ -69,21 +77,24 @@ _variants: dict[str, Variant] = {}
 
 
 def register(variant: Variant) -> None:
-    """Makes a variant known by its name.
+    """Makes a variant known by its name, and its keys to the config.
 
     Raises:
       ValueError: another variant has that name.
     """
     if _variants.get(variant.name, variant) != variant:
         raise ValueError(f"model {variant.name!r}: another variant has this name")
+    variants.register(variant.name, variant.keys, variant.checks)
     _variants[variant.name] = variant
 
 
 register(
     Variant(
-        name="dn_dab_detr",
+        name=NAME,
         build=dn_dab_detr.build,
         num_queries=dn_dab_detr.num_queries,
+        keys=KEYS,
+        checks=CHECKS,
         frozen=dn_dab_detr.frozen,
         torch_names="dn_detr_jax.interop.torch_names:MODULES",
     )
