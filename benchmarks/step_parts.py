@@ -144,11 +144,9 @@ def programs(step: Any) -> dict[str, Callable[[], Any]]:
     def match(outputs, batch):
         dn = denoising_queries(batch, jax.random.key(0), config)
         matched = {name: denoising.split(x, dn)[1] for name, x in outputs.items()}
-        totals = Totals.of(batch, dn)
-        cost, valid = MatchedPart(
-            **matched, targets=batch, totals=totals, settings=settings
-        ).problem()
-        return matching.assign(matching.sanitize(cost, valid)[0], valid, mesh)
+        part = MatchedPart(**matched, targets=batch, totals=Totals.of(batch, dn), settings=settings)
+        cost, _ = matching.sanitize(part.cost(), batch["valid"])
+        return matching.assign(cost, batch["valid"], mesh)
 
     match_program = compiled(match, outputs, batch)
     assignment = match_program(outputs, batch)

@@ -24,8 +24,7 @@ Outputs = Mapping[str, jax.Array]
 Targets = Mapping[str, jax.Array]
 
 
-@flax.struct.dataclass
-class Totals:
+class Totals(flax.struct.PyTreeNode):
     """Counts of a global batch, by which the losses of its parts are divided.
 
     Attributes:
@@ -106,11 +105,9 @@ class MatchedPart:
     names: str = "{}"
     assignment: jax.Array | None = None
 
-    def problem(self) -> tuple[jax.Array, jax.Array] | None:
-        """See `OutputPart.problem`."""
-        if self.assignment is not None:
-            return None
-        cost = matching.matching_cost(
+    def cost(self) -> jax.Array:
+        """Computes the cost float32 [B, L, N, M] of the matching."""
+        return matching.matching_cost(
             self.pred_logits,
             self.pred_boxes,
             self.targets["labels"],
@@ -118,17 +115,23 @@ class MatchedPart:
             **self.settings.costs,
             class_loss=self.settings.class_loss,
         )
-        return cost, self.targets["valid"]
+
+    def problem(self) -> tuple[jax.Array, jax.Array] | None:
+        """See `OutputPart.problem`."""
+        return None if self.assignment is not None else (self.cost(), self.targets["valid"])
 
     def terms(self, assignment: jax.Array | None) -> dict[str, jax.Array]:
         """See `losses.set_criterion`."""
+        assignment = self.assignment if assignment is None else assignment
+        if assignment is None:
+            raise ValueError(f"the part {self.names!r} has no assignment")
         return losses.set_criterion(
             self.pred_logits,
             self.pred_boxes,
             labels=self.targets["labels"],
             boxes=self.targets["boxes"],
             valid=self.targets["valid"],
-            assignment=self.assignment if assignment is None else assignment,
+            assignment=assignment,
             class_loss=self.settings.class_loss,
             num_objects=self.totals.num_objects,
             num_images=self.totals.num_images,
@@ -210,16 +213,18 @@ def total_loss(
       part the assignment int32 [B, L, M] or None.
     """
     assignments: list[jax.Array | None] = [None] * len(parts)
-    problems, nonfinite = {}, jnp.zeros((), jnp.int32)
+    problems: dict[int, tuple[jax.Array, jax.Array]] = {}
+    nonfinite = jnp.zeros((), jnp.int32)
     for index, part in enumerate(parts):
         problem = part.problem()
         if problem is not None:
             cost, count = matching.sanitize(*problem)
             problems[index], nonfinite = (cost, problem[1]), nonfinite + count
     found = matching.assign_all(list(problems.values()), mesh)
-    for index, assignment in zip(problems, found, strict=True):
-        assignments[index] = assignment
-    totals, named = [], {}
+    for index, solution in zip(problems, found, strict=True):
+        assignments[index] = solution
+    totals: list[jax.Array] = []
+    named: dict[str, jax.Array] = {}
     for part, assignment in zip(parts, assignments, strict=True):
         terms = part.terms(assignment)
         totals.append(losses.weighted_total(terms, **part.settings.weights))
@@ -230,7 +235,7 @@ def total_loss(
 
 def _by_layer(terms: Mapping[str, jax.Array], names: str) -> dict[str, jax.Array]:
     """{"loss_ce": [L]} to scalars: the last layer without suffix, the others `_0`, `_1`, ..."""
-    named = {}
+    named: dict[str, jax.Array] = {}
     for term, values in terms.items():
         name = names.format(term)
         named |= {f"{name}_{layer}": value for layer, value in enumerate(values[:-1])}

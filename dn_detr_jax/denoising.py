@@ -53,8 +53,7 @@ from dn_detr_jax.boxes import clamp, cxcywh_to_xyxy, xyxy_to_cxcywh
 NO_OBJECT = -1
 
 
-@flax.struct.dataclass
-class Noise:
+class Noise(flax.struct.PyTreeNode):
     """Raw random draws. They are separate from their use, so that stored draws can be injected.
 
     Attributes:
@@ -73,8 +72,7 @@ class Noise:
     priority: jax.Array | None = None
 
 
-@flax.struct.dataclass
-class Denoising:
+class Denoising(flax.struct.PyTreeNode):
     """Denoising queries and their targets: the state from `prepare` to the loss.
 
     Attributes:
@@ -172,6 +170,8 @@ def add_contrastive_box_noise(
     Returns:
       float [B, S, 4] cxcywh, corners clipped to [0, 1]. A box whose sides cross gets the extent 0.
     """
+    if noise.box_sign is None:
+        raise ValueError("contrastive denoising needs draw_noise(..., contrastive=True)")
     half = jnp.concatenate([boxes[..., 2:], boxes[..., 2:]], axis=-1) / 2
     distance = noise.box_u + negative[..., None]
     corners = cxcywh_to_xyxy(boxes) + noise.box_sign * distance * half * scale
@@ -215,8 +215,6 @@ def prepare(
             f"noise for {noise.label_u.shape[1]} slots, but {groups} groups of {num_objects} "
             f"objects{copies} need {slots}"
         )
-    if contrastive and noise.box_sign is None:
-        raise ValueError("contrastive denoising needs draw_noise(..., contrastive=True)")
     repeats = slots // max(num_objects, 1)
     target_labels = jnp.tile(labels, (1, repeats))
     target_boxes = jnp.tile(boxes, (1, repeats, 1))

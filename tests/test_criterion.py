@@ -130,7 +130,7 @@ def test_softmax_loss_equals_a_plain_loop():
         Totals.of(targets, None),
         LossSettings(SoftmaxLoss(0.1), COSTS, WEIGHTS),
     )
-    cost, valid = part.problem()
+    cost, valid = part.cost(), targets["valid"]
     _, terms, (assignment,) = total_loss([part], None)
     np.testing.assert_array_equal(assignment, matching.solve_on_host(np.asarray(cost), valid))
     for layer, name in enumerate(("loss_ce_0", "loss_ce")):

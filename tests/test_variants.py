@@ -12,6 +12,7 @@ from tiny_detector import CANVAS, image_batch
 from dn_detr_jax.config import base_config, compiler_options, validate
 from dn_detr_jax.errors import ConfigError
 from dn_detr_jax.evaluation.detect import eval_step
+from dn_detr_jax.interop.torch_names import MODULES
 from dn_detr_jax.models.registry import (
     abstract_params,
     build_model,
@@ -86,6 +87,13 @@ def test_a_toy_detector_detects(config):
     )
     assert found["boxes"].shape == (3, 10, 4) and found["boxes"].dtype == jnp.float32
     assert found["cost"].shape == (3, 1, num_matching_queries(config.model), 4)
+
+
+def test_names_of_official_weights_belong_to_a_variant(config):
+    """Catches a renamed table, and a variant without official weights that gets those of another."""
+    assert torch_names(base_config().model) is MODULES
+    with pytest.raises(ConfigError, match="'toy': it has no official PyTorch weights"):
+        torch_names(config.model)
 
 
 def test_keys_of_one_variant_are_unknown_to_the_others(config):

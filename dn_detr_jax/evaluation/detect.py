@@ -43,7 +43,7 @@ def detect(
     Returns:
       See `select_detections`.
     """
-    outputs = model.apply({"params": params}, normalize_images(images, sizes), sizes)
+    outputs: Any = model.apply({"params": params}, normalize_images(images, sizes), sizes)
     logits, boxes = outputs["pred_logits"][-1], outputs["pred_boxes"][-1]
     class_loss = loss_settings(config).class_loss
     return select_detections(logits, boxes, config.eval.num_select, class_loss)
@@ -60,10 +60,10 @@ def eval_step(
     """
     settings = loss_settings(config)
     images = normalize_images(batch["image"], batch["size"])
-    outputs = model.apply({"params": params}, images, batch["size"])
+    outputs: Any = model.apply({"params": params}, images, batch["size"])
     logits, boxes = outputs["pred_logits"][-1:], outputs["pred_boxes"][-1:]
     part = MatchedPart(logits, boxes, batch, Totals.of(batch, None), settings)
-    cost, _ = matching.sanitize(*part.problem())
+    cost, _ = matching.sanitize(part.cost(), batch["valid"])
     detections = select_detections(logits[0], boxes[0], config.eval.num_select, settings.class_loss)
     return detections | {"image_id": batch["image_id"], "cost": cost}
 

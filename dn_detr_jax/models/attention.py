@@ -1,5 +1,7 @@
 """Dot-product attention kernels with one interface: plain XLA, and cuDNN's fused kernel."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
@@ -50,7 +52,7 @@ def fused_attention(
     mask: jax.Array,
     num_heads: int,
     *,
-    implementation: str = "cudnn",
+    implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> jax.Array:
     """Computes `attention` in one kernel, which stores no scores for the backward pass.
 

@@ -7,6 +7,7 @@ layers is stopped). It attends to the memory with content and position side by s
 height of the anchor.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -149,15 +150,11 @@ class DenseDecoder(nn.Module):
         """
         x = queries.content
         features = x.shape[-1]
-        mlp = {"kernel_init": xavier_uniform, "dtype": self.config.dtype}
-        position_head = MLP((features, features), **mlp, name="reference_point_head")
-        query_scale = MLP(
-            (features, features),
-            **mlp,
-            last_constant=1.0 if self.position_gain else None,
-            name="query_scale",
-        )
-        size_head = MLP((features, 2), **mlp, name="reference_size_head")
+        mlp = functools.partial(MLP, kernel_init=xavier_uniform, dtype=self.config.dtype)
+        position_head = mlp((features, features), name="reference_point_head")
+        scale_start = 1.0 if self.position_gain else None
+        query_scale = mlp((features, features), last_constant=scale_start, name="query_scale")
+        size_head = mlp((features, 2), name="reference_size_head")
         norm = layer_norm("norm")
 
         reference = jax.nn.sigmoid(queries.anchors)

@@ -29,16 +29,14 @@ def build(config: ConfigDict, attention_kernel: str = "xla") -> Detector:
       attention_kernel: `config.compile.attention`.
     """
     dtype, remat = jnp.dtype(config.dtype), tuple(config.remat)
-    attention_fn = functools.partial(attention, remat="attention" in remat)
-    if attention_kernel == "cudnn":  # never stores the scores
-        attention_fn = fused_attention
+    plain = functools.partial(attention, remat="attention" in remat)
     layers = LayerConfig(
         num_heads=config.num_heads,
         ffn_dim=config.ffn_dim,
         activation=config.activation,
         dropout=config.dropout,
         dtype=dtype,
-        attention_fn=attention_fn,
+        attention_fn=fused_attention if attention_kernel == "cudnn" else plain,
     )
     return Detector(
         backbone=build_resnet(config.backbone, dtype, remat="backbone" in remat),

@@ -1,5 +1,7 @@
 """Standardized pixels, and the masks of what is an image and what is padding."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +27,7 @@ def normalize_images(image: jax.Array, size: jax.Array) -> jax.Array:
     return jnp.where(valid[..., None], scaled, 0.0)
 
 
-def valid_tokens(size: jax.Array, canvas: tuple[int, int], shape: tuple[int, int]) -> jax.Array:
+def valid_tokens(size: jax.Array, canvas: Sequence[int], shape: Sequence[int]) -> jax.Array:
     """Masks the pixels of a feature map that belong to the image.
 
     Args:

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 
 
-@flax.struct.dataclass
-class Levels:
+class Levels(flax.struct.PyTreeNode):
     """Feature maps of one or several resolutions as one sequence of K tokens.
 
     The tokens of a level are its pixels row by row; levels follow one another.

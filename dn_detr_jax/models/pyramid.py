@@ -1,5 +1,7 @@
 """From the features of a backbone to the levels that a transformer works on."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -28,7 +30,7 @@ class LastLevel(nn.Module):
 
     @nn.compact
     def __call__(
-        self, features: tuple[jax.Array, ...], size: jax.Array, canvas: tuple[int, int]
+        self, features: tuple[jax.Array, ...], size: jax.Array, canvas: Sequence[int]
     ) -> Levels:
         """Projects features and encodes their positions.
 

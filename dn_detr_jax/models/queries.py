@@ -16,8 +16,7 @@ from dn_detr_jax.denoising import Denoising
 from dn_detr_jax.models.levels import Levels
 
 
-@flax.struct.dataclass
-class Queries:
+class Queries(flax.struct.PyTreeNode):
     """The input of a decoder: Q = S + N queries, S denoising slots in front of N matching queries.
 
     Attributes:
@@ -62,7 +61,7 @@ def with_denoising(
     return Queries(content, anchors, mask)
 
 
-def _anchor_init(random_xy: bool):
+def _anchor_init(random_xy: bool) -> nn.initializers.Initializer:
     """Draws anchors in logit space: standard normal, or with centers uniform over the image."""
 
     def init(key, shape, dtype=jnp.float32):

@@ -4,8 +4,10 @@
 """
 
 import dataclasses
+import pkgutil
 import re
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,8 +60,8 @@ class Variant:
       class_loss: (`config.loss`) -> loss, matching cost and scores of classes.
       output_parts: (outputs, dn, targets, totals, settings) -> the parts of the training loss, the
         matching queries first, see `criterion.output_parts`.
-      torch_names: "module:attribute" with the names of the official state dict; it is imported when
-        weights are converted. Empty: there are none.
+      torch_names: "module:attribute" of the rows that name the official state dict, see
+        `interop.torch_names`; it is imported when weights are converted. Empty: there are none.
     """
 
     name: str
@@ -128,6 +130,18 @@ def build_model(config: ConfigDict, attention: str = "xla") -> nn.Module:
 def num_matching_queries(config: ConfigDict) -> int:
     """Returns the number of matching queries N of `config.model`."""
     return variant_of(config).num_queries(config)
+
+
+def torch_names(config: ConfigDict) -> Any:
+    """Imports the rows that name the official state dict of `config.model`.
+
+    Raises:
+      ConfigError: the variant has none.
+    """
+    path = variant_of(config).torch_names
+    if not path:
+        raise ConfigError("model.name", config.name, "it has no official PyTorch weights")
+    return pkgutil.resolve_name(path)
 
 
 def loss_settings(config: ConfigDict) -> criterion.LossSettings:

@@ -14,7 +14,7 @@ of the parts add up to those of the whole batch.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from dn_detr_jax import denoising
-from dn_detr_jax.criterion import Totals, total_loss
+from dn_detr_jax.criterion import MatchedPart, Totals, total_loss
 from dn_detr_jax.models.images import normalize_images
 from dn_detr_jax.models.registry import loss_settings, variant_of
 from dn_detr_jax.sharding import (
@@ -69,6 +69,8 @@ def denoising_queries(
     packed = config.dn.layout == "packed"
     most = config.dn.slots // (2 if contrastive else 1)
     if packed and num_objects > most:
+        if noise.priority is None:
+            raise ValueError("packing needs draw_noise(..., num_objects=M)")
         valid = denoising.limit_objects(valid, noise.priority, most)
     dn = denoising.prepare(
         labels,
@@ -127,7 +129,7 @@ def _losses(
     totals: Totals | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """`compute_losses` with its denoising queries made, of a batch or of a part of one."""
-    outputs = model.apply(
+    outputs: Any = model.apply(
         {"params": params},
         normalize_images(batch["image"], batch["size"]),
         batch["size"],
@@ -149,7 +151,7 @@ def criterion(
     mesh: Mesh | None,
     assignment: jax.Array | None = None,
     totals: Totals | None = None,
-) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
+) -> tuple[jax.Array, dict[str, jax.Array], jax.Array | None]:
     """Computes the training loss of a model's outputs.
 
     Args:
@@ -164,17 +166,17 @@ def criterion(
         those of that batch.
 
     Returns:
-      The loss and the terms of `compute_losses`, and the assignment int32 [B, L, M] of the matching
-      queries.
+      The loss and the terms of `compute_losses`, and the assignment int32 [B, L, M] that was found
+      for the matching queries, None if it was given.
     """
     totals = Totals.of(batch, dn) if totals is None else totals
     variant = variant_of(config.model)
     parts = variant.output_parts(outputs, dn, batch, totals, loss_settings(config))
     if assignment is not None:
-        parts[0] = dataclasses.replace(parts[0], assignment=assignment)
+        parts[0] = dataclasses.replace(cast(MatchedPart, parts[0]), assignment=assignment)
     total, terms, assignments = total_loss(parts, mesh)
     terms["num_objects"] = jnp.sum(batch["valid"], dtype=jnp.float32)
-    return total, terms, assignments[0] if assignment is None else assignment
+    return total, terms, assignments[0]
 
 
 def compute_gradients(

@@ -81,10 +81,11 @@ NORMS = {"frozen_batch_norm": FrozenBatchNorm, "group_norm": GroupNorm}
 class _Masks:
     """Masks [B, H, W, 1] of the valid pixels at any resolution, each made once."""
 
-    def __init__(self, size: jax.Array, canvas: tuple[int, int]):
-        self._size, self._canvas, self._cache = size, canvas, {}
+    def __init__(self, size: jax.Array, canvas: tuple[int, ...]):
+        self._size, self._canvas = size, canvas
+        self._cache: dict[tuple[int, ...], jax.Array] = {}
 
-    def __call__(self, shape: tuple[int, int]) -> jax.Array:
+    def __call__(self, shape: tuple[int, ...]) -> jax.Array:
         if shape not in self._cache:
             self._cache[shape] = valid_tokens(self._size, self._canvas, shape)[..., None]
         return self._cache[shape]
