@@ -17,6 +17,7 @@ from dn_detr_jax.models.registry import (
     abstract_params,
     build_model,
     num_matching_queries,
+    torch_names,
     trainable,
 )
 from dn_detr_jax.sharding import make_mesh
@@ -90,7 +91,7 @@ def test_a_toy_detector_detects(config):
 
 
 def test_names_of_official_weights_belong_to_a_variant(config):
-    """Catches a renamed table, and a variant without official weights that gets those of another."""
+    """Catches a renamed table, and a variant that gets the names of another."""
     assert torch_names(base_config().model) is MODULES
     with pytest.raises(ConfigError, match="'toy': it has no official PyTorch weights"):
         torch_names(config.model)
