@@ -19,7 +19,7 @@ from dn_detr_jax.commands.command_line import CanvasParser
 from dn_detr_jax.inference import exported
 from dn_detr_jax.inference.export import export
 from dn_detr_jax.inference.exported import ExportedDetector, ExportedError, load_exported
-from dn_detr_jax.inference.predictor import Predictor, place, read_run
+from dn_detr_jax.inference.predictor import Predictor, choose_canvas, read_run
 
 _ROOT = Path(__file__).parent.parent
 CANVAS = (96, 128)
@@ -131,7 +131,7 @@ def test_sizes_are_those_of_the_predictor(canvas, short, long):
     config = ConfigDict({"eval_short_side": short, "eval_max_long_side": long})
     rng = np.random.default_rng(0)
     for size in [(480, 640), (1, 4000), (4000, 1), *rng.integers(1, 3000, (500, 2)).tolist()]:
-        assert detector.target_size(*size) == tuple(place(tuple(size), [canvas], config)[1])
+        assert detector.target_size(*size) == tuple(choose_canvas(tuple(size), [canvas], config)[1])
 
 
 @pytest.mark.parametrize("size", [(200, 300), (31, 57), (96, 40), (500, 501)])

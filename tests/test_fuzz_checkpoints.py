@@ -38,7 +38,7 @@ from dn_detr_jax.inference.predictor import Run, read_run
 from dn_detr_jax.interop import initial
 from dn_detr_jax.models.registry import abstract_params, build_model
 from dn_detr_jax.training.writers import MetricWriter, read_metrics
-from dn_detr_jax.visualize.visualize import read_curves
+from dn_detr_jax.visualize.plots import read_curves
 
 SAME_FIXTURES = [HealthCheck.function_scoped_fixture]
 CATEGORIES = tuple(Category(i, f"class {i}") for i in range(5))

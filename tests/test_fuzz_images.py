@@ -23,7 +23,7 @@ from PIL import ExifTags, Image
 
 from dn_detr_jax.data.images import decode, decode_upright, read_header
 from dn_detr_jax.errors import DataError
-from dn_detr_jax.inference.predictor import read_picture
+from dn_detr_jax.inference.predictor import read_image
 
 REPOSITORY = Path(__file__).parent.parent
 PHOTO = Image.fromarray(photograph(23, 31))
@@ -72,7 +72,7 @@ def looked_at(data: bytes) -> list[np.ndarray]:
         lambda: decode(data, (23, 31)),
         lambda: decode(data, (31, 23)),
         lambda: decode_upright(data),
-        lambda: read_picture(data),
+        lambda: read_image(data),
     ):
         try:
             with within(10):

@@ -22,13 +22,13 @@ import dn_detr_jax
 from dn_detr_jax.checkpoints.manager import (
     Checkpoints,
 )
-from dn_detr_jax.commands import predict
 from dn_detr_jax.data.datasets import open_dataset
 from dn_detr_jax.data.loader import eval_batches
 from dn_detr_jax.errors import CheckpointError, DataError
 from dn_detr_jax.evaluation.coco_ap import CocoEvaluator
 from dn_detr_jax.evaluation.detect import jit_eval_step
-from dn_detr_jax.inference.predictor import place, read_picture, read_run
+from dn_detr_jax.inference import image_files
+from dn_detr_jax.inference.predictor import choose_canvas, read_image, read_run
 from dn_detr_jax.models.registry import build_model
 from dn_detr_jax.sharding import make_mesh, put_batch
 
@@ -78,7 +78,7 @@ def test_a_split_gives_what_its_evaluation_sees(digits_run, predictor, validatio
         expected = evaluator._detections[image_id]
         assert 0 < len(found) == len(expected) <= run.config.eval.num_select
         assert found.size == tuple(validation.sizes[i])
-        results = predict.coco_results(found, image_id, "x.png")
+        results = image_files.coco_results(found, image_id, "x.png")
         for ours, theirs in zip(results, expected, strict=True):
             assert ours["category_id"] == theirs["category_id"]
             assert ours["score"] == pytest.approx(theirs["score"], abs=1e-5)
@@ -142,9 +142,9 @@ def test_each_canvas_is_compiled_once_and_when_needed(digits_run, pictures, capl
 def test_any_picture_fits_a_canvas(size, canvases):
     """Catches sizes beyond the canvas or of no pixels, and pictures shrunk without need."""
     config = ConfigDict({"eval_short_side": 80, "eval_max_long_side": 120})
-    canvas, placed = place(size, canvases, config)
+    canvas, placed = choose_canvas(size, canvases, config)
     assert (placed >= 1).all() and (placed <= canvases[canvas]).all()
-    wide, wanted = place(size, [(120, 120)], config)
+    wide, wanted = choose_canvas(size, [(120, 120)], config)
     assert wide == 0
     if any((wanted <= c).all() for c in canvases):
         np.testing.assert_array_equal(placed, wanted)
@@ -166,19 +166,22 @@ def test_exif_orientation_is_applied_as_pillow_does(tmp_path, orientation, suffi
     with Image.open(path) as reopened:
         expected = np.asarray(ImageOps.exif_transpose(reopened).convert("RGB"))
         assert (expected.shape[0] == 8) == (orientation >= 5)
-        np.testing.assert_array_equal(read_picture(reopened), expected)
+        np.testing.assert_array_equal(read_image(reopened), expected)
     for picture in (path, str(path), path.read_bytes(), expected):
-        np.testing.assert_array_equal(read_picture(picture), expected)
+        np.testing.assert_array_equal(read_image(picture), expected)
 
 
 @pytest.mark.parametrize(
     ("picture", "words"),
     [
-        (np.zeros((4, 5, 3), np.float32), r"float32\[4, 5, 3\].*expected uint8 \[height"),
+        (
+            np.zeros((4, 5, 3), np.float32),
+            r"float32\[4, 5, 3\] as an image.*expected uint8 \[height",
+        ),
         (np.zeros((2, 4, 5, 3), np.uint8), r"uint8\[2, 4, 5, 3\]"),
         (np.zeros((0, 5, 3), np.uint8), "no pixels"),
         (b"no picture", "10 bytes that are no readable image"),
-        (5, "int as a picture, expected a path"),
+        (5, "int as an image, expected a path"),
     ],
 )
 def test_what_is_no_picture_is_named(predictor, picture, words):
@@ -238,19 +241,20 @@ def test_pictures_are_found_in_folders(tmp_path):
     for name in ("b.PNG", "a.jpg", "notes.txt", "sub/c.jpg"):
         (tmp_path / name).write_bytes(b"")
     inside = [tmp_path / "a.jpg", tmp_path / "b.PNG"]
-    assert predict.find_pictures([tmp_path, tmp_path / "a.jpg"]) == inside
-    assert predict.find_pictures([tmp_path / "notes.txt"]) == [tmp_path / "notes.txt"]
+    assert image_files.find_images([tmp_path, tmp_path / "a.jpg"]) == inside
+    assert image_files.find_images([tmp_path / "notes.txt"]) == [tmp_path / "notes.txt"]
     with pytest.raises(DataError, match=r"none: there is no such file"):
-        predict.find_pictures([tmp_path / "none"])
+        image_files.find_images([tmp_path / "none"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"empty: a folder without pictures"):
-        predict.find_pictures([tmp_path / "empty"])
+    with pytest.raises(DataError, match=r"empty: a folder without images"):
+        image_files.find_images([tmp_path / "empty"])
 
 
 def test_pictures_of_the_same_name_do_not_overwrite_each_other():
     paths = [Path("a/x.jpg"), Path("b/x.jpg"), Path("x_1.jpg")]
-    assert len(set(predict._output_names(paths, [0, 1, 2]))) == 3
-    assert predict._output_names([Path("a/7.png")], [7]) == ["7.jpg"]
+    names = image_files._output_names(image_files.number_images(paths))
+    assert len(set(names)) == 3
+    assert image_files._output_names([image_files.ImageFile(Path("a/7.png"), 7)]) == ["7.jpg"]
 
 
 def test_command_writes_results_and_goes_on_after_a_broken_file(

@@ -8,8 +8,8 @@ import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from dn_detr_jax.visualize import visualize
-from dn_detr_jax.visualize.visualize import Picture
+from dn_detr_jax.visualize import boxes, colors, plots, save
+from dn_detr_jax.visualize.boxes import LabeledImage
 
 NAMES = [str(i) for i in range(10)]
 
@@ -26,7 +26,7 @@ def extent(image, colour):
 
 def picture(pred=(), true=(), size=(96, 128), scores=None, image_id=3):
     """Black picture; `pred` and `true` are lists of (box, label)."""
-    return Picture(
+    return LabeledImage(
         image=np.zeros((*size, 3), np.uint8),
         pred_boxes=np.array([box for box, _ in pred], float).reshape(-1, 4),
         pred_labels=np.array([label for _, label in pred], int),
@@ -47,39 +47,39 @@ def photograph(grid, size):
 
 def test_boxes_lie_on_their_pixels_in_a_small_picture():
     """96 x 128 is enlarged three times: a box from 20 to 60 covers pixels 60 to 179."""
-    grid = visualize.render_detections([picture(true=[((20, 30, 60, 70), 4)])], [], cell=384)
+    grid = boxes.render_detections([picture(true=[((20, 30, 60, 70), 4)])], [], cell=384)
     # No class name needs room: the label text is drawn outside the box, below it.
     shown = photograph(grid, (288, 384))
-    assert extent(shown[:210], visualize.TRUE) == (60, 90, 179, 209)
+    assert extent(shown[:210], colors.TRUE) == (60, 90, 179, 209)
     assert (shown[100:200, 70:170] == 0).all()
-    grid = visualize.render_detections([picture(pred=[((20, 30, 60, 70), 4)])], NAMES, cell=384)
+    grid = boxes.render_detections([picture(pred=[((20, 30, 60, 70), 4)])], NAMES, cell=384)
     shown = photograph(grid, (288, 384))
-    assert extent(shown[90:], visualize.PREDICTED) == (60, 0, 179, 119)
-    assert (shown[90:92, 60:180] == rgb(visualize.PREDICTED)).all()
-    assert (shown[208:210, 60:180] == rgb(visualize.PREDICTED)).all()
+    assert extent(shown[90:], colors.PREDICTED) == (60, 0, 179, 119)
+    assert (shown[90:92, 60:180] == rgb(colors.PREDICTED)).all()
+    assert (shown[208:210, 60:180] == rgb(colors.PREDICTED)).all()
 
 
 def test_boxes_lie_on_their_pixels_in_a_large_picture():
     big = picture(true=[((400, 100, 1200, 700), 1)], size=(800, 1600))
-    grid = visualize.render_detections([big], NAMES, cell=400)
+    grid = boxes.render_detections([big], NAMES, cell=400)
     shown = photograph(grid, (200, 400))
-    assert extent(shown[:175], visualize.TRUE) == (100, 25, 299, 174)
+    assert extent(shown[:175], colors.TRUE) == (100, 25, 299, 174)
 
 
 def test_boxes_beyond_the_border_stay_visible():
-    grid = visualize.render_detections([picture(true=[((-50, -9, 500, 200), 1)])], NAMES, cell=384)
+    grid = boxes.render_detections([picture(true=[((-50, -9, 500, 200), 1)])], NAMES, cell=384)
     shown = photograph(grid, (288, 384))
-    assert extent(shown, visualize.TRUE) == (0, 0, 383, 287)
+    assert extent(shown, colors.TRUE) == (0, 0, 383, 287)
 
 
 def test_threshold_hides_predictions():
-    boxes = [((10, 40, 30, 60), 1), ((80, 40, 100, 60), 2)]
+    pred = [((10, 40, 30, 60), 1), ((80, 40, 100, 60), 2)]
     for threshold, left in ((0.3, 30), (0.5, 240)):
-        grid = visualize.render_detections(
-            [picture(pred=boxes, scores=[0.4, 0.8])], NAMES, threshold, cell=384
+        grid = boxes.render_detections(
+            [picture(pred=pred, scores=[0.4, 0.8])], NAMES, threshold, cell=384
         )
         shown = photograph(grid, (288, 384))
-        assert extent(shown[120:], visualize.PREDICTED)[::2] == (left, 299)
+        assert extent(shown[120:], colors.PREDICTED)[::2] == (left, 299)
 
 
 @pytest.mark.parametrize(
@@ -89,9 +89,9 @@ def test_threshold_hides_predictions():
 def test_a_true_box_is_named_where_it_is_missed(prediction, named):
     """Found; wrong class; elsewhere. The name is a filled area below the true box."""
     truth = [((20, 30, 60, 70), 4)]
-    grid = visualize.render_detections([picture([prediction], truth)], NAMES, cell=384)
+    grid = boxes.render_detections([picture([prediction], truth)], NAMES, cell=384)
     shown = photograph(grid, (288, 384))
-    assert (shown[210:230] == rgb(visualize.TRUE)).all(axis=-1).any() == named
+    assert (shown[210:230] == rgb(colors.TRUE)).all(axis=-1).any() == named
 
 
 def test_crowded_empty_and_odd_pictures():
@@ -105,10 +105,10 @@ def test_crowded_empty_and_odd_pictures():
         picture([((5, 5, 5, 5), 0), ((9, 9, 3, 3), 0)], size=(40, 900)),
         picture([((1, 1, 8, 8), 11)], size=(900, 40)),
     ]
-    grid = visualize.render_detections(pictures, NAMES)
+    grid = boxes.render_detections(pictures, NAMES)
     assert grid.dtype == np.uint8 and grid.ndim == 3 and grid.shape[2] == 3
-    with pytest.raises(ValueError, match="no pictures"):
-        visualize.render_detections([], NAMES)
+    with pytest.raises(ValueError, match="no images"):
+        boxes.render_detections([], NAMES)
 
 
 def test_noised_boxes_have_a_panel_per_group_and_mark_flips():
@@ -116,23 +116,23 @@ def test_noised_boxes_have_a_panel_per_group_and_mark_flips():
     clean = np.array([[20, 30, 60, 70], [80, 10, 120, 50]], float)
     noised = np.stack([clean + 4, clean - 6])
     labels = np.array([3, 7])
-    none = visualize.render_noised_boxes(
+    none = boxes.render_noised_boxes(
         image, clean, noised, labels, np.stack([labels, labels]), NAMES, cell=384
     )
-    one = visualize.render_noised_boxes(
+    one = boxes.render_noised_boxes(
         image, clean, noised, labels, np.array([[3, 7], [3, 1]]), NAMES, cell=384
     )
 
     def flips(grid):
-        return (grid[40:] == rgb(visualize.VERMILLION)).all(axis=-1).sum()
+        return (grid[40:] == rgb(colors.VERMILLION)).all(axis=-1).sum()
 
     assert flips(none) == 0 < flips(one)
     # Two columns: the second panel of the first row is group 1, 10 pixels right of the first.
     shown = photograph(none[:340, 394:], (288, 384))
     below_text = 34 * 3  # the first object's noised box is (24, 34, 64, 74), its text above it
-    left, _, right, bottom = extent(shown[below_text:, :230], visualize.ORANGE)
+    left, _, right, bottom = extent(shown[below_text:, :230], colors.ORANGE)
     assert (left, right, below_text + bottom) == (20 * 3, 64 * 3 - 1, 74 * 3 - 1)
-    empty = visualize.render_noised_boxes(
+    empty = boxes.render_noised_boxes(
         image, clean[:0], noised[:, :0], labels[:0], np.zeros((2, 0), int), NAMES
     )
     assert empty.dtype == np.uint8
@@ -154,28 +154,28 @@ def share(image, colour):
 
 def test_attention_mask_colours():
     valid = np.array([True, True, False])
-    plain = visualize.render_attention_mask(*attention(valid, 3, 9))
-    leak = visualize.render_attention_mask(*attention(valid, 3, 9, attend_padding=True))
-    assert share(plain, visualize.BLUE) == pytest.approx(share(leak, visualize.BLUE), rel=0.1)
-    assert share(plain, visualize.VERMILLION) == 0 < share(leak, visualize.VERMILLION)
-    full = visualize.render_attention_mask(*attention(np.ones(3, bool), 3, 9))
-    assert share(full, visualize.BLUE) > share(plain, visualize.BLUE)
+    plain = plots.render_attention_mask(*attention(valid, 3, 9))
+    leak = plots.render_attention_mask(*attention(valid, 3, 9, attend_padding=True))
+    assert share(plain, colors.BLUE) == pytest.approx(share(leak, colors.BLUE), rel=0.1)
+    assert share(plain, colors.VERMILLION) == 0 < share(leak, colors.VERMILLION)
+    full = plots.render_attention_mask(*attention(np.ones(3, bool), 3, 9))
+    assert share(full, colors.BLUE) > share(plain, colors.BLUE)
     # of 18 x 18 cells: 9 x 9 matching, 6 real slots x 9 to matching, 3 groups of 2 x 2
-    scale = 18**2 * share(plain, visualize.BLUE) / (81 + 54 + 12)
+    scale = 18**2 * share(plain, colors.BLUE) / (81 + 54 + 12)
     assert scale * (18**2 - 15**2) / 18**2 == pytest.approx(share(plain, "#A0A0A0"), rel=0.15)
 
 
 def test_attention_mask_of_a_batch_of_many_groups_and_of_none():
     pairs = zip(*[attention(np.arange(2) < n, 40, 30) for n in (1, 2)], strict=True)
-    two = visualize.render_attention_mask(*map(np.stack, pairs))
-    one = visualize.render_attention_mask(*attention(np.ones(2, bool), 40, 30))
+    two = plots.render_attention_mask(*map(np.stack, pairs))
+    one = plots.render_attention_mask(*attention(np.ones(2, bool), 40, 30))
     assert two.shape[1] > 1.8 * one.shape[1]
-    plain_dab = visualize.render_attention_mask(
+    plain_dab = plots.render_attention_mask(
         np.ones((5, 5), bool), np.zeros(0, int), np.zeros(0, bool)
     )
-    assert share(plain_dab, visualize.BLUE) > 0.5
+    assert share(plain_dab, colors.BLUE) > 0.5
     with pytest.raises(ValueError, match=r"\(1, 5, 5\), \(1, 6\)"):
-        visualize.render_attention_mask(np.ones((5, 5), bool), np.zeros(6, int), np.ones(6, bool))
+        plots.render_attention_mask(np.ones((5, 5), bool), np.zeros(6, int), np.ones(6, bool))
 
 
 def write_metrics(path, records):
@@ -196,7 +196,7 @@ def test_metrics_file_of_a_resumed_and_killed_run(tmp_path):
         f.write('{"step": 30, "train/lo{"step": 20, "train/loss": 3.5}\n')  # cut, then resumed
         f.write('{"step": 20, "train/loss": 3.0}\n[1]\n7\n\n{"train/loss": 1.0}\n')
         f.write('{"step": 15, "train/loss": 4.5}\n{"step": 40, "train/loss": 2.')
-    curves = visualize.read_curves(path)
+    curves = plots.read_curves(path)
     assert set(curves) == {"train/loss", "train/learning_rate", "eval/AP"}
     np.testing.assert_array_equal(curves["train/loss"][0], [10, 15, 20])
     np.testing.assert_array_equal(curves["train/loss"][1], [5.0, 4.5, 3.0])
@@ -213,22 +213,22 @@ def test_curves_of_one_and_two_runs(tmp_path):
         ],
     )
     dab = write_metrics(tmp_path / "dab.jsonl", [{"step": s, "train/loss": 12 / s} for s in steps])
-    both = visualize.render_curves({"DN": dn, "DAB": dab})
-    alone = visualize.render_curves({"DAB": dab})
-    second = visualize._BY_RUN[1]
+    both = plots.render_curves({"DN": dn, "DAB": dab})
+    alone = plots.render_curves({"DAB": dab})
+    second = colors.BY_RUN[1]
     assert share(both, second) > 0 == share(alone, second)
     assert both.shape[0] > alone.shape[0]  # only the panels that have values
     nothing = write_metrics(tmp_path / "nothing.jsonl", [{"step": 1, "other": 2.0}])
     with pytest.raises(ValueError, match=r"eval/AP.*nothing\.jsonl"):
-        visualize.render_curves({"x": nothing})
+        plots.render_curves({"x": nothing})
     with pytest.raises(FileNotFoundError, match="absent"):
-        visualize.render_curves({"x": tmp_path / "absent.jsonl"})
+        plots.render_curves({"x": tmp_path / "absent.jsonl"})
 
 
 def test_png_is_whole_or_not_there(tmp_path, monkeypatch):
     image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
     path = tmp_path / "pictures" / "a.png"
-    visualize.save_png(image, path)
+    save.save_png(image, path)
     with Image.open(path) as read:
         assert read.format == "PNG"
         np.testing.assert_array_equal(np.asarray(read), image)
@@ -240,7 +240,7 @@ def test_png_is_whole_or_not_there(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Image.Image, "save", disk_full)
     with pytest.raises(OSError, match="no space"):
-        visualize.save_png(image[::-1], path)
+        save.save_png(image[::-1], path)
     assert [p.name for p in path.parent.iterdir()] == ["a.png"]
     with Image.open(path) as read:
         np.testing.assert_array_equal(np.asarray(read), image)
@@ -249,18 +249,18 @@ def test_png_is_whole_or_not_there(tmp_path, monkeypatch):
 def test_global_state_of_matplotlib_is_left_alone(tmp_path):
     before = dict(matplotlib.rcParams)
     path = write_metrics(tmp_path / "m.jsonl", [{"step": 1, "train/loss": 2.0}])
-    visualize.render_curves({"run": path})
-    visualize.render_attention_mask(*attention(np.ones(2, bool), 2, 3))
+    plots.render_curves({"run": path})
+    plots.render_attention_mask(*attention(np.ones(2, bool), 2, 3))
     assert dict(matplotlib.rcParams) == before
 
 
 def test_detections_are_drawn_at_the_pictures_own_resolution():
     """Catches boxes off by one, colours that don't follow the label, the order of drawing."""
     black = np.zeros((400, 500, 3), np.uint8)
-    boxes = np.array([[100, 100, 300, 200], [200, 150, 450, 390], [-20, 350, 40, 900]])
-    drawn = visualize.draw_detections(black, boxes, [0, 2, 2], [0.9, 0.8, 0.7], ["a", "b", "c"])
+    corners = np.array([[100, 100, 300, 200], [200, 150, 450, 390], [-20, 350, 40, 900]])
+    drawn = boxes.draw_detections(black, corners, [0, 2, 2], [0.9, 0.8, 0.7], ["a", "b", "c"])
     assert drawn.shape == black.shape and not black.any()
-    first, other = visualize.ORANGE, visualize.GREEN
+    first, other = colors.ORANGE, colors.GREEN
     below_text = np.where(np.arange(400)[:, None, None] < 101, 0, drawn)
     assert extent(below_text, first)[::2] == (100, 299) and extent(drawn, first)[3] == 199
     assert extent(drawn[220:, 200:], other)[2:] == (449 - 200, 389 - 220)
@@ -268,14 +268,14 @@ def test_detections_are_drawn_at_the_pictures_own_resolution():
     assert (drawn[160:199, 298:300] == rgb(first)).all()
     assert (drawn[198:200, 202:298] == rgb(first)).all()  # the surer box is on top
     assert (drawn[399, 5:35] == rgb(other)).all()  # cut off at the edge
-    wide = visualize.draw_detections(np.zeros((400, 2000, 3), np.uint8), boxes[:1], [0], [1], "a")
+    wide = boxes.draw_detections(np.zeros((400, 2000, 3), np.uint8), corners[:1], [0], [1], "a")
     assert (wide[150, 100:105] == rgb(first)).all() and not wide[150, 105].any()
 
 
 def test_a_jpeg_is_whole_and_near(tmp_path):
     image = np.zeros((64, 64, 3), np.uint8)
-    image[20:22] = rgb(visualize.ORANGE)  # a line as thin as those of the boxes
-    visualize.save_jpeg(image, tmp_path / "new" / "a.jpg")
+    image[20:22] = rgb(colors.ORANGE)  # a line as thin as those of the boxes
+    save.save_jpeg(image, tmp_path / "new" / "a.jpg")
     with Image.open(tmp_path / "new" / "a.jpg") as saved:
         assert np.abs(np.asarray(saved, int) - image).max() < 40
     assert len(list((tmp_path / "new").iterdir())) == 1

@@ -25,6 +25,7 @@ def main(argv: Sequence[str]) -> None:
         runs[name] = local_path(workdir) / "metrics.jsonl"
         if not runs[name].is_file():
             raise DataError(f"{runs[name]}: there is no such file")
-    from dn_detr_jax.visualize.visualize import render_curves, save_png
+    from dn_detr_jax.visualize.plots import render_curves
+    from dn_detr_jax.visualize.save import save_png
 
     save_png(render_curves(runs), local_path(argv[1]))

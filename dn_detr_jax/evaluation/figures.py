@@ -15,7 +15,9 @@ from dn_detr_jax.data.plan import process_rows
 from dn_detr_jax.evaluation.evaluator import Detect
 from dn_detr_jax.models.registry import num_matching_queries
 from dn_detr_jax.sharding import put_batch
-from dn_detr_jax.visualize import visualize
+from dn_detr_jax.visualize.boxes import LabeledImage, render_noised_boxes
+from dn_detr_jax.visualize.plots import render_attention_mask
+from dn_detr_jax.visualize.save import save_png
 
 
 def _in_pixels(boxes: np.ndarray, size: np.ndarray) -> np.ndarray:
@@ -31,7 +33,7 @@ def _valid_part(batch: dict[str, np.ndarray], row: int) -> np.ndarray:
 
 def detected(
     params: dict, detect: Detect, dataset: Dataset, config: ConfigDict, mesh: Mesh
-) -> list[visualize.Picture]:
+) -> list[LabeledImage]:
     """Returns the first `config.eval.pictures` images of a split with predicted and true boxes.
 
     Every process returns all of them: it reads all, and puts its own rows on its devices.
@@ -46,7 +48,7 @@ def detected(
         for row in np.flatnonzero(batch["image_id"] >= 0):
             size, real = batch["size"][row], batch["valid"][row]
             shown.append(
-                visualize.Picture(
+                LabeledImage(
                     image=_valid_part(batch, row),
                     pred_boxes=_in_pixels(found["boxes"][row], size),
                     pred_labels=found["labels"][row],
@@ -87,7 +89,7 @@ def denoising_groups(
     num_queries = num_matching_queries(config.model)
     mask = denoising.attention_mask(dn, num_queries, attend_padding=config.dn.attend_padding)
     drawn = {
-        "attention_mask": visualize.render_attention_mask(
+        "attention_mask": render_attention_mask(
             np.asarray(mask[0]), np.asarray(dn.group[0]), np.asarray(dn.valid[0])
         )
     }
@@ -98,7 +100,7 @@ def denoising_groups(
         def by_group(x):  # [1, S, ...] -> [G, n, ...]
             return np.asarray(x[0])[shown].reshape(groups, -1, *x.shape[2:])
 
-        drawn["noised_boxes"] = visualize.render_noised_boxes(
+        drawn["noised_boxes"] = render_noised_boxes(
             _valid_part(batch, 0),
             _in_pixels(by_group(dn.target_boxes)[0], size),
             _in_pixels(by_group(dn.boxes), size),
@@ -113,4 +115,4 @@ def save(images: dict[str, np.ndarray], folder: Path) -> None:
     """Writes {name: RGB} as `name.png` into a folder, which is made if necessary."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, image in images.items():
-        visualize.save_png(image, folder / f"{name}.png")
+        save_png(image, folder / f"{name}.png")

@@ -1,18 +1,13 @@
-"""Writes a detector into one file that runs with jax alone, without this package.
+"""Builds the program of a detector and writes it into one file that runs with jax alone.
 
-    python -m dn_detr_jax export --workdir runs/coco_r50 --out detector.zip \\
-        [--platforms cpu,cuda,tpu] [--canvas 800x1344] [--batch_size 1] [--step best]
-
-The program is exported by `jax.export` for all the platforms at once, on any machine, for one
-canvas (height x width, the config's first by default) and one batch size. `dn_detr_jax/exported.py`
-reads the file and says what is in it and how pictures are to be prepared.
+`jax.export` builds it for all platforms at once, on any machine, for one canvas and one batch size.
+`dn_detr_jax.inference.exported` reads the file.
 """
 
 import json
 import os
 import zipfile
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -21,6 +16,7 @@ from flax import traverse_util
 import dn_detr_jax
 from dn_detr_jax.boxes import cxcywh_to_xyxy
 from dn_detr_jax.evaluation.detect import detect
+from dn_detr_jax.files import replace_atomically
 from dn_detr_jax.inference import exported
 from dn_detr_jax.inference.predictor import Run
 from dn_detr_jax.models.registry import build_model
@@ -40,10 +36,10 @@ def export(
 
     Args:
       run: config, classes and parameters.
-      path: of the file, which is complete or not there at all.
+      path: of the file, which is written completely or not at all.
       platforms: of `PLATFORMS`; the machine needs none of them.
       canvas: height and width; None: the first of the config.
-      batch_size: pictures per call of the program.
+      batch_size: images per call of the program.
 
     Raises:
       OSError: the file can't be written.
@@ -76,21 +72,21 @@ def export(
         "step": run.step,
         "versions": {"jax": jax.__version__, "dn_detr_jax": dn_detr_jax.__version__},
     }
-    _write(Path(path), metadata, exporter(*shapes).serialize(), jax.device_get(params))
+    _write(path, metadata, exporter(*shapes).serialize(), jax.device_get(params))
 
 
 def _write(
-    path: Path, metadata: dict, program: bytes | bytearray, params: dict[str, np.ndarray]
+    path: str | os.PathLike,
+    metadata: dict,
+    program: bytes | bytearray,
+    params: dict[str, np.ndarray],
 ) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with zipfile.ZipFile(unfinished, "w", zipfile.ZIP_STORED) as archive:
-            archive.writestr(exported.METADATA, json.dumps(metadata, indent=1))
-            archive.writestr(exported.PROGRAM, bytes(program))
-            for name, value in params.items():
-                with archive.open(f"{exported.PARAMS}{name}.npy", "w", force_zip64=True) as file:
-                    np.lib.format.write_array(file, value, allow_pickle=False)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with (
+        replace_atomically(path) as unfinished,
+        zipfile.ZipFile(unfinished, "w", zipfile.ZIP_STORED) as archive,
+    ):
+        archive.writestr(exported.METADATA, json.dumps(metadata, indent=1))
+        archive.writestr(exported.PROGRAM, bytes(program))
+        for name, value in params.items():
+            with archive.open(f"{exported.PARAMS}{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, value, allow_pickle=False)

@@ -1,4 +1,4 @@
-"""Detections in any pictures, from the work directory of a training or an import.
+"""Detections in images of any size, from the work directory of a training or an import.
 
     import dn_detr_jax
 
@@ -7,9 +7,9 @@
     for box, score, name in zip(found.boxes, found.scores, found.class_names):
         print(name, score, box)
 
-A picture is resized as in the evaluation, by the same code, laid on the smallest canvas of the
-config that it fits, and its boxes come back in its own pixels. Each canvas is compiled when the
-first picture needs it, and once.
+An image is resized as in the evaluation, by the same code, and padded to the smallest canvas
+(padding bucket) of the config that it fits. Its boxes are in its own pixels. Each canvas is
+compiled once, when the first image needs it.
 """
 
 import collections
@@ -28,7 +28,7 @@ from PIL import Image
 
 from dn_detr_jax.checkpoints.params import read_params
 from dn_detr_jax.checkpoints.run_config import read_run_config
-from dn_detr_jax.config import base_config
+from dn_detr_jax.config import base_config, expand_user
 from dn_detr_jax.data import transforms
 from dn_detr_jax.data.coco_classes import Category, assumed_categories
 from dn_detr_jax.data.images import decode_upright
@@ -39,23 +39,23 @@ from dn_detr_jax.models.registry import abstract_params, build_model
 from dn_detr_jax.training.compile_cache import compile_and_log, use_compile_cache
 from dn_detr_jax.training.compile_options import accepted_options
 
-Picture = str | os.PathLike | bytes | Image.Image | np.ndarray
+ImageLike = str | os.PathLike | bytes | Image.Image | np.ndarray
 _SINGLE = (str, os.PathLike, bytes, Image.Image, np.ndarray)
 _Key = TypeVar("_Key")
 
 
 @dataclasses.dataclass(frozen=True)
 class Detections:
-    """What was found in a picture, the surest first.
+    """The objects found in an image, in descending order of their scores.
 
     Attributes:
-      boxes: float32 [n, 4], left, top, right, bottom in pixels of the upright picture. They may
+      boxes: float32 [n, 4], left, top, right, bottom in pixels of the upright image. They may
         reach beyond its edges.
       scores: float32 [n], 0 to 1, descending.
-      labels: int32 [n], outputs of the model.
+      labels: int32 [n], class outputs of the model.
       category_ids: int64 [n], the classes' ids in the data that the model was trained on.
       class_names: n of them.
-      size: height and width of the upright picture.
+      size: height and width of the upright image.
     """
 
     boxes: np.ndarray
@@ -71,11 +71,11 @@ class Detections:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a work directory holds for prediction.
+    """The part of a work directory that a prediction needs.
 
     Attributes:
-      config: whole configuration of the run; keys that it did not have yet at their defaults.
-      categories: one per label; without a name where a label stands for nothing.
+      config: whole configuration of the run, with defaults for keys that it lacks.
+      categories: one per label; the name of an unused label is empty.
       params: of the checkpoint, on the first device.
       step: of the checkpoint.
     """
@@ -91,13 +91,14 @@ def read_run(workdir: str | os.PathLike, step: str | int = "best") -> Run:
 
     Args:
       workdir: of a training or an import.
-      step: "best" (the latest where none has an AP, as after an import), "latest" or a number.
+      step: "best" (the latest if none has an AP, as after an import), "latest" or a number.
 
     Raises:
-      CheckpointError: no work directory, no such checkpoint, a damaged one, or a config that is
-        not one of this version.
+      CheckpointError: no work directory, no such checkpoint, a damaged one, or a config of
+        another version.
+      ConfigError: a work directory in a bucket.
     """
-    workdir = Path(os.path.expanduser(workdir))
+    workdir = expand_user(os.fspath(workdir), "--workdir")
     if not (workdir / "config.json").is_file():
         what = "it has no config.json" if workdir.is_dir() else "there is no such directory"
         raise CheckpointError(f"{workdir}: no work directory of a run: {what}")
@@ -116,26 +117,35 @@ def read_run(workdir: str | os.PathLike, step: str | int = "best") -> Run:
 def load(
     workdir: str | os.PathLike, step: str | int = "best", *, batch_size: int = 1
 ) -> "Predictor":
-    """A predictor from a work directory.
+    """Makes a predictor from a work directory.
 
     Args:
       workdir: of a training or an import.
-      step: "best" (the latest where none has an AP, as after an import), "latest" or a number.
-      batch_size: pictures per call of the compiled program; a batch that is not full takes as
-        long as a full one. Above 1 is for many pictures on an accelerator.
+      step: "best" (the latest if none has an AP, as after an import), "latest" or a number.
+      batch_size: images per call of the compiled program; a batch that is not full takes as long
+        as a full one. Above 1 is for many images on an accelerator.
 
     Raises:
       CheckpointError: no work directory, no such checkpoint, or a damaged one.
     """
-    run = read_run(workdir, step)
-    # Compiled programs are code: none is loaded from where a work directory says, which others may
-    # have made, but from where those of this machine's user are.
+    return predictor_of(read_run(workdir, step), batch_size=batch_size)
+
+
+def predictor_of(run: Run, *, batch_size: int = 1) -> "Predictor":
+    """Makes a predictor from a run, with the compile cache of this machine's user.
+
+    Args:
+      run: config, classes and parameters.
+      batch_size: as for `load`.
+    """
+    # Compiled programs are code. The cache directory that the run names is not used: others may
+    # have made the run.
     use_compile_cache(base_config().compile.cache_dir if run.config.compile.cache_dir else "")
     return Predictor(run.config, run.params, run.categories, batch_size=batch_size)
 
 
 class Predictor:
-    """Finds objects in pictures of any size. Threads may share one."""
+    """Finds objects in images of any size. Threads may share a predictor."""
 
     def __init__(
         self,
@@ -152,7 +162,7 @@ class Predictor:
             and `eval.num_select` are read.
           params: of the model.
           categories: one per label; detections of labels without a name are left out.
-          batch_size: pictures per call of the compiled program.
+          batch_size: images per call of the compiled program.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, expected at least 1")
@@ -174,45 +184,45 @@ class Predictor:
         self._program = jax.jit(program)
 
     @overload
-    def predict(self, pictures: Picture, threshold: float = 0.5) -> Detections: ...
+    def predict(self, images: ImageLike, threshold: float = 0.5) -> Detections: ...
 
     @overload
-    def predict(self, pictures: Sequence[Picture], threshold: float = 0.5) -> list[Detections]: ...
+    def predict(self, images: Sequence[ImageLike], threshold: float = 0.5) -> list[Detections]: ...
 
-    def predict(self, pictures, threshold=0.5):
-        """Finds the objects in a picture, or in several.
+    def predict(self, images, threshold=0.5):
+        """Finds the objects in an image, or in several.
 
         Args:
-          pictures: a picture or a sequence of them, of any sizes. A picture is the path of a file,
-            the bytes of one, a Pillow image or a uint8 array [H, W, 3] in RGB. Those that have an
-            EXIF orientation are turned upright, as viewers show them.
-          threshold: least score, 0 to 1; 0 gives all that `config.eval.num_select` allows.
+          images: an image or a sequence of images, of any sizes. An image is the path of a file, the
+            bytes of a file, a Pillow image or a uint8 array [H, W, 3] in RGB. Files and Pillow
+            images are turned upright by their EXIF orientation, as viewers show them.
+          threshold: lowest score, 0 to 1; 0 gives all that `config.eval.num_select` allows.
 
         Returns:
           `Detections`, or a list of them for a sequence.
 
         Raises:
-          DataError: something that is no picture, or a threshold out of range.
+          DataError: something that is no image, or a threshold out of range.
           OSError: a file that can't be read.
         """
-        if isinstance(pictures, _SINGLE):
-            return next(found for _, found in self.stream([(None, pictures)], threshold))
-        results: list[Detections | None] = [None] * len(pictures)
-        for index, found in self.stream(enumerate(pictures), threshold):
+        if isinstance(images, _SINGLE):
+            return next(found for _, found in self.stream([(None, images)], threshold))
+        results: list[Detections | None] = [None] * len(images)
+        for index, found in self.stream(enumerate(images), threshold):
             results[index] = found
         return results
 
     def stream(
-        self, pictures: Iterable[tuple[_Key, Picture]], threshold: float = 0.5
+        self, images: Iterable[tuple[_Key, ImageLike]], threshold: float = 0.5
     ) -> Iterator[tuple[_Key, Detections]]:
-        """Finds the objects in any number of pictures, reading them one by one.
+        """Finds the objects in any number of images, reading them one by one.
 
         Args:
-          pictures: pairs of anything and a picture, see `predict`.
-          threshold: least score.
+          images: pairs of any key and an image, see `predict`.
+          threshold: lowest score.
 
         Yields:
-          The first of each pair with the `Detections`, in the order in which batches fill up.
+          Each key with its `Detections`, in the order in which batches fill up.
 
         Raises:
           DataError, OSError: as `predict`.
@@ -221,10 +231,10 @@ class Predictor:
             raise DataError(f"threshold is {threshold!r}, expected a score from 0 to 1")
         waiting: dict[int, list] = collections.defaultdict(list)
         pending = None  # the device works on a batch while the host prepares the next
-        for key, picture in pictures:
-            image = read_picture(picture)
-            canvas, size = self._place(image.shape[:2])
-            waiting[canvas].append((key, image.shape[:2], self._resized(image, size)))
+        for key, image in images:
+            pixels = read_image(image)
+            canvas, size = choose_canvas(pixels.shape[:2], self.canvases, self._config.data)
+            waiting[canvas].append((key, pixels.shape[:2], self._resized(pixels, size)))
             if len(waiting[canvas]) == self.batch_size:
                 started = self._start(canvas, waiting.pop(canvas))
                 if pending is not None:
@@ -238,16 +248,13 @@ class Predictor:
         if pending is not None:
             yield from self._finish(*pending, threshold)
 
-    def _place(self, size: tuple[int, int]) -> tuple[int, np.ndarray]:
-        return place(size, self.canvases, self._config.data)
-
     def _resized(self, image: np.ndarray, size: np.ndarray) -> np.ndarray:
         geometry = transforms.eval_geometry(np.array([image.shape[:2]]), 1, 1).at(0)
         none = np.zeros((0, 4), np.float32), np.zeros(0, np.int32)
         return transforms.apply(image, *none, geometry._replace(size=size))[0]
 
     def _start(self, canvas: int, rows: list) -> tuple[list, dict[str, jax.Array]]:
-        """Sends a batch to the device, and does not wait for it."""
+        """Sends a batch to the device without waiting for it."""
         height, width = self.canvases[canvas]
         images = np.zeros((self.batch_size, height, width, 3), np.uint8)
         sizes = np.ones((self.batch_size, 2), np.int32)
@@ -267,7 +274,7 @@ class Predictor:
                     jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=self._sharding),
                     jax.ShapeDtypeStruct((self.batch_size, 2), jnp.int32, sharding=self._sharding),
                 )
-                # Not those of the run: another version of XLA may not know them.
+                # Not the options of the run: another version of XLA may not know them.
                 options = accepted_options(base_config(), self._device)
                 name = "prediction for {} x {}".format(*canvas)
                 self._programs[canvas] = compile_and_log(lowered, name, options)
@@ -278,7 +285,7 @@ class Predictor:
         return jax.sharding.SingleDeviceSharding(self._device)
 
     def _finish(self, rows: list, found: dict[str, jax.Array], threshold: float) -> Iterator[tuple]:
-        """Waits for a batch, and yields what was found in each of its pictures."""
+        """Waits for a batch, and yields the detections of each of its images."""
         found = jax.device_get(found)
         for row, (key, size) in enumerate(rows):
             scores, labels = found["scores"][row], found["labels"][row]
@@ -297,13 +304,15 @@ class Predictor:
             )
 
 
-def place(
+def choose_canvas(
     size: tuple[int, int], canvases: Sequence[tuple[int, int]], data_config: ConfigDict
 ) -> tuple[int, np.ndarray]:
-    """Where a picture goes, as in the evaluation; one that fits nowhere is made smaller.
+    """Chooses canvas and size of an image as the evaluation does.
+
+    An image that fits no canvas is reduced.
 
     Args:
-      size: its height and width.
+      size: height and width of the image.
       canvases: heights and widths.
       data_config: `config.data`, of which the sizes of the evaluation are read.
 
@@ -322,39 +331,39 @@ def place(
 
 
 def _in_pixels(boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Normalised cxcywh [n, 4] as float32 xyxy in pixels of a picture of `size`."""
+    """Converts normalized cxcywh [n, 4] to float32 xyxy in pixels of an image of `size`."""
     scale = np.array([size[1], size[0]], np.float64)
-    centre, half = boxes[:, :2] * scale, boxes[:, 2:] * scale / 2
-    return np.concatenate([centre - half, centre + half], axis=1).astype(np.float32)
+    center, half = boxes[:, :2] * scale, boxes[:, 2:] * scale / 2
+    return np.concatenate([center - half, center + half], axis=1).astype(np.float32)
 
 
-def read_picture(picture: Picture) -> np.ndarray:
-    """A picture as uint8 [H, W, 3] in RGB, upright.
+def read_image(image: ImageLike) -> np.ndarray:
+    """Reads an image as uint8 [H, W, 3] in RGB, upright.
 
     Args:
-      picture: path of a file, bytes of one, a Pillow image, or such an array, which is returned.
+      image: path of a file, its bytes, a Pillow image, or such an array, which is returned.
 
     Raises:
-      DataError: something else, or a file that is no readable picture.
+      DataError: something else, or a file that is no readable image.
       OSError: a file that can't be read.
     """
-    if isinstance(picture, np.ndarray):
-        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise DataError(
-                f"an array {picture.dtype}{list(picture.shape)} as a picture, expected "
+                f"an array {image.dtype}{list(image.shape)} as an image, expected "
                 "uint8 [height, width, 3], RGB from 0 to 255"
             )
-        if not picture.size:
-            raise DataError(f"an array {list(picture.shape)} as a picture: it has no pixels")
-        return picture
-    if isinstance(picture, Image.Image | bytes):
-        return decode_upright(picture)
-    if isinstance(picture, str | os.PathLike):
+        if not image.size:
+            raise DataError(f"an array {list(image.shape)} as an image: it has no pixels")
+        return image
+    if isinstance(image, Image.Image | bytes):
+        return decode_upright(image)
+    if isinstance(image, str | os.PathLike):
         try:
-            return decode_upright(Path(picture).read_bytes())
+            return decode_upright(Path(image).read_bytes())
         except DataError as error:
-            raise DataError(f"{os.fspath(picture)}: {error}") from error
+            raise DataError(f"{os.fspath(image)}: {error}") from error
     raise DataError(
-        f"{type(picture).__name__} as a picture, expected a path, the bytes of a file, a Pillow "
+        f"{type(image).__name__} as an image, expected a path, the bytes of a file, a Pillow "
         "image or a uint8 array [height, width, 3]"
     )

@@ -31,7 +31,8 @@ from dn_detr_jax.sharding import replicated, with_sharding
 from dn_detr_jax.training.setup import Setup, compile_programs, set_up
 from dn_detr_jax.training.step import denoising_queries
 from dn_detr_jax.training.writers import MetricWriter, read_metrics
-from dn_detr_jax.visualize.visualize import render_curves, render_detections
+from dn_detr_jax.visualize.boxes import render_detections
+from dn_detr_jax.visualize.plots import render_curves
 
 PyTree = Any
 logger = logging.getLogger(__name__)

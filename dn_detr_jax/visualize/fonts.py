@@ -1,0 +1,92 @@
+"""Text that can be drawn: a font that has its characters, or escapes in their place."""
+
+import functools
+import logging
+import os
+import unicodedata
+
+import matplotlib
+from matplotlib import font_manager
+from PIL import ImageFont
+
+logger = logging.getLogger(__name__)
+
+# matplotlib's own font is installed wherever this module can be imported. It has Latin, Greek,
+# Cyrillic, Arabic and more, but not Chinese, Japanese, Korean, Thai or the scripts of India.
+_OWN_FONT = os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+
+
+def drawable(text: str, size: int) -> tuple[str, ImageFont.FreeTypeFont]:
+    """Finds a font for a text.
+
+    The font is matplotlib's, or an installed one that has all the characters. If there is none, the
+    characters that matplotlib's font lacks are escaped, for example as \\u732b, and a warning says
+    so once. Line breaks and other control characters are escaped, too; invisible format characters
+    are dropped.
+
+    Args:
+      text: to draw on one line.
+      size: of the font, pixels.
+
+    Returns:
+      The text to draw, and the font.
+    """
+    text, path = _drawable(text)
+    return text, font(size, path)
+
+
+@functools.cache
+def font(size: int, path: str = _OWN_FONT) -> ImageFont.FreeTypeFont:
+    """Opens a font, by default matplotlib's, in a size in pixels."""
+    return ImageFont.truetype(path, size)
+
+
+@functools.lru_cache(4096)
+def _drawable(text: str) -> tuple[str, str]:
+    kept = [char for char in text if unicodedata.category(char) != "Cf"]
+    text = "".join(char if char.isprintable() else _escaped(char) for char in kept)
+    missing = frozenset(map(ord, text)) - _characters(_OWN_FONT)
+    if not missing:
+        return text, _OWN_FONT
+    path = _installed_font(frozenset(map(ord, text)))
+    if path is not None:
+        return text, path
+    _warn_of_script(unicodedata.name(chr(min(missing)), "UNKNOWN").split()[0])
+    return "".join(_escaped(char) if ord(char) in missing else char for char in text), _OWN_FONT
+
+
+def _escaped(char: str) -> str:
+    return (
+        char.encode("ascii", "backslashreplace").decode() if ord(char) > 127 else repr(char)[1:-1]
+    )
+
+
+@functools.cache
+def _warn_of_script(script: str) -> None:
+    logger.warning(
+        "no installed font has the characters of some class names (%s): they are drawn as escapes "
+        "such as \\u732b; install a font that has them, for example Noto Sans",
+        script,
+    )
+
+
+@functools.cache
+def _characters(path: str) -> frozenset[int]:
+    """Returns the code points of a font; none if it can't be read."""
+    try:
+        return frozenset(font_manager.get_font(path).get_charmap())
+    except (OSError, RuntimeError, ValueError):
+        return frozenset()
+
+
+@functools.cache
+def _installed_font(characters: frozenset[int]) -> str | None:
+    """Finds an installed font that has all the characters and that Pillow opens."""
+    for path in sorted(font_manager.findSystemFonts()):
+        if characters <= _characters(path):
+            try:
+                font(10, path)
+            except OSError:
+                continue
+            return path
+    return None
