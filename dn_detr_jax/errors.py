@@ -52,6 +52,10 @@ class ConversionError(Error, ValueError):
     """Weights that do not fit the model. The message names the parameter."""
 
 
+class UnsupportedCase(Error, ValueError):  # noqa: N818 - a limit of the package, or of the case
+    """A reference case that can't be checked. The message names the case and what it lacks."""
+
+
 class PreflightError(Error, ValueError):
     """A preflight that can't be made. The message names the flag and what would be right."""
 

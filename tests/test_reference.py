@@ -21,7 +21,9 @@ from dn_detr_jax.config import base_config
 from dn_detr_jax.interop.convert import flat
 from dn_detr_jax.interop.torch_names import tied_names, torch_tensors
 from dn_detr_jax.models.registry import abstract_params, build_model, trainable
-from dn_detr_jax.parity import check_detector, reference
+from dn_detr_jax.parity import reference
+from dn_detr_jax.parity.check import check_detector
+from dn_detr_jax.parity.prepared import prepare
 
 DATA = Path(__file__).parent / "data" / "reference"
 # Most clipped gradients are near AdamW's epsilon, so that updates amplify rounding; single draws of
@@ -45,15 +47,15 @@ def components():
     printed = json.loads(done.stdout)
     assert done.returncode == (0 if printed["ok"] else 1)
     return SimpleNamespace(
-        entries=printed["results"], not_covered=printed["not_covered"], case=reference.Case(path)
+        entries=printed["results"], left_out=printed["left_out"], case=reference.Case(path)
     )
 
 
 @pytest.fixture(scope="module")
 def detector():
-    setup = check_detector.set_up(reference.Case(DATA / "dn_dab_detr_r50.npz"))
-    setup.compiler_options = fast_jit.OPTIONS
-    return check_detector.check(setup)
+    prepared = prepare(reference.Case(DATA / "dn_dab_detr_r50.npz"))
+    prepared.compiler_options = fast_jit.OPTIONS
+    return check_detector(prepared)
 
 
 def of(report, *prefixes):
@@ -72,7 +74,7 @@ def test_components(components):
 
 def test_all_components_are_compared(components):
     """A case that is silently left out would look like agreement."""
-    assert components.not_covered == {}
+    assert components.left_out == {}
     cases = components.case.manifest["dn_cases"]
     assert len(cases) == 11
     for settings in cases:
@@ -87,7 +89,7 @@ def test_all_components_are_compared(components):
     """
     left = {
         name
-        for name in components.case.arrays
+        for name in components.case.names()
         if name not in components.entries and not re.fullmatch(inputs, name, re.VERBOSE)
     }
     assert left == set()
@@ -141,7 +143,7 @@ def test_everything_in_the_case_is_compared(detector):
     compared = {name.split("[")[0] for name in detector.entries}
     ignored = {"in.", "f64.", "train.sample_idx", "train.md_batch_idx", "train.md_known_indice"}
     left = [
-        n for n in detector.case.arrays if n not in compared and not n.startswith(tuple(ignored))
+        n for n in detector.case.names() if n not in compared and not n.startswith(tuple(ignored))
     ]
     assert left == []
 
@@ -149,10 +151,14 @@ def test_everything_in_the_case_is_compared(detector):
 # --- the command ----------------------------------------------------------------------------------
 
 
+def stored_arrays(case):
+    return {name: case.stored(name) for name in case.names()}
+
+
 def small_case(folder, change=None):
     """The focal loss alone."""
     case = reference.Case(DATA / "components.npz")
-    arrays = {k: v for k, v in case.arrays.items() if k.startswith("focal.")}
+    arrays = {k: v for k, v in stored_arrays(case).items() if k.startswith("focal.")}
     if change:
         arrays[change] = arrays[change] * (1 + 1e-3)
     manifest = case.manifest | {
@@ -285,12 +291,12 @@ def test_other_cases_are_set_up(tmp_path, counts, change):
     }
     (tmp_path / "case.json").write_text(json.dumps(manifest))
     case = reference.Case(tmp_path / "case.npz")
-    setup = check_detector.set_up(case, overrides={"matcher.cost_giou": "3.0"})
-    assert setup.config.matcher.cost_giou == 3.0
-    np.testing.assert_array_equal(setup.batch["valid"].sum(axis=1), counts)
+    prepared = prepare(case, overrides={"matcher.cost_giou": "3.0"})
+    assert prepared.config.matcher.cost_giou == 3.0
+    np.testing.assert_array_equal(prepared.batch["valid"].sum(axis=1), counts)
     if sum(counts) and change.get("use_dn", True):
-        assert setup.dn.valid.sum() == total
-        rows = reference.slots_of(setup.batch["valid"], 5)
+        assert prepared.dn.valid.sum() == total
+        rows = reference.slots_of(prepared.batch["valid"], 5)
         flipped = np.where(
             arrays["in.noise_label_u"] < 0.2,
             arrays["in.noise_label_new"],
@@ -298,9 +304,9 @@ def test_other_cases_are_set_up(tmp_path, counts, change):
                 np.concatenate([arrays[f"in.target_labels_{i}"] for i in range(len(counts))]), 5
             ),
         )
-        np.testing.assert_array_equal(np.asarray(setup.dn.labels)[rows], flipped)
+        np.testing.assert_array_equal(np.asarray(prepared.dn.labels)[rows], flipped)
     else:
-        assert setup.dn is None
+        assert prepared.dn is None
 
 
 @pytest.mark.parametrize(

@@ -6,20 +6,20 @@ The command builds the model that the manifest beside the case describes, fills 
 importer, runs what the case holds, and prints one JSON object: for every array, loss, gradient and
 update the largest absolute and relative error (relative to the largest expected magnitude for
 arrays, to the number itself for losses and norms), the tolerance, and the ratio to the float32
-noise of the PyTorch code where that is known. Exit status: 0 if everything is within tolerance, 1
-if not, 2 if the case can't be checked, for example that of a model that this package does not have.
+noise of the PyTorch code where that is known. Exit status: 0 if every output of the case was
+compared and is within tolerance, 1 if one is not, 2 if outputs were left out, which are listed, or
+if the case can't be checked at all, for example that of a model that this package does not have.
 """
 
 import json
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from absl import flags
 
 from dn_detr_jax.commands.command_line import local_path
-from dn_detr_jax.errors import Error, one_line
+from dn_detr_jax.errors import Error, UnsupportedCase, one_line
 
 FLAGS = flags.FLAGS
 ARGUMENTS = ("CASE.npz",)
@@ -33,33 +33,6 @@ def define_flags() -> None:
     )
 
 
-def check(case: Any, dtype: str = "float32", overrides: dict[str, str] | None = None) -> Any:
-    """Runs a case.
-
-    Args:
-      case: a `parity.reference.Case` of components or of a whole model.
-      dtype: of the model's compute. Below float32 only the losses have a tolerance, 2%.
-      overrides: config keys and values that replace those of the case.
-
-    Returns:
-      A `parity.comparison.Report`.
-
-    Raises:
-      UnsupportedCase: the package does not have that model, or the case lacks something.
-      ConfigError: a wrong override.
-      ConversionError: the weights of the case are not those of the model.
-    """
-    from dn_detr_jax.parity import check_components, check_detector, reference
-
-    if "modelname" not in case.manifest:
-        if dtype != "float32" or overrides:
-            raise reference.UnsupportedCase(
-                f"{case.name}: components have no model: no --dtype, no --set"
-            )
-        return check_components.check(case)
-    return check_detector.check(check_detector.set_up(case, dtype, overrides))
-
-
 def run(path: str | os.PathLike, dtype: str = "float32", settings: Sequence[str] = ()) -> int:
     """Checks a case, prints the report, and returns the exit status.
 
@@ -68,18 +41,25 @@ def run(path: str | os.PathLike, dtype: str = "float32", settings: Sequence[str]
       dtype: of the model's compute.
       settings: KEY=VALUE, config keys to change.
     """
-    from dn_detr_jax.parity import reference
+    from dn_detr_jax.parity.check import check
 
     pairs = [setting.split("=", 1) for setting in settings]
     try:
         if wrong := [pair[0] for pair in pairs if len(pair) != 2]:
-            raise reference.UnsupportedCase(f"--set={wrong[0]}: expected KEY=VALUE")
-        report = check(reference.Case(local_path(os.fspath(path))), dtype, dict(pairs))
-    except (Error, reference.UnsupportedCase, FileNotFoundError) as error:
+            raise UnsupportedCase(f"--set={wrong[0]}: expected KEY=VALUE")
+        report = check(local_path(os.fspath(path)), dtype, dict(pairs))
+    except (Error, OSError) as error:
         print("error:", one_line(error), file=sys.stderr)
         return 2
     print(json.dumps(report.as_json(), indent=1))
-    return 1 if report.failures else 0
+    if report.exit_status == 2:
+        names = ", ".join(list(report.left_out)[:6]) or "it has no outputs"
+        print(
+            f"error: {report.case.name}: {len(report.entries)} comparisons, "
+            f"{len(report.left_out)} outputs left out: {names}",
+            file=sys.stderr,
+        )
+    return report.exit_status
 
 
 def main(argv: Sequence[str]) -> None:

@@ -9,8 +9,10 @@ The work directory holds one checkpoint, of step 0, and the names of COCO's clas
 `--config.init.reset_heads=True` the config may have another number of classes: the class head and
 the label embedding are initialized anew.
 
-SOURCE is a `.pth` (with `model`, `ema_model`, or a bare state dict; `--entry` chooses), a
-`.safetensors` or an `.npz`. PyTorch is not needed, and no code of the file is run.
+SOURCE is a `.pth` or `.pth.tar`, a `.safetensors` or an `.npz`. Its state dict is a bare one or is
+stored under keys such as `model`, `state_dict` or `ema`, which may be nested. `--entry` names
+another one by a dotted path such as `ema.module`. Names of wrapping modules (`module.`,
+`_orig_mod.`) are removed. PyTorch is not needed, and no code of the file is run.
 """
 
 from collections.abc import Sequence
@@ -32,7 +34,9 @@ def define_flags() -> None:
     """Defines the flags of this command."""
     define_config_flag()
     define_path_flag("out", "Work directory to make.", required=True)
-    flags.DEFINE_string("entry", None, "Key of the state dict in the file, if not the usual one.")
+    flags.DEFINE_string(
+        "entry", None, "Dotted path of the state dict, such as ema.module, if not the usual one."
+    )
 
 
 def main(argv: Sequence[str]) -> None:

@@ -1,8 +1,8 @@
-"""State dicts of PyTorch to parameters and back, with an account of every tensor.
+"""State dicts of PyTorch to parameters and back, with a report on every tensor.
 
-Everything is driven by the table of `torch_names`. What does not fit is said before anything is
-used: tensors of a wrong shape, tied heads that differ, parameters without a tensor, and which
-config the checkpoint would fit.
+The table of `torch_names` drives both directions. Errors come before anything is used: tensors of a
+wrong shape, tied heads that differ, parameters without a tensor, and a checkpoint of another model,
+with the config that it would fit.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from dn_detr_jax.errors import ConversionError
+from dn_detr_jax.interop.state_dicts import unwrapped
 from dn_detr_jax.interop.torch_names import (
     BACKBONE_PREFIX,
     canonical_name,
@@ -30,7 +31,7 @@ _SHOWN = 6  # names listed in an error before it says how many more there are
 
 
 @dataclasses.dataclass(frozen=True)
-class Account:
+class ConversionReport:
     """Where every tensor and every parameter of a conversion went.
 
     Attributes:
@@ -38,16 +39,21 @@ class Account:
       unfilled: parameters that the source has no tensor for.
       unused: tensors of the source that no parameter is made of.
       tied: tensors that repeat another one.
+      stripped: names of wrapping modules that were removed from the tensors' names.
     """
 
     filled: tuple[str, ...]
     unfilled: tuple[str, ...]
     unused: tuple[str, ...]
     tied: tuple[str, ...]
+    stripped: tuple[str, ...] = ()
 
     def summary(self) -> str:
-        """A line of counts, then the unused tensors and unfilled parameters by name."""
+        """A line of counts, then what was stripped, unused tensors and unfilled parameters."""
         lines = [f"{len(self.filled)} parameters filled, {len(self.tied)} tied tensors equal"]
+        if self.stripped:
+            removed = ", ".join(f"{part}." for part in self.stripped)
+            lines.append(f"removed from names: {removed}")
         if self.unused:
             lines.append(f"{len(self.unused)} tensors unused: {', '.join(self.unused)}")
         if self.unfilled:
@@ -62,20 +68,20 @@ def flat(tree: PyTree) -> dict[str, Any]:
 
 def params_from_torch(
     state: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[dict[str, np.ndarray], Account]:
+) -> tuple[dict[str, np.ndarray], ConversionReport]:
     """Parameters from a state dict in official names.
 
     Args:
-      state: tensors by name, with or without `module.` in front.
+      state: tensors by name, with or without names of wrapping modules such as `module.`.
       shapes: of the wanted parameters by path.
 
     Returns:
-      float32 parameters by path, those that the state dict has, and the account.
+      float32 parameters by path, those that the state dict has, and the report.
 
     Raises:
       ConversionError: a wrong shape, or tied tensors that are not equal.
     """
-    state = {name.removeprefix("module."): value for name, value in state.items()}
+    state, stripped = unwrapped(state)
     wanted, _ = torch_tensors(shapes)
     sources: dict[str, str] = {}
     tied = []
@@ -100,13 +106,14 @@ def params_from_torch(
             value = np.asarray(state[sources[tensor.name]], np.float32)
             params.update(tensor.split(value))
     used = {tensor.name for tensor in wanted}
-    account = Account(
+    report = ConversionReport(
         filled=tuple(path for path in shapes if path in params),
         unfilled=tuple(path for path in shapes if path not in params),
         unused=tuple(name for name in state if canonical_name(name) not in used),
         tied=tuple(tied),
+        stripped=stripped,
     )
-    return params, account
+    return params, report
 
 
 def params_to_torch(params: PyTree) -> dict[str, np.ndarray]:
@@ -146,7 +153,7 @@ def gradients_to_torch(tree: PyTree) -> dict[str, np.ndarray]:
 
 def backbone_from_torch(
     state: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[dict[str, np.ndarray], Account]:
+) -> tuple[dict[str, np.ndarray], ConversionReport]:
     """The backbone's parameters from a ResNet in torchvision's or timm's names.
 
     Args:
@@ -156,6 +163,7 @@ def backbone_from_torch(
     Raises:
       ConversionError: not a ResNet, a wrong shape, or a parameter without a tensor.
     """
+    state, stripped = unwrapped(state)
     first = "layer1.0.conv1.weight"
     prefixes = [name.removesuffix(first) for name in state if name.endswith(first)]
     if len(prefixes) != 1:
@@ -176,17 +184,18 @@ def backbone_from_torch(
             "config.model.backbone.norm to 'frozen_batch_norm'"
         )
     try:
-        params, account = params_from_torch(renamed, shapes)
+        params, report = params_from_torch(renamed, shapes)
     except ConversionError as error:
         raise ConversionError(f"{error}{_fitting_backbone(renamed)}") from None
-    if account.unfilled:
-        missing = _some(list(account.unfilled))
+    if report.unfilled:
+        missing = _some(list(report.unfilled))
         raise ConversionError(f"nothing for {missing}{_fitting_backbone(renamed)}")
-    layers = [name for name in account.unused if re.search(r"layer\d\.\d+\.conv", name)]
+    layers = [name for name in report.unused if re.search(r"layer\d\.\d+\.conv", name)]
     if layers and any(re.search(r"layer[1-3]\.", name) for name in layers):
         raise ConversionError(f"a deeper ResNet: {_some(layers)}{_fitting_backbone(renamed)}")
-    unused = tuple(name.removeprefix(BACKBONE_PREFIX) for name in account.unused)
-    return params, dataclasses.replace(account, unused=unused)
+    unused = tuple(name.removeprefix(BACKBONE_PREFIX) for name in report.unused)
+    stripped += (prefixes[0].removesuffix("."),) if prefixes[0] else ()
+    return params, dataclasses.replace(report, unused=unused, stripped=stripped)
 
 
 def _fitting_backbone(state: Mapping[str, np.ndarray]) -> str:
@@ -227,7 +236,7 @@ def official_config(state: Mapping[str, np.ndarray], args: Mapping[str, Any]) ->
     Raises:
       ConversionError: another kind of model.
     """
-    state = {name.removeprefix("module."): value for name, value in state.items()}
+    state, _ = unwrapped(state)
     if any("sampling_offsets" in name for name in state):
         raise ConversionError(
             "the source is a deformable variant (it has sampling offsets), which is not a model "

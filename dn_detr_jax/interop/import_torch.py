@@ -1,19 +1,7 @@
-"""Turns an official PyTorch checkpoint of DN-DAB-DETR into a work directory.
-
-    python -m dn_detr_jax import checkpoint.pth --config configs/coco_r50.py \\
-        --out runs/official [--config.model.num_patterns=3 ...]
-
-The work directory holds one checkpoint, of step 0, and the names of COCO's classes if there are 91.
-`train.py --eval_only --workdir runs/official` evaluates it,
-`train.py --config.init.checkpoint=runs/official` starts a training from it. With
-`--config.init.reset_heads=True` the config may have another number of classes: the class head and
-the label embedding start fresh.
-
-SOURCE is a `.pth` (with `model`, `ema_model`, or a bare state dict; `--entry` chooses), a
-`.safetensors` or an `.npz`. PyTorch is not needed, and no code of the file is run.
-"""
+"""Official PyTorch checkpoints as work directories."""
 
 import copy
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,7 +23,7 @@ from dn_detr_jax.errors import (
 from dn_detr_jax.interop import torch_files
 from dn_detr_jax.interop.convert import (
     HEAD_PATHS,
-    Account,
+    ConversionReport,
     check_config,
     flat,
     official_config,
@@ -47,7 +35,7 @@ from dn_detr_jax.models.registry import abstract_params, build_model
 
 def convert(
     state: Mapping[str, np.ndarray], config: ConfigDict, args: Mapping[str, Any] | None = None
-) -> tuple[dict[str, Any], Account]:
+) -> tuple[dict[str, Any], ConversionReport]:
     """Parameters of the config's model from an official state dict.
 
     Args:
@@ -66,15 +54,15 @@ def convert(
     shapes = {path: leaf.shape for path, leaf in flat(abstract_params(model)).items()}
     kept = HEAD_PATHS if config.init.reset_heads else ()
     wanted = {path: shape for path, shape in shapes.items() if path not in kept}
-    params, account = params_from_torch(state, wanted)
-    if account.unfilled:
-        raise ConversionError(f"nothing in the source for {', '.join(account.unfilled)}")
+    params, report = params_from_torch(state, wanted)
+    if report.unfilled:
+        raise ConversionError(f"nothing in the source for {', '.join(report.unfilled)}")
     if kept:
         table = np.asarray(state["label_enc.weight"], np.float32)
         params = reset_heads(
             params | {"label_embedding": table}, params | _fresh_heads(model, config.seed)
         )
-    return traverse_util.unflatten_dict(params, sep="/"), account
+    return traverse_util.unflatten_dict(params, sep="/"), report
 
 
 def _fresh_heads(model: nn.Module, seed: int) -> dict[str, np.ndarray]:
@@ -90,14 +78,14 @@ def _fresh_heads(model: nn.Module, seed: int) -> dict[str, np.ndarray]:
 
 def import_file(
     source: str | Path, config: ConfigDict, out: str | Path, entry: str | None = None
-) -> Account:
+) -> ConversionReport:
     """Writes the checkpoint of a file into a new work directory.
 
     Args:
-      source: .pth, .safetensors or .npz.
+      source: `.pth`, `.pth.tar`, `.safetensors` or `.npz`.
       config: whole configuration, stored with the checkpoint; `model.num_classes` 0 is filled in.
       out: work directory without checkpoints.
-      entry: key of the state dict in the file, None: the usual ones.
+      entry: dotted path of the state dict in the file, such as "ema.module"; None: the usual ones.
 
     Returns:
       Where every tensor went.
@@ -112,16 +100,16 @@ def import_file(
     if not config.model.num_classes:
         config = copy.deepcopy(config)
         config.model.num_classes = official_config(file.state, file.args)["model.num_classes"]
-    params, account = convert(file.state, config, file.args)
+    params, report = convert(file.state, config, file.args)
+    report = dataclasses.replace(report, stripped=file.stripped)
     categories = assumed_categories(config.model.num_classes)
     with Checkpoints(out, config, categories=categories) as checkpoints:
         checkpoints.save(0, {"params": params})
-    named = f"{source} [{file.entry}]" if file.entry else f"{source}"
-    print(f"{named}: {account.summary()}")
+    print(f"{file.description()}: {report.summary()}")
     if not file.args and not config.model.backbone.dilation:
         print(
             "The file does not say whether it is a DC5 model: if it is, import it with "
             "--config.model.backbone.dilation=True"
         )
     print(f"Wrote {Path(out) / 'checkpoints' / '0'}")
-    return account
+    return report

@@ -1,5 +1,6 @@
 """Parameters to start a training from: a pretrained backbone, or a whole trained detector."""
 
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -64,13 +65,12 @@ def _placed(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:
 def _from_backbone(fresh: dict[str, Any], config: ConfigDict) -> dict[str, Any]:
     path = config.init.backbone
     try:
-        state = torch_files.read(path).state
-        loaded, account = backbone_from_torch(state, {p: v.shape for p, v in fresh.items()})
+        file = torch_files.read(path)
+        loaded, report = backbone_from_torch(file.state, {p: v.shape for p, v in fresh.items()})
     except (OSError, WeightsError, ConversionError) as error:
         raise ConfigError("init.backbone", path, str(error)) from error
-    logger.info("backbone from %s: %d parameters", path, len(loaded))
-    if account.unused:
-        logger.info("unused there: %s", ", ".join(account.unused))
+    report = dataclasses.replace(report, stripped=file.stripped + report.stripped)
+    logger.info("backbone from %s: %s", file.description(), report.summary())
     return fresh | loaded
 
 

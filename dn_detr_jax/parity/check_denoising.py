@@ -1,10 +1,10 @@
 """The reference's denoising components: preparation, mask, split and losses of sets of targets.
 
-The contrastive cases hold a slip of the PyTorch code. It lists the objects of a batch picture by
-picture, each picture's positives and then its negatives, but gives the larger noise to the second
-half of the whole list, and takes the boxes of the first half for its loss; the class targets are
-right. With objects in one picture alone that is the same. This package treats every picture by
-itself; for the comparison the slip is put into its queries here.
+The contrastive cases contain a slip of the PyTorch code. That code lists the objects of a batch
+image by image, each image's positives followed by its negatives. It gives the larger noise to the
+second half of the whole list and takes the boxes of the first half for its loss; its class targets
+are right. The slip changes nothing if only one image has objects. This package treats every image
+by itself; the comparison puts the slip into its queries here.
 """
 
 from typing import Any
@@ -20,13 +20,10 @@ from dn_detr_jax.parity.comparison import ATOL, RTOL, Report
 
 
 def check(report: Report, case: reference.Case, settings: dict[str, Any]) -> None:
-    """Compares one set of targets, an entry of the manifest's `dn_cases`.
-
-    Deformable variants differ in the content of their matching queries only, which is theirs.
-    """
+    """Compares one set of targets, an entry of the manifest's `dn_cases`."""
     prefix = f"dn.{settings['name']}."
-    pictures = range(len(settings["gt_counts"]))
-    targets = [[case[f"{prefix}{kind}_{i}"] for i in pictures] for kind in ("labels", "boxes")]
+    images = range(len(settings["gt_counts"]))
+    targets = [[case[f"{prefix}{kind}_{i}"] for i in images] for kind in ("labels", "boxes")]
     # Without any object the PyTorch code has no slot at all.
     labels, boxes, valid = reference.padded_targets(*targets, max(settings["gt_counts"]))
     contrastive = settings["contrastive"]
@@ -98,16 +95,33 @@ def _check_queries(
         return content, anchors, denoising.attention_mask(dn, queries, attend_padding=True)
 
     content, anchors, allowed = map(np.asarray, run(dn, case["dn.label_enc"]))
-    for name, ours in (("input_query_label", content), ("input_query_bbox", anchors)):
-        stored = case[prefix + name]
-        stored = stored.swapaxes(0, 1) if settings["kind"] == "dab" else stored
-        ours = np.take_along_axis(ours, order[..., None], axis=1)
-        report.array(prefix + name, ours, atol=ATOL, expected=stored[:, : dn.num_slots])
     order = _with_matching(order, queries)
+    ours = {"input_query_label": content, "input_query_bbox": anchors}
+    for name, matching in _matching_queries(case, settings).items():
+        values = ours[name]
+        values = np.concatenate(
+            [values, np.broadcast_to(matching, (len(values), *matching.shape))], 1
+        )
+        # The official code of the contrastive variant prepares its denoising queries alone.
+        kept = dn.num_slots if settings["kind"] == "dino" else values.shape[1]
+        values = np.take_along_axis(values, order[:, :kept, None], axis=1)
+        values = values.swapaxes(0, 1) if settings["kind"] == "dab" else values
+        report.array(prefix + name, values, atol=ATOL)
     allowed = np.take_along_axis(allowed, order[:, :, None], axis=1)
     allowed = np.take_along_axis(allowed, order[:, None, :], axis=2)
-    stored = np.broadcast_to(case[prefix + "attn_mask"], allowed.shape)
-    report.equal(prefix + "attn_mask", ~allowed, expected=stored)
+    report.equal(prefix + "attn_mask", ~allowed)
+
+
+def _matching_queries(case: reference.Case, settings: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Content [N, D] and anchors [N, 4] of the matching queries, the content with its indicator."""
+    repeats = max(1, settings["num_patterns"])
+    anchors = np.tile(case["dn.refpoint"], (repeats, 1))
+    if settings["kind"] == "dab":
+        content = np.broadcast_to(case["dn.label_enc"][-1], (len(anchors), settings["hidden"] - 1))
+    else:
+        content = np.tile(case["dn.tgt_weight"], (repeats, 1))
+    content = np.concatenate([content, np.zeros((len(content), 1), np.float32)], axis=1)
+    return {"input_query_label": content, "input_query_bbox": anchors}
 
 
 def _with_matching(order: np.ndarray, queries: int) -> np.ndarray:

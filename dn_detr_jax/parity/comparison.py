@@ -1,6 +1,7 @@
 """Computed numbers against stored ones: errors, tolerances, and ratios to the float32 noise."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -13,18 +14,44 @@ RTOL = 1e-4  # losses and gradients, relative to the largest value
 
 
 class Report:
-    """Collects the comparisons of a case, and which are out of tolerance."""
+    """Collects the comparisons of a case.
+
+    Attributes:
+      case: what is compared; its manifest gives the float32 noise.
+      entries: results by name, in the order of the comparisons.
+      reasons: why an array that the case holds was not compared, where that is known.
+    """
 
     def __init__(self, case: Case):
-        """An empty report on `case`, whose manifest gives the float32 noise."""
+        """Starts an empty report on `case`."""
         self.case = case
         self.entries: dict[str, dict[str, Any]] = {}
-        self.not_covered: dict[str, str] = {}
+        self.reasons: dict[str, str] = {}
+        self._covered: set[str] = set()
 
     @property
     def failures(self) -> list[str]:
         """Names of the comparisons out of tolerance."""
         return [name for name, entry in self.entries.items() if not entry["ok"]]
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Outputs of the case that were not compared, each with the reason."""
+        default = "this package computes nothing of this name"
+        return {
+            name: self.reasons.get(name, default)
+            if name in self.case
+            else "the manifest lists it, the file does not have it"
+            for name in self.case.outputs()
+            if name not in self._covered
+        }
+
+    @property
+    def exit_status(self) -> int:
+        """0: all outputs compared and within tolerance; 1: a difference; 2: outputs left out."""
+        if self.failures:
+            return 1
+        return 2 if self.left_out or not self.entries else 0
 
     def array(
         self,
@@ -34,51 +61,89 @@ class Report:
         atol: float | None = None,
         rtol: float | None = None,
         where: np.ndarray | None = None,
-        expected: np.ndarray | None = None,
+        each: bool = False,
     ) -> None:
-        """Compares an array, or the strided part of it that is stored.
+        """Compares an array, or the strided part of it that is stored; nothing if none is.
 
         Args:
           name: in the case.
           ours: the full array.
           atol: largest absolute error allowed; with neither tolerance the error is only reported.
           rtol: largest absolute error allowed, in units of the largest expected magnitude.
-          where: bool, broadcasting to the expected array, False: not compared.
-          expected: in place of the stored array.
+          where: bool, broadcasting to the full array, False: not compared.
+          each: errors are in units of the expected value itself, where that is not 0.
         """
-        if expected is None:
-            expected = self.case[name]
-            if name in self.case.manifest["arrays"]:
-                ours = self.case.stored_part(name, ours)
-        ours = np.asarray(ours, np.float64)
-        if ours.shape != expected.shape:
-            self._add(name, ok=False, shape=list(ours.shape), expected_shape=list(expected.shape))
+        if (pair := self._pair(name, ours, where)) is None:
             return
-        error = np.abs(ours - np.asarray(expected, np.float64))
-        scale = np.abs(np.asarray(expected, np.float64))
-        if where is not None:
-            where = np.broadcast_to(where, error.shape)
-            error, scale = error[where], scale[where]
+        ours, expected, kept = pair
+        ours, expected = ours.astype(np.float64)[kept], expected.astype(np.float64)[kept]
+        error, scale = np.abs(ours - expected), np.abs(expected)
+        if each:
+            unit = np.where(expected == 0, 1.0, scale)
+            error, scale = error / unit, scale / unit
         largest = float(error.max(initial=0.0))
-        scale = float(scale.max(initial=0.0))
-        entry: dict[str, Any] = {"abs": largest, "rel": largest / scale if scale else largest}
+        magnitude = float(scale.max(initial=0.0))
+        entry: dict[str, Any] = {
+            "abs": largest,
+            "rel": largest / magnitude if magnitude else largest,
+        }
         ok = math.isfinite(largest)
         if atol is not None:
             entry["tolerance_abs"] = atol
             ok &= largest <= atol
         if rtol is not None:
             entry["tolerance_rel"] = rtol
-            ok &= largest <= rtol * scale
+            ok &= largest <= rtol * magnitude
         if noise := self.case.float32_noise(name):
             entry["noise_ratio"] = largest / noise
         self._add(name, ok=bool(ok), **entry)
 
-    def equal(self, name: str, ours: np.ndarray, expected: np.ndarray | None = None) -> None:
-        """Compares integers or masks exactly."""
-        expected = self.case[name] if expected is None else expected
-        ours = np.asarray(ours)
-        same = ours.shape == expected.shape and bool(np.all(ours == expected))
-        self._add(name, ok=same, equal=same)
+    def equal(
+        self,
+        name: str,
+        ours: np.ndarray,
+        *,
+        where: np.ndarray | None = None,
+        required: bool = True,
+    ) -> None:
+        """Compares integers or masks exactly; the stored part of them, nothing if none is.
+
+        Args:
+          name: in the case.
+          ours: the full array, or one for each image of a batch for which one is stored.
+          where: bool, broadcasting to the full array, False: not compared.
+          required: a difference is out of tolerance; otherwise the equal share is only reported.
+        """
+        if (pair := self._pair(name, ours, where)) is None:
+            return
+        ours, expected, kept = pair
+        same = (ours == expected)[kept]
+        entry = {"equal": bool(same.all())}
+        if not required:
+            entry["equal_share"] = float(same.mean()) if same.size else 1.0
+        self._add(name, ok=entry["equal"] or not required, **entry)
+
+    def _pair(
+        self, name: str, ours: np.ndarray, where: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        """Ours, the expected array and the bool mask of what to compare, all of one shape.
+
+        None if there is nothing to compare, or if the shapes differ, which is then reported.
+        """
+        if name not in self.case:
+            return None
+        ours, expected = np.asarray(ours), self.case.stored(name)
+        full = self.case.full_shape(name)
+        leading = ours.ndim - len(full)
+        if leading < 0 or ours.shape[leading:] != full:
+            self._add(name, ok=False, shape=list(ours.shape), expected_shape=list(full))
+            return None
+        kept = np.broadcast_to(True if where is None else where, ours.shape)
+        ours, kept = self.case.part(name, ours), self.case.part(name, kept)
+        if kept.size and not kept.any():
+            self.reasons[name] = "no stored value can be compared: all are of padding or ambiguous"
+            return None
+        return ours, np.broadcast_to(expected, ours.shape), kept
 
     def scalars(
         self,
@@ -89,6 +154,7 @@ class Report:
         rtol: float | dict[str, float] | None,
         median: float | None = None,
         exact: dict[str, float] | None = None,
+        covers: Iterable[str] = (),
     ) -> None:
         """Compares named numbers by their relative errors, absolute ones where 0 is expected.
 
@@ -99,6 +165,7 @@ class Report:
           rtol: largest relative error allowed, one for all or by name; None: reported only.
           median: largest median of the relative errors allowed.
           exact: from a float64 run of the PyTorch code; gives the float32 noise.
+          covers: arrays of the case that the numbers sum up, if not the one of that name.
         """
         absolute = {key: abs(float(ours[key]) - float(value)) for key, value in expected.items()}
         errors = {k: error / (abs(float(expected[k])) or 1.0) for k, error in absolute.items()}
@@ -125,23 +192,21 @@ class Report:
             noise = max(abs(float(exact[key]) - float(value)) for key, value in expected.items())
             entry["noise_ratio"] = entry["abs"] / noise if noise else None
         self._add(name, ok=bool(ok), **entry)
-
-    def skip(self, name: str, reason: str) -> None:
-        """Notes what the case holds and this package has no counterpart of."""
-        self.not_covered[name] = reason
+        self._covered.update(covers)
 
     def _add(self, name: str, *, ok: bool, **entry: Any) -> None:
         if name in self.entries:
             raise ValueError(f"{name} is compared twice")
         self.entries[name] = {"ok": ok} | entry
+        self._covered.add(name.split("[")[0])
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, the failures first."""
+        """Everything, the failures and what was left out first."""
         return {
             "case": self.case.name,
-            "ok": not self.failures,
+            "ok": self.exit_status == 0,
             "out_of_tolerance": self.failures,
+            "left_out": self.left_out,
             "compared": len(self.entries),
             "results": self.entries,
-            "not_covered": self.not_covered,
         }

@@ -9,6 +9,7 @@ boxes, and logits with a deviation near 1.
 import ast
 import json
 import math
+import re
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -25,23 +26,36 @@ from dn_detr_jax.config import (
     validate,
 )
 from dn_detr_jax.denoising import Noise
-from dn_detr_jax.errors import ConfigError
+from dn_detr_jax.errors import ConfigError, UnsupportedCase, one_line
 from dn_detr_jax.interop.torch_names import canonical_name
 
-
-class UnsupportedCase(ValueError):  # noqa: N818 - a limit of this package, not a fault of the file
-    """A case of a model that this package does not have, or that lacks what describes it."""
+# Arrays that no result is compared with: inputs, the noise of float32, and row numbers.
+_NO_OUTPUT = re.compile(
+    r"""
+    in\..* | f64\..* | train\.(sample_idx|md_batch_idx|md_known_indice)
+    | dn\.(label_enc|refpoint|tgt_weight) | dn\..*\.known_indice
+    | dn\..*\.(labels|boxes|noise|out)_\w+ | gse\.pos | invsig\.x
+    | focal\.(logits|onehot|num_boxes) | box\.b[12] | pe\.mask | mask\.in | post\.sizes
+    | msda\.(shapes|value|loc|weights|cotangent) | matcher\.(logits|boxes|target_\w+)
+    """,
+    re.VERBOSE,
+)
 
 
 class Case:
-    """A case: arrays by name and the manifest that describes them."""
+    """A case: arrays by name and the manifest that describes them.
+
+    Attributes:
+      name: of the case.
+      manifest: what describes it.
+    """
 
     def __init__(self, path: str | Path):
         """Reads `path` (.npz) and the manifest of the same name with `.json`.
 
         Raises:
           FileNotFoundError: one of the two is missing.
-          UnsupportedCase: they are no such files.
+          UnsupportedCase: one of them is malformed.
         """
         path = Path(path)
         manifest = path.with_suffix(".json")
@@ -51,33 +65,91 @@ class Case:
         try:
             self.manifest: dict[str, Any] = json.loads(manifest.read_text())
             with np.load(path, allow_pickle=False) as arrays:
-                self.arrays: dict[str, np.ndarray] = dict(arrays)
-        except (ValueError, TypeError, zipfile.BadZipFile) as error:
-            raise UnsupportedCase(f"{path}: no reference case: {error}") from error
+                self._arrays: dict[str, np.ndarray] = dict(arrays)
+        except (ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise UnsupportedCase(f"{path}: no reference case: {one_line(error)}") from error
         require(str(path), self.manifest, "case", "arrays")
-        self.name: str = self.manifest["case"]
+        self.name: str = str(self.manifest["case"])
+        if not isinstance(self.manifest["arrays"], dict):
+            raise UnsupportedCase(f"{manifest}: 'arrays' must map names to descriptions")
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """The array `name`, or UnsupportedCase."""
-        require(self.name, self.arrays, name)
-        return self.arrays[name]
+        """The whole array `name`; UnsupportedCase if it is missing or stored in part."""
+        require(self.name, self._arrays, name)
+        if self.step(name):
+            raise UnsupportedCase(f"{self.name}: {name} is stored in part, but needed whole")
+        return self._arrays[name]
 
     def __contains__(self, name: str) -> bool:
         """Whether the case has the array `name`."""
-        return name in self.arrays
+        return name in self._arrays
 
-    def stored_part(self, name: str, full: np.ndarray) -> np.ndarray:
-        """What is stored of a full array: large ones are strided slices."""
-        step = self.manifest["arrays"][name].get("step")
-        return full[tuple(slice(None, None, s) for s in step)] if step else full
+    def names(self) -> list[str]:
+        """Names of the arrays in the file."""
+        return list(self._arrays)
+
+    def outputs(self) -> list[str]:
+        """Names of the arrays, listed or stored, that results are compared with."""
+        names = dict.fromkeys([*self.manifest["arrays"], *self._arrays])
+        return [
+            name
+            for name in names
+            if not _NO_OUTPUT.fullmatch(name) and (name not in self or self._arrays[name].size)
+        ]
+
+    def has_outputs(self, *prefixes: str) -> bool:
+        """Whether the file has an output whose name starts with one of `prefixes`."""
+        return any(name in self and name.startswith(prefixes) for name in self.outputs())
+
+    def setting(self, key: str) -> Any:
+        """The manifest's entry `key`, or UnsupportedCase."""
+        require(self.name, self.manifest, key)
+        return self.manifest[key]
+
+    def stored(self, name: str) -> np.ndarray:
+        """The array `name` as it is stored, which may be a strided part of the full one."""
+        require(self.name, self._arrays, name)
+        return self._arrays[name]
+
+    def step(self, name: str) -> tuple[int, ...] | None:
+        """The steps with which the array `name` is stored, None if it is stored whole."""
+        step = self.manifest["arrays"].get(name, {}).get("step")
+        if not step:
+            return None
+        if len(step) != self.stored(name).ndim or not all(type(s) is int and s > 0 for s in step):
+            raise UnsupportedCase(
+                f"{self.name}: {name} has the step {step}, expected one positive integer for each "
+                f"of its {self.stored(name).ndim} dimensions"
+            )
+        return tuple(step) if max(step) > 1 else None
+
+    def full_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the array `name` before the strided part was taken."""
+        shape = self.stored(name).shape
+        if not (step := self.step(name)):
+            return shape
+        full = self.manifest["arrays"][name].get("full_shape")
+        if full is None or shape != tuple(-(-n // s) for n, s in zip(full, step, strict=True)):
+            raise UnsupportedCase(
+                f"{self.name}: {name} has shape {list(shape)} and the step {list(step)}, which do "
+                f"not fit the full_shape {full}"
+            )
+        return tuple(full)
+
+    def part(self, name: str, full: np.ndarray) -> np.ndarray:
+        """The part of a full array that is stored under `name`; further axes lead."""
+        step = self.step(name)
+        return full[(..., *(slice(None, None, s) for s in step))] if step else full
 
     def float32_noise(self, name: str) -> float | None:
         """Largest difference between a float32 and a float64 run of the PyTorch code, if known."""
         return self.manifest.get("float32_noise", {}).get("values", {}).get(name) or None
 
 
-def require(where: str, mapping: Mapping[str, Any], *keys: str) -> None:
-    """Raises UnsupportedCase if keys are missing."""
+def require(where: str, mapping: Any, *keys: str) -> None:
+    """Raises UnsupportedCase if `mapping` is none or lacks keys."""
+    if not isinstance(mapping, Mapping):
+        raise UnsupportedCase(f"{where}: expected a JSON object, not {type(mapping).__name__}")
     missing = [key for key in keys if key not in mapping]
     if missing:
         raise UnsupportedCase(f"{where}: there is no {', '.join(missing)} in the case")
@@ -147,7 +219,7 @@ def _scale(name: str, normal: np.ndarray) -> np.ndarray:
 
 def _matrix(name: str, normal: np.ndarray) -> np.ndarray:
     """Linear weights (out, in) and convolutions (out, in, h, w), with rows of mean zero."""
-    centred = normal - normal.mean(axis=tuple(range(1, normal.ndim)), keepdims=True)
+    centered = normal - normal.mean(axis=tuple(range(1, normal.ndim)), keepdims=True)
     fan_in = math.prod(normal.shape[1:])
     if name.startswith("backbone."):
         gain: Any = math.sqrt(2.0)
@@ -157,7 +229,7 @@ def _matrix(name: str, normal: np.ndarray) -> np.ndarray:
         gain = next((gain for text, gain in _GAINS if text in name), 1.0)
         if name.startswith("bbox_embed.") and ".layers.2." in "." + name:
             gain = 0.6
-    return centred * (gain / fan_in**0.5)
+    return centered * (gain / fan_in**0.5)
 
 
 def state_dict(case: Case) -> dict[str, np.ndarray]:
@@ -294,7 +366,7 @@ def _override(config: ConfigDict, key: str, text: str) -> None:
 
 
 def batch_of(case: Case) -> dict[str, np.ndarray]:
-    """The batch of a case: `image` float32 [B, H, W, 3], standardised, and the rest as usual."""
+    """The batch of a case: `image` float32 [B, H, W, 3], standardized, and the rest as usual."""
     images = np.ascontiguousarray(case["in.images"].transpose(0, 2, 3, 1))
     counts = [len(case[f"in.target_labels_{i}"]) for i in range(len(images))]
     slots = max(1, *counts)
@@ -310,33 +382,34 @@ def batch_of(case: Case) -> dict[str, np.ndarray]:
 def padded_targets(
     labels: list[np.ndarray], boxes: list[np.ndarray], slots: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Lists of objects per picture as arrays of `slots` objects: labels, boxes, valid."""
+    """Lists of objects per image as arrays of `slots` objects: labels, boxes, valid."""
     batch = len(labels)
     padded = np.zeros((batch, slots), np.int32)
     padded_boxes = np.zeros((batch, slots, 4), np.float32)
     valid = np.zeros((batch, slots), bool)
     for i, (own_labels, own_boxes) in enumerate(zip(labels, boxes, strict=True)):
         count = len(own_labels)
-        padded[i, :count], padded_boxes[i, :count], valid[i, :count] = own_labels, own_boxes, True
+        padded[i, :count], valid[i, :count] = own_labels, True
+        padded_boxes[i, :count] = np.reshape(own_boxes, (count, 4))
     return padded, padded_boxes, valid
 
 
 def slots_of(valid: np.ndarray, groups: int) -> tuple[np.ndarray, np.ndarray]:
     """Where the PyTorch code's denoising queries lie in our layout.
 
-    Its rows are group by group the objects of all pictures in order; ours are [B, groups * M].
+    Its rows are group by group the objects of all images in order; ours are [B, groups * M].
 
     Args:
       valid: bool [B, M].
       groups: G.
 
     Returns:
-      Picture and slot of every row, two int arrays [N].
+      Image and slot of every row, two int arrays [N].
     """
-    picture, position = np.nonzero(valid)
+    image, position = np.nonzero(valid)
     group = np.arange(groups)[:, None]
-    pictures = np.broadcast_to(picture, (groups, len(picture)))
-    return pictures.reshape(-1), (group * valid.shape[1] + position).reshape(-1)
+    images = np.broadcast_to(image, (groups, len(image)))
+    return images.reshape(-1), (group * valid.shape[1] + position).reshape(-1)
 
 
 def official_order(valid: np.ndarray, groups: int) -> np.ndarray:
@@ -347,7 +420,7 @@ def official_order(valid: np.ndarray, groups: int) -> np.ndarray:
       groups: G.
 
     Returns:
-      int [B, G * M], a permutation for each picture.
+      int [B, G * M], a permutation for each image.
     """
     within = np.argsort(~valid, axis=1, kind="stable")
     slots = np.arange(groups)[:, None] * valid.shape[1] + within[:, None]

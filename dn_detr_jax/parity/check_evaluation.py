@@ -1,0 +1,147 @@
+"""The evaluation part of a detector's case: intermediate results, outputs, losses, detections."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dn_detr_jax.evaluation.postprocess import select_detections
+from dn_detr_jax.models.images import valid_tokens
+from dn_detr_jax.parity.comparison import Report
+from dn_detr_jax.parity.prepared import (
+    BFLOAT16_LOSS_RTOL,
+    BOX_ATOL,
+    ENCODER_ATOL,
+    LOGIT_ATOL,
+    POSITION_ATOL,
+    TERM_RTOL,
+    TOTAL_RTOL,
+    PreparedCase,
+    compare_terms,
+    reference_terms,
+)
+from dn_detr_jax.sharding import make_mesh
+from dn_detr_jax.training.step import criterion
+
+
+def check(report: Report, prepared: PreparedCase) -> None:
+    """Runs the detector without denoising queries and compares all that the case has of it."""
+    outputs, collected = run(prepared)
+    check_intermediates(report, prepared, collected)
+    report.array("eval.logits", outputs["pred_logits"], atol=prepared.limit(LOGIT_ATOL))
+    report.array("eval.boxes", outputs["pred_boxes"], atol=prepared.limit(BOX_ATOL))
+    check_losses(report, prepared, outputs)
+    if "eval.post_scores" in prepared.case:
+        check_detections(report, prepared, outputs)
+
+
+def run(prepared: PreparedCase) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Outputs of the evaluation (with losses and detections) and intermediate results."""
+    mesh = make_mesh(1)
+    config = prepared.config
+
+    def forward(params, batch):
+        outputs, collected = prepared.model.apply(
+            {"params": params}, batch["image"], batch["size"], mutable=["intermediates"]
+        )
+        total, terms, _ = criterion(outputs, None, batch, config=config, mesh=mesh)
+        last = (outputs["pred_logits"][-1], outputs["pred_boxes"][-1])
+        detections = select_detections(*last, config.eval.num_select)
+        return outputs | {"total": total, "terms": terms} | detections, collected
+
+    compiled = jax.jit(forward, compiler_options=prepared.compiler_options)
+    outputs, collected = jax.device_get(compiled(prepared.params, prepared.batch))
+    return outputs, collected["intermediates"]
+
+
+def check_intermediates(report: Report, prepared: PreparedCase, collected: dict[str, Any]) -> None:
+    """Compares backbone, encodings, the states of all layers, and references.
+
+    Values of padded pixels and tokens reach nothing and are not compared.
+    """
+    features = collected["features"][0]
+    canvas = prepared.batch["image"].shape[1:3]
+    mask = valid_tokens(jnp.asarray(prepared.batch["size"]), canvas, features.shape[1:3])
+    real = np.asarray(mask)
+    report.equal("eval.backbone_mask0", ~real)
+    report.array(
+        "eval.backbone0", features.transpose(0, 3, 1, 2), atol=prepared.limit(ENCODER_ATOL)
+    )
+    for name, values, tolerance in (
+        ("eval.pos0", collected["position"], POSITION_ATOL),
+        ("eval.src0", collected["src"], ENCODER_ATOL),
+    ):
+        ours = values[0].transpose(0, 3, 1, 2)
+        report.array(name, ours, atol=prepared.limit(tolerance), where=real[:, None])
+    tokens = real.reshape(len(real), -1).T[:, :, None]  # as the PyTorch code: (tokens, batch)
+    for name, state in _states(prepared, collected):
+        is_encoder = not name.startswith("eval.dec")
+        report.array(
+            name,
+            state.transpose(1, 0, 2),
+            atol=prepared.limit(ENCODER_ATOL if is_encoder else LOGIT_ATOL),
+            where=tokens if is_encoder else None,
+        )
+    report.array("eval.hs", collected["hs"][0], atol=prepared.limit(LOGIT_ATOL))
+    report.array("eval.ref", collected["references"][0], atol=prepared.limit(BOX_ATOL))
+
+
+def _states(prepared: PreparedCase, collected: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and value [batch, tokens or queries, channels] of every layer's output."""
+    layers = prepared.config.model.encoder_layers
+    for i in range(layers):
+        yield f"eval.enc{i}", collected["encoder"][f"enc{i}"][0]
+    yield "eval.memory", collected["encoder"][f"enc{layers - 1}"][0]
+    for i in range(prepared.config.model.decoder_layers):
+        yield f"eval.dec{i}", collected["decoder"][f"dec{i}"][0]
+
+
+def check_losses(report: Report, prepared: PreparedCase, outputs: dict[str, Any]) -> None:
+    """Compares the loss terms and the total loss without denoising."""
+    case, exact = prepared.case, prepared.exact
+    if "eval.losses" in case:
+        names = case.setting("eval_loss_names")
+        ours = reference_terms(outputs["terms"], names)
+        stored = dict(zip(names, case["eval.losses"], strict=True))
+        if exact:
+            report.scalars("eval.losses", ours, stored, rtol=TERM_RTOL)
+        else:
+            compare_terms(report, "eval.losses", ours, stored)
+    if "eval.total_loss" in case:
+        expected = {"total": float(case["eval.total_loss"][0])}
+        rtol = TOTAL_RTOL[0] if exact else BFLOAT16_LOSS_RTOL
+        report.scalars("eval.total_loss", {"total": outputs["total"]}, expected, rtol=rtol)
+
+
+def check_detections(report: Report, prepared: PreparedCase, outputs: dict[str, Any]) -> None:
+    """Compares sorted scores, and labels and boxes of detections with a unique rank.
+
+    Two detections whose scores differ by less than twice the error may swap their ranks.
+    """
+    case = prepared.case
+    scores = outputs["scores"]
+    report.array("eval.post_scores", scores, atol=prepared.limit(LOGIT_ATOL / 4))
+    stored = case.stored("eval.post_scores")
+    error = np.abs(case.part("eval.post_scores", scores) - stored).max(initial=0.0)
+    # The gaps of all stored scores; of our own, which differ by the error, if some are left out.
+    margin, ranked = (4, scores) if case.step("eval.post_scores") else (2, stored)
+    gap = -np.diff(ranked, axis=1)
+    cut = np.array(case.manifest.get("conditioning", {}).get("post_topk_boundary_gap", 0.0))
+    below = np.concatenate([gap, np.broadcast_to(cut, len(gap))[:, None]], axis=1)
+    above = np.concatenate([np.full((len(gap), 1), np.inf), gap], axis=1)
+    clear = np.minimum(below, above) > margin * error
+    report.equal("eval.post_labels", outputs["labels"], where=clear, required=prepared.exact)
+    if "eval.post_boxes" in case:
+        sizes = case["in.orig_sizes"]
+        boxes = to_pixels(outputs["boxes"], sizes)
+        atol = prepared.limit(BOX_ATOL * float(sizes.max()))
+        report.array("eval.post_boxes", boxes, atol=atol, where=clear[..., None])
+
+
+def to_pixels(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Normalized cxcywh boxes [B, K, 4] as corners in pixels of images of `sizes` (h, w)."""
+    center, half = boxes[..., :2], boxes[..., 2:] / 2
+    corners = np.concatenate([center - half, center + half], axis=-1)
+    return corners * sizes[:, None, [1, 0, 1, 0]]

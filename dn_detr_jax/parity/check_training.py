@@ -1,0 +1,361 @@
+"""The training part of a detector's case: queries, matching, losses, gradients and three steps.
+
+Everything runs through the package's own model, matching, criterion and optimizer; three compiled
+programs do the whole case.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import traverse_util
+
+from dn_detr_jax import denoising
+from dn_detr_jax.boxes import inverse_sigmoid
+from dn_detr_jax.interop.convert import gradients_to_torch
+from dn_detr_jax.models.registry import trainable
+from dn_detr_jax.parity import reference
+from dn_detr_jax.parity.comparison import Report
+from dn_detr_jax.parity.prepared import (
+    BFLOAT16_LOSS_RTOL,
+    BOX_ATOL,
+    LOGIT_ATOL,
+    POSITION_ATOL,
+    TERM_RTOL,
+    TOTAL_RTOL,
+    PreparedCase,
+    PyTree,
+    compare_terms,
+    reference_terms,
+)
+from dn_detr_jax.sharding import make_mesh
+from dn_detr_jax.training.optimizer import make_optimizer
+from dn_detr_jax.training.step import criterion
+
+# Of the gradient's global norm; the PyTorch code's own float32 noise is 1.4% in step 3.
+NORM_RTOL = (1e-3, 2e-2, 7e-2)
+GRADIENT_RTOL, GRADIENT_MEDIAN, SLOPE_RTOL = 2e-2, 1e-3, 1e-1
+UPDATE_RTOL = 5e-3
+
+
+def check(report: Report, prepared: PreparedCase) -> None:
+    """Runs three steps and compares all that the case has of them."""
+    check_queries(report, prepared)
+    steps = run_steps(prepared, 3)
+    check_outputs(report, prepared, steps[0])
+    check_matching(report, prepared, steps[0]["assignment"])
+    check_losses(report, prepared, steps)
+    check_gradients(report, prepared, steps[0]["grads"])
+    check_updates(report, prepared, steps)
+
+
+def check_queries(report: Report, prepared: PreparedCase) -> None:
+    """Denoising queries, their targets and the attention mask, from the stored noise."""
+    dn, config, params = prepared.dn, prepared.config, prepared.params
+    matching = jnp.append(params["label_embedding"][-1], 0.0)
+    repeats = max(1, config.model.num_patterns)
+    queries = config.model.num_queries * repeats
+    batch = len(prepared.batch["image"])
+    content = jnp.broadcast_to(matching, (batch, queries, len(matching)))
+    anchors = jnp.broadcast_to(jnp.tile(params["anchors"], (repeats, 1)), (batch, queries, 4))
+    allowed = np.ones((batch, queries, queries), bool)
+    if dn is not None:
+        content = jnp.concatenate(
+            [denoising.query_content(params["label_embedding"], dn), content], axis=1
+        )
+        anchors = jnp.concatenate([inverse_sigmoid(denoising.query_boxes(dn)), anchors], axis=1)
+        mask = denoising.attention_mask(dn, queries, attend_padding=config.dn.attend_padding)
+        allowed = np.asarray(mask)
+        rows = reference.slots_of(prepared.batch["valid"], config.dn.groups)
+        report.equal("train.md_map_known_indice", rows[1])
+        report.equal("train.md_known_labels", np.asarray(dn.target_labels)[rows])
+        report.equal("train.md_known_bboxs", np.asarray(dn.target_boxes)[rows])
+    report.array("train.input_query_label", content.swapaxes(0, 1), atol=POSITION_ATOL)
+    report.array("train.input_query_bbox", anchors.swapaxes(0, 1), atol=POSITION_ATOL)
+    report.equal("train.attn_mask", ~allowed)
+
+
+def run_steps(prepared: PreparedCase, count: int) -> list[dict[str, Any]]:
+    """Optimizer steps on the case's batch.
+
+    Returns:
+      For each step `total`, `terms`, `grads` (before clipping) and `params` (after the step); for
+      the first also `pred_logits`, `pred_boxes` and `assignment`.
+    """
+    config, mesh = prepared.config, make_mesh(1)
+    is_trainable = trainable(prepared.params, config.model)
+    # The schedule drops the rate at the earliest after an epoch, far from here.
+    optimizer, _ = make_optimizer(config, prepared.params, 1000, 50_000, is_trainable)
+    flags = traverse_util.unflatten_dict(is_trainable, sep="/")
+
+    def loss_of(params, batch, dn):
+        params = jax.tree.map(
+            lambda p, train: p if train else jax.lax.stop_gradient(p), params, flags
+        )
+        outputs = prepared.model.apply(
+            {"params": params},
+            batch["image"],
+            batch["size"],
+            dn,
+            attend_padding=config.dn.attend_padding,
+            train=True,
+        )
+        total, terms, assignment = criterion(outputs, dn, batch, config=config, mesh=mesh)
+        return total, outputs | {"terms": terms, "assignment": assignment}
+
+    def update(grads, opt_state, params):
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    # Two programs: together they take the compiler longer.
+    gradient = jax.jit(
+        jax.value_and_grad(loss_of, has_aux=True), compiler_options=prepared.compiler_options
+    )
+    update = jax.jit(update, compiler_options=prepared.compiler_options)
+    params, opt_state = prepared.params, optimizer.init(prepared.params)
+    results = []
+    for _ in range(count):
+        (total, result), grads = gradient(params, prepared.batch, prepared.dn)
+        params, opt_state = update(grads, opt_state, params)
+        results.append(jax.device_get(result | {"total": total, "grads": grads, "params": params}))
+    return results
+
+
+def check_outputs(report: Report, prepared: PreparedCase, first: dict[str, Any]) -> None:
+    """Logits and boxes of step 1, of the matching and of the denoising queries."""
+    for name, tolerance in (("logits", LOGIT_ATOL), ("boxes", BOX_ATOL)):
+        queries, matched = denoising.split(first[f"pred_{name}"], prepared.dn)
+        report.array(f"train.{name}", matched, atol=prepared.limit(tolerance))
+        if prepared.dn is not None:
+            report.array(f"train.dn_{name}", queries, atol=prepared.limit(tolerance))
+
+
+def check_losses(report: Report, prepared: PreparedCase, steps: list[dict[str, Any]]) -> None:
+    """Loss terms, total losses and gradient norms of the steps."""
+    case, exact = prepared.case, prepared.exact
+    if "steps.losses" in case:
+        names = case.setting("loss_names")
+        check_losses_as_matched(report, prepared, steps[0])
+        for i, result in enumerate(steps):
+            ours = reference_terms(result["terms"], names)
+            stored, noise = (
+                dict(zip(names, case[array][i], strict=True)) if array in case else None
+                for array in ("steps.losses", "f64.losses")
+            )
+            if exact:
+                rtol = TERM_RTOL if i == 0 else None
+                report.scalars(f"steps.losses[{i}]", ours, stored, rtol=rtol, exact=noise)
+            else:
+                compare_terms(report, f"steps.losses[{i}]", ours, stored)
+    for i, result in enumerate(steps):
+        # Later steps start from parameters that differ, in bfloat16 by whole updates.
+        rtol = TOTAL_RTOL[i] if exact else BFLOAT16_LOSS_RTOL if i == 0 else None
+        _check_total(report, f"steps.total_loss[{i}]", case, i, result["total"], rtol)
+        norm = np.sqrt(sum(float(np.vdot(g, g)) for g in jax.tree.leaves(result["grads"])))
+        norm_rtol = prepared.limit(NORM_RTOL[i])
+        _check_total(report, f"steps.grad_total_norm[{i}]", case, i, norm, norm_rtol)
+
+
+def _check_total(
+    report: Report,
+    name: str,
+    case: reference.Case,
+    i: int,
+    ours: float,
+    rtol: float | None,
+) -> None:
+    array = name.split("[")[0]
+    if array not in case:
+        return
+    exact = array.replace("steps.", "f64.")
+    report.scalars(
+        name,
+        {name: ours},
+        {name: float(case[array][i])},
+        rtol=rtol,
+        exact={name: float(case[exact][i])} if exact in case else None,
+    )
+
+
+def check_matching(report: Report, prepared: PreparedCase, assignment: np.ndarray) -> None:
+    """Matched queries of every image and layer; in lower precision they may differ."""
+    equal = {}
+    for layer in range(prepared.config.model.decoder_layers):
+        for image, valid in enumerate(prepared.batch["valid"]):
+            name = f"train.match_l{layer}_i{image}"
+            queries = assignment[image, layer, valid]
+            order = np.argsort(queries)
+            ours = np.stack([queries[order], order])
+            if prepared.exact:
+                report.equal(name, ours)
+            elif name in prepared.case:
+                equal[name] = np.array_equal(ours, prepared.case[name])
+    if equal:
+        ours, all_of_them = {"equal": sum(equal.values())}, {"equal": len(equal)}
+        report.scalars("matching", ours, all_of_them, rtol=None, covers=equal)
+
+
+def _matches(prepared: PreparedCase) -> list[str]:
+    """Names of the stored matchings."""
+    layers, images = prepared.config.model.decoder_layers, len(prepared.batch["valid"])
+    return [f"train.match_l{layer}_i{i}" for layer in range(layers) for i in range(images)]
+
+
+def stored_assignment(prepared: PreparedCase) -> np.ndarray:
+    """The matched queries of the case, int32 [B, L, M], -1 for padding."""
+    layers, valid = prepared.config.model.decoder_layers, prepared.batch["valid"]
+    assignment = np.full((valid.shape[0], layers, valid.shape[1]), -1, np.int32)
+    for image, layer in np.ndindex(*assignment.shape[:2]):
+        queries, objects = prepared.case[f"train.match_l{layer}_i{image}"].astype(int)
+        assignment[image, layer, objects] = queries
+    return assignment
+
+
+def check_losses_as_matched(
+    report: Report, prepared: PreparedCase, outputs: dict[str, Any]
+) -> None:
+    """Losses of step 1 between the queries and objects that the PyTorch code matched.
+
+    In lower precision another query may be a slightly better match, and its losses are others by
+    more than the precision. This is the error of the losses by itself.
+    """
+    names, exact = prepared.case.setting("loss_names"), prepared.exact
+    if any(match not in prepared.case for match in _matches(prepared)):
+        return
+
+    def losses_of(outputs, assignment):
+        options = {"config": prepared.config, "mesh": make_mesh(1), "assignment": assignment}
+        total, terms, _ = criterion(outputs, prepared.dn, prepared.batch, **options)
+        return total, terms
+
+    losses_of = jax.jit(losses_of, compiler_options=prepared.compiler_options)
+    outputs = {name: outputs[name] for name in ("pred_logits", "pred_boxes")}
+    total, terms = jax.device_get(losses_of(outputs, stored_assignment(prepared)))
+    stored = dict(zip(names, prepared.case["steps.losses"][0], strict=True))
+    ours = reference_terms(terms, names)
+    compare_terms(report, "as_matched.losses", ours, stored, rtol=TERM_RTOL if exact else None)
+    if "steps.total_loss" in prepared.case:
+        rtol = TOTAL_RTOL[0] if exact else BFLOAT16_LOSS_RTOL
+        expected = {"total": float(prepared.case["steps.total_loss"][0])}
+        report.scalars("as_matched.total_loss", {"total": total}, expected, rtol=rtol)
+
+
+def _parameter_names(prepared: PreparedCase) -> tuple[list[str], dict[str, float]]:
+    """Names of the trained parameters in the order of the case, and their tolerances.
+
+    Gradients of biases that are added to all keys alike vanish; what a float32 run shows there is
+    rounding, so they have no tolerance and are left out.
+    """
+    case = prepared.case
+    names = case.setting("param_names")
+    left_out = set(case.setting("params_with_mathematically_zero_gradient"))
+    left_out |= set(case.setting("params_without_gradient"))
+    limits = {
+        name: SLOPE_RTOL if ".activation." in name else GRADIENT_RTOL
+        for name in names
+        if name not in left_out
+    }
+    return names, limits
+
+
+def _rows(case: reference.Case, array: str, names: list[str]) -> dict[str, np.ndarray]:
+    """The rows of a stored array with one row for each parameter, by the parameter's name."""
+    step = case.step(array)
+    return dict(zip(names[:: step[0]] if step else names, case.stored(array), strict=True))
+
+
+def _official(tree: PyTree, names: list[str]) -> dict[str, np.ndarray]:
+    """Arrays shaped like parameters under the reference's names."""
+    tensors = {reference.canonical_name(k): v for k, v in gradients_to_torch(tree).items()}
+    return {name: tensors[reference.canonical_name(name)] for name in names}
+
+
+def _compare_norms(
+    report: Report,
+    prepared: PreparedCase,
+    array: str,
+    ours: dict[str, np.ndarray],
+    **limits: Any,
+) -> None:
+    """Compares the norms of `ours`, an array for each parameter, with the stored ones."""
+    case, names = prepared.case, prepared.case.setting("param_names")
+    stored = {name: row for name, row in _rows(case, array, names).items() if name in ours}
+    exact = "f64." + array.removeprefix("train.").replace(".", "_")
+    report.scalars(
+        array,
+        {name: float(np.linalg.norm(ours[name].astype(np.float64))) for name in stored},
+        stored,
+        exact=_rows(case, exact, names) if exact in case else None,
+        **(limits if prepared.exact else {"rtol": None}),
+    )
+
+
+def check_gradients(report: Report, prepared: PreparedCase, grads: PyTree) -> None:
+    """Norm and samples of the gradient of every parameter."""
+    case = prepared.case
+    if "train.grad_norm" not in case:
+        return
+    names, limits = _parameter_names(prepared)
+    ours = _official(grads, names)
+    with_gradient = {name: ours[name] for name in limits}
+    _compare_norms(
+        report, prepared, "train.grad_norm", with_gradient, rtol=limits, median=GRADIENT_MEDIAN
+    )
+    if "train.grad_sample" not in case:
+        return
+    # A sample's error in units of its parameter's gradient norm.
+    norms = _rows(case, "train.grad_norm", names)
+    samples = case.part("train.grad_sample", samples_of(ours, case["train.sample_idx"], names))
+    errors = np.abs(samples - case.stored("train.grad_sample")).max(axis=1)
+    kept = _rows(case, "train.grad_sample", names)
+    relative = {
+        name: error / norms[name]
+        for name, error in zip(kept, errors, strict=True)
+        if name in limits and name in norms
+    }
+    report.scalars(
+        "train.grad_sample",
+        {name: 1.0 + value for name, value in relative.items()},
+        dict.fromkeys(relative, 1.0),
+        rtol=limits if prepared.exact else None,
+    )
+
+
+def _has_gradient(
+    prepared: PreparedCase, names: list[str], limits: dict[str, float], index: np.ndarray
+) -> np.ndarray:
+    """Which samples [P, 8] have a gradient that is not mathematically zero."""
+    real = np.broadcast_to(
+        np.array([name in limits for name in names])[:, None], index.shape
+    ).copy()
+    hidden = prepared.config.model.hidden_dim
+    for i, name in enumerate(names):
+        if name.endswith("in_proj_bias"):  # query, key, value: the middle third belongs to keys
+            real[i] &= index[i] // hidden != 1
+    return real
+
+
+def samples_of(tensors: dict[str, np.ndarray], index: np.ndarray, names: list[str]) -> np.ndarray:
+    """Entries of tensors in official layout at flat positions `index` [P, 8]."""
+    return np.stack([tensors[name].reshape(-1)[index[i]] for i, name in enumerate(names)])
+
+
+def check_updates(report: Report, prepared: PreparedCase, steps: list[dict[str, Any]]) -> None:
+    """Sampled values before and after the steps, and the norm of what changed."""
+    case = prepared.case
+    if "train.sample_idx" not in case:
+        return
+    names, limits = _parameter_names(prepared)
+    start = _official(jax.device_get(prepared.params), names)
+    index = case["train.sample_idx"]
+    real = _has_gradient(prepared, names, limits, index)
+    report.array("init.param_sample", samples_of(start, index, names), atol=0.0)
+    for number, rtol in ((1, UPDATE_RTOL), (3, None)):
+        values = _official(steps[number - 1]["params"], names)
+        report.array(f"step{number}.param_sample", samples_of(values, index, names), where=real)
+        array = f"step{number}.update_norm"
+        if array in case:
+            changes = {name: values[name] - start[name] for name in limits}
+            _compare_norms(report, prepared, array, changes, rtol=rtol)
