@@ -3,6 +3,7 @@
 The whole detector is compiled once for evaluation and once for training; all tests read one report.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -13,16 +14,19 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import fast_jit
+import jax
 import numpy as np
 import pytest
 
 from dn_detr_jax.commands import check_reference
 from dn_detr_jax.config import base_config
+from dn_detr_jax.errors import UnsupportedCase
 from dn_detr_jax.interop.convert import flat
 from dn_detr_jax.interop.torch_names import tied_names, torch_tensors
 from dn_detr_jax.models.registry import abstract_params, build_model, trainable
-from dn_detr_jax.parity import reference
-from dn_detr_jax.parity.check import check_detector
+from dn_detr_jax.parity import check_evaluation, check_training, reference
+from dn_detr_jax.parity.check import check
+from dn_detr_jax.parity.comparison import Report
 from dn_detr_jax.parity.prepared import prepare
 
 DATA = Path(__file__).parent / "data" / "reference"
@@ -52,10 +56,29 @@ def components():
 
 
 @pytest.fixture(scope="module")
-def detector():
+def run():
+    """The whole detector, compiled once, and what it computed for its case."""
     prepared = prepare(reference.Case(DATA / "dn_dab_detr_r50.npz"))
     prepared.compiler_options = fast_jit.OPTIONS
-    return check_detector(prepared)
+    with jax.default_matmul_precision("highest"):
+        evaluation = check_evaluation.run(prepared)
+        return SimpleNamespace(
+            prepared=prepared, evaluation=evaluation, steps=check_training.run_steps(prepared)
+        )
+
+
+def compare(run, case):
+    """The report on what `run` computed against a case, the run's own or a changed copy of it."""
+    prepared = dataclasses.replace(run.prepared, case=case)
+    report = Report(case)
+    check_evaluation.compare(report, prepared, *run.evaluation)
+    check_training.compare(report, prepared, run.steps)
+    return report
+
+
+@pytest.fixture(scope="module")
+def detector(run):
+    return compare(run, run.prepared.case)
 
 
 def of(report, *prefixes):
@@ -80,19 +103,9 @@ def test_all_components_are_compared(components):
     for settings in cases:
         assert len(of(components, f"dn.{settings['name']}.")) >= 9
     of(components, "focal.loss_ce"), of(components, "crit.empty.losses")
-    inputs = r"""
-        dn\.(label_enc|refpoint|tgt_weight)  # the latter two of matching queries
-        | dn\..*\.(labels|boxes|noise|out)_\w+ | gse\.pos | invsig\.x
-        | focal\.(logits|onehot|num_boxes) | box\.b[12] | pe\.mask | mask\.in | post\.sizes
-        | msda\.(shapes|value|loc|weights|cotangent) | matcher\.(logits|boxes|target_\w+)
-        | dn\..*\.known_indice  # 0, 1, ..., the rows of the others
-    """
-    left = {
-        name
-        for name in components.case.names()
-        if name not in components.entries and not re.fullmatch(inputs, name, re.VERBOSE)
-    }
+    left = set(components.case.outputs()) - set(components.entries)
     assert left == set()
+    assert len(components.entries) > 150
 
 
 def test_weights_follow_the_recipe(detector):
@@ -140,12 +153,132 @@ def test_errors_are_of_the_size_of_float32_noise(detector):
 
 
 def test_everything_in_the_case_is_compared(detector):
-    compared = {name.split("[")[0] for name in detector.entries}
-    ignored = {"in.", "f64.", "train.sample_idx", "train.md_batch_idx", "train.md_known_indice"}
-    left = [
-        n for n in detector.case.names() if n not in compared and not n.startswith(tuple(ignored))
-    ]
-    assert left == []
+    assert detector.left_out == {}
+    assert detector.exit_status == 0
+    assert len(detector.case.outputs()) == 50
+
+
+# --- arrays stored in part, and cases of which something is left out ------------------------------
+
+
+def written(folder, arrays, manifest):
+    """A case of these arrays."""
+    np.savez(folder / "case.npz", **arrays)
+    (folder / "case.json").write_text(json.dumps(manifest))
+    return reference.Case(folder / "case.npz")
+
+
+def strided(folder, case, steps):
+    """A copy of a case that stores `arrays[::step, ...]` of some arrays, by name."""
+    arrays, described = stored_arrays(case), dict(case.manifest["arrays"])
+    for name, step in steps.items():
+        before = described[name].get("step") or [1] * len(step)
+        arrays[name] = arrays[name][tuple(slice(None, None, s) for s in step)]
+        described[name] = {
+            "step": [a * b for a, b in zip(before, step, strict=True)],
+            "full_shape": case.full_shape(name),
+        }
+    return written(folder, arrays, case.manifest | {"arrays": described})
+
+
+def test_encoder_states_stored_in_part(tmp_path, run):
+    """Padded tokens are no part of the comparison: the mask must be strided with the array."""
+    names = ["eval.memory", *(f"eval.enc{i}" for i in range(6))]
+    case = strided(tmp_path, run.prepared.case, dict.fromkeys(names, (2, 1, 1)))
+    report = compare(run, case)
+    assert_ok(of(report, *names))
+    assert report.exit_status == 0
+    # (tokens, batch): image 1 is padded, so that token 34 is real in image 0 alone.
+    for image, failing in ((0, ["eval.enc3"]), (1, [])):
+        arrays = stored_arrays(case)
+        arrays["eval.enc3"] = arrays["eval.enc3"].copy()
+        arrays["eval.enc3"][17, image] += 1
+        assert compare(run, written(tmp_path, arrays, case.manifest)).failures == failing
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_outputs_stored_in_part_along_any_dimension(tmp_path, run, seed):
+    case, rng = run.prepared.case, np.random.default_rng(seed)
+    whole = ("eval.losses", "eval.total_loss", "steps.", "train.match")
+    steps = {
+        name: tuple(rng.integers(1, 4, len(case.full_shape(name))).tolist())
+        for name in case.outputs()
+        if not name.startswith(whole)
+    }
+    report = compare(run, strided(tmp_path, case, steps))
+    assert report.failures == []
+    assert report.left_out == {}
+
+
+def test_inputs_must_be_stored_whole(tmp_path, run):
+    case = strided(tmp_path, run.prepared.case, {"in.images": (1, 1, 2, 2)})
+    with pytest.raises(UnsupportedCase, match=r"in.images is stored in part, but needed whole"):
+        prepare(case)
+
+
+@pytest.mark.parametrize("step", [[2], [0, 1, 1], [2, 1, 1], "abc"])
+def test_steps_that_do_not_fit_are_named(tmp_path, run, step):
+    """Otherwise a wrong slice would be compared, or end in a traceback."""
+    described = {"step": step, "full_shape": [99, 2, 256]}
+    arrays = run.prepared.case.manifest["arrays"] | {"eval.memory": described}
+    manifest = run.prepared.case.manifest | {"arrays": arrays}
+    case = written(tmp_path, stored_arrays(run.prepared.case), manifest)
+    with pytest.raises(UnsupportedCase, match=r"eval.memory has"):
+        compare(run, case)
+
+
+def test_outputs_that_nothing_is_compared_with_are_listed(tmp_path, run, capsys):
+    """A check that compares nothing would pass whatever the numbers are."""
+    case = run.prepared.case
+    arrays = stored_arrays(case)
+    arrays["eval.init_ref"] = np.zeros(3)
+    del arrays["eval.hs"]
+    report = compare(run, written(tmp_path, arrays, case.manifest))
+    assert report.exit_status == 2 and not report.as_json()["ok"]
+    assert list(report.left_out) == ["eval.hs", "eval.init_ref"]
+    assert "does not have it" in report.left_out["eval.hs"]
+    # Padding alone is nothing to compare either: the last token of the padded image.
+    name = "eval.memory"
+    alone = case.manifest["arrays"] | {name: {"step": [100, 100, 100], "full_shape": [1, 1, 1]}}
+    report = Report(written(tmp_path, {name: np.ones((1, 1, 1))}, {"case": "x", "arrays": alone}))
+    report.array(name, np.ones((1, 1, 1)), atol=1.0, where=np.zeros((1, 1, 1), bool))
+    assert "no stored value can be compared" in report.left_out[name]
+    # Nothing at all, by the command.
+    arrays = {"other.logits": np.zeros((2, 3))}
+    written(tmp_path, arrays, {"case": "another model", "arrays": {"other.logits": {}}})
+    assert check_reference.main([str(tmp_path / "case.npz")]) == 2
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["left_out"].keys() == {"other.logits"}
+    assert printed.err.startswith("error: another model: 0 comparisons, 1 outputs left out")
+
+
+def test_a_case_of_inputs_alone_does_not_pass(tmp_path):
+    case = written(tmp_path, {"in.x": np.zeros(2)}, {"case": "x", "arrays": {"in.x": {}}})
+    assert check(case).exit_status == 2
+
+
+def test_images_without_objects(tmp_path):
+    """Empty lists are written by NumPy in several shapes and as floats."""
+    arrays = {
+        "in.images": np.zeros((2, 3, 8, 8), np.float32),
+        "in.target_labels_0": np.zeros(0),
+        "in.target_boxes_0": np.zeros(0),
+        "in.target_labels_1": np.array([3]),
+        "in.target_boxes_1": np.array([[0.5, 0.5, 0.1, 0.1]]),
+        "train.match_l0_i0": np.zeros((2, 0)),
+        "train.match_l0_i1": np.array([[4], [0]]),
+    }
+    manifest = {"case": "x", "arrays": {}, "image_sizes_hw": [[8, 8], [8, 8]]}
+    case = written(tmp_path, arrays, manifest)
+    batch = reference.batch_of(case)
+    np.testing.assert_array_equal(batch["valid"], [[False], [True]])
+    np.testing.assert_array_equal(batch["labels"], [[0], [3]])
+    model = SimpleNamespace(decoder_layers=1)
+    prepared = SimpleNamespace(case=case, batch=batch, config=SimpleNamespace(model=model))
+    np.testing.assert_array_equal(check_training.stored_assignment(prepared), [[[-1]], [[4]]])
+    report = Report(case)
+    report.equal("train.match_l0_i0", np.zeros((2, 0), int))
+    assert report.failures == []
 
 
 # --- the command ----------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ def check_detector(prepared: PreparedCase) -> Report:
     # TPUs and GPUs would otherwise multiply float32 matrices in fewer digits.
     with jax.default_matmul_precision("highest" if prepared.exact else "default"):
         if prepared.case.has_outputs("eval."):
-            check_evaluation.check(report, prepared)
+            check_evaluation.compare(report, prepared, *check_evaluation.run(prepared))
         if prepared.case.has_outputs("train.", "steps.", "init.", "step1.", "step3."):
-            check_training.check(report, prepared)
+            check_training.compare(report, prepared, check_training.run_steps(prepared))
     return report

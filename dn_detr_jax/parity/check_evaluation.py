@@ -26,19 +26,12 @@ from dn_detr_jax.sharding import make_mesh
 from dn_detr_jax.training.step import criterion
 
 
-def check(report: Report, prepared: PreparedCase) -> None:
-    """Runs the detector without denoising queries and compares all that the case has of it."""
-    outputs, collected = run(prepared)
-    check_intermediates(report, prepared, collected)
-    report.array("eval.logits", outputs["pred_logits"], atol=prepared.limit(LOGIT_ATOL))
-    report.array("eval.boxes", outputs["pred_boxes"], atol=prepared.limit(BOX_ATOL))
-    check_losses(report, prepared, outputs)
-    if "eval.post_scores" in prepared.case:
-        check_detections(report, prepared, outputs)
-
-
 def run(prepared: PreparedCase) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Outputs of the evaluation (with losses and detections) and intermediate results."""
+    """Runs the detector without denoising queries.
+
+    Returns:
+      Outputs (with losses and detections) and intermediate results.
+    """
     mesh = make_mesh(1)
     config = prepared.config
 
@@ -54,6 +47,21 @@ def run(prepared: PreparedCase) -> tuple[dict[str, Any], dict[str, Any]]:
     compiled = jax.jit(forward, compiler_options=prepared.compiler_options)
     outputs, collected = jax.device_get(compiled(prepared.params, prepared.batch))
     return outputs, collected["intermediates"]
+
+
+def compare(
+    report: Report,
+    prepared: PreparedCase,
+    outputs: dict[str, Any],
+    collected: dict[str, Any],
+) -> None:
+    """Compares all that the case has of the evaluation with what `run` returned."""
+    check_intermediates(report, prepared, collected)
+    report.array("eval.logits", outputs["pred_logits"], atol=prepared.limit(LOGIT_ATOL))
+    report.array("eval.boxes", outputs["pred_boxes"], atol=prepared.limit(BOX_ATOL))
+    check_losses(report, prepared, outputs)
+    if "eval.post_scores" in prepared.case:
+        check_detections(report, prepared, outputs)
 
 
 def check_intermediates(report: Report, prepared: PreparedCase, collected: dict[str, Any]) -> None:
