@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from test_interop import DATA, FakeTensor, Hostile, save_pth
 
 from dn_detr_jax.errors import WeightsError
-from dn_detr_jax.interop import torch_files
+from dn_detr_jax.interop import torch_files, torch_pickle
 
 ARRAYS = {
     "a": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -183,9 +183,9 @@ NUMPY_DTYPE = named("numpy", "dtype")
 @pytest.mark.parametrize("name", ["BFloat16Storage", "FloatStorage", "BoolStorage"])
 def test_a_pickle_can_not_change_the_types_of_the_process(folder, name):
     """BUILD on bfloat16's dtype would change its size for everybody: memory beyond its arrays."""
-    before = [(d.itemsize, d.str) for d in torch_files._STORAGE_DTYPES.values()]
+    before = [(d.itemsize, d.str) for d in torch_pickle._STORAGE_DTYPES.values()]
     assert read_damaged(folder / "f.pth", pickled(named("torch", name) + STATE + b"b")) is None
-    assert before == [(d.itemsize, d.str) for d in torch_files._STORAGE_DTYPES.values()]
+    assert before == [(d.itemsize, d.str) for d in torch_pickle._STORAGE_DTYPES.values()]
     assert jnp.dtype(jnp.bfloat16).itemsize == 2
 
 
@@ -202,7 +202,7 @@ def test_scalars_are_numbers_or_short_texts(folder, name):
 
 def test_the_size_of_a_scalar_is_that_of_its_name(folder):
     """BUILD on its type may say the byte order, as every pickle of a scalar does, and no more."""
-    value = torch_files._ScalarType("f8")
+    value = torch_pickle._ScalarType("f8")
     value.__setstate__((3, ">", None, None, None, 10**6, 1, 0))
     assert (value.dtype.itemsize, value.dtype.str) == (8, ">f8")
     args = argparse.Namespace(lr=np.float64(0.5), layers=np.int64(6), name=np.str_("x"))
@@ -258,7 +258,7 @@ def test_compressed_archives_are_refused(folder):
     program=st.lists(
         st.one_of(
             st.sampled_from([bytes([code]) for code in range(256)]),
-            st.sampled_from([named(*name) for name in torch_files._PERMITTED]),
+            st.sampled_from([named(*name) for name in torch_pickle._PERMITTED]),
             st.sampled_from([text("storage"), text("model"), b"K\x01", b"(", b"t", b"R", b"b"]),
             st.just(named("os", "system") + text("true") + b"\x85R"),
         ),

@@ -23,6 +23,7 @@ from dn_detr_jax.config import (
     base_config,
     validate,
 )
+from dn_detr_jax.data.coco_classes import Category
 from dn_detr_jax.errors import ConfigError, ConversionError, WeightsError
 from dn_detr_jax.interop import torch_files
 from dn_detr_jax.interop.convert import (
@@ -527,6 +528,52 @@ def test_load_initial_with_other_classes(workdir, params):
         [fresh["label_embedding"][:-1], params["label_embedding"][-1:]]
     )
     assert_equal_trees(loaded, expected)
+
+
+NAMES = ("cat", "dog", "cow", "pig", "hen", "bee", "ant")
+
+
+def named(*names):
+    return tuple(Category(i + 1, name) for i, name in enumerate(names))
+
+
+@pytest.mark.parametrize(
+    "here",
+    [
+        NAMES[::-1],
+        ("", "cat", "", "dog", "cow", "pig", "hen", "bee", "ant"),  # more labels, two unused
+    ],
+)
+def test_kept_heads_follow_the_class_names(tmp_path, config, params, here):
+    """Another order of the same classes would otherwise start with their heads mixed up."""
+    with Checkpoints(tmp_path, config, categories=named(*NAMES)) as checkpoints:
+        checkpoints.save(0, {"params": placed(params)})
+    start = small_config(num_classes=len(here))
+    start.init.checkpoint = str(tmp_path)
+    fresh = random_params(start, 1)
+    loaded = load_initial(placed(fresh), start, named(*here))
+    for label, name in enumerate(here):
+        source, row = (params, NAMES.index(name)) if name else (fresh, label)
+        for there, ours in (
+            (source["class_head"]["kernel"][:, row], loaded["class_head"]["kernel"][:, label]),
+            (source["class_head"]["bias"][row], loaded["class_head"]["bias"][label]),
+            (source["label_embedding"][row], loaded["label_embedding"][label]),
+        ):
+            np.testing.assert_array_equal(ours, there)
+    no_object = params["label_embedding"][-1]
+    np.testing.assert_array_equal(loaded["label_embedding"][-1], no_object)
+    np.testing.assert_array_equal(loaded["anchors"], params["anchors"])
+
+
+def test_kept_heads_of_other_classes_are_an_error(tmp_path, config, params):
+    with Checkpoints(tmp_path, config, categories=named(*NAMES)) as checkpoints:
+        checkpoints.save(0, {"params": placed(params)})
+    start = small_config()
+    start.init.checkpoint = str(tmp_path)
+    others = named(*NAMES[:-1], "fly")
+    with pytest.raises(ConfigError, match=r"only in .*'ant'.*'fly'.*reset_heads=True"):
+        load_initial(placed(params), start, others)
+    assert_equal_trees(load_initial(placed(params), start, named(*NAMES)), params)
 
 
 def test_load_initial_from_another_model(workdir):

@@ -7,7 +7,7 @@ with the config that it would fit.
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -321,6 +321,30 @@ def reset_heads(
         table = np.array(fresh["label_embedding"])
         table[-1] = params["label_embedding"][-1]
         result["label_embedding"] = table
+    return result
+
+
+def reorder_heads(
+    params: Mapping[str, np.ndarray],
+    fresh: Mapping[str, np.ndarray],
+    rows: Sequence[int | None],
+) -> dict[str, np.ndarray]:
+    """Parameters of `params` with the classes in another order.
+
+    Args:
+      params: by path, of a trained model.
+      fresh: by path, of the wanted model, of which unused labels get their values.
+      rows: for each label of the wanted model the label in `params`, None for an unused one.
+    """
+    result = reset_heads(params, fresh)
+    for path in HEAD_PATHS:
+        by_class = -1 if path.endswith("kernel") else 0
+        theirs = np.moveaxis(np.asarray(params[path]), by_class, 0)
+        ours = np.moveaxis(np.array(result[path]), by_class, 0)
+        for label, row in enumerate(rows):
+            if row is not None:
+                ours[label] = theirs[row]
+        result[path] = np.moveaxis(ours, 0, by_class)
     return result
 
 

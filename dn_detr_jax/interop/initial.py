@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,17 @@ import numpy as np
 from flax import traverse_util
 from ml_collections import ConfigDict
 
+from dn_detr_jax.checkpoints.categories import match_labels
 from dn_detr_jax.checkpoints.params import read_params
 from dn_detr_jax.checkpoints.run_config import read_run_config
-from dn_detr_jax.errors import ConfigError, ConversionError, WeightsError
+from dn_detr_jax.data.coco_classes import Category
+from dn_detr_jax.errors import CheckpointError, ConfigError, ConversionError, WeightsError
 from dn_detr_jax.interop import torch_files
 from dn_detr_jax.interop.convert import (
     HEAD_PATHS,
     backbone_from_torch,
     flat,
+    reorder_heads,
     reset_heads,
 )
 from dn_detr_jax.models.registry import abstract_params, build_model
@@ -26,8 +30,8 @@ PyTree = Any
 logger = logging.getLogger(__name__)
 
 
-def load_initial(params: PyTree, config: ConfigDict) -> PyTree:
-    """Replaces freshly initialised parameters by what `config.init` names.
+def load_initial(params: PyTree, config: ConfigDict, categories: Sequence[Category] = ()) -> PyTree:
+    """Replaces freshly initialized parameters by what `config.init` names.
 
     Args:
       params: nested dictionary of arrays.
@@ -35,18 +39,20 @@ def load_initial(params: PyTree, config: ConfigDict) -> PyTree:
         timm's names; `init.checkpoint` is a work directory, of a training or an import, of which
         the best checkpoint is taken, or the latest if none has been evaluated. With
         `init.reset_heads` the class head and the label embedding stay fresh, except the embedding
-        that stands for no class.
+        that stands for no class. Without it, they are matched by class name: their rows are put
+        into the order of `categories`.
+      categories: of the training data by label; none if they are not known.
 
     Returns:
       Parameters of the same shapes and shardings; `params` itself if `config.init` names nothing.
 
     Raises:
-      ConfigError: a file or directory that is not there or does not fit, with what would fit.
+      ConfigError: a file or directory that is missing or does not fit, with what would fit.
       CheckpointError: a damaged checkpoint.
     """
     fresh = flat(params)
     if config.init.checkpoint:
-        loaded = _from_checkpoint(fresh, config)
+        loaded = _from_checkpoint(fresh, config, categories)
     elif config.init.backbone:
         loaded = _from_backbone(fresh, config)
     else:
@@ -74,16 +80,20 @@ def _from_backbone(fresh: dict[str, Any], config: ConfigDict) -> dict[str, Any]:
     return fresh | loaded
 
 
-def _from_checkpoint(fresh: dict[str, Any], config: ConfigDict) -> dict[str, Any]:
+def _from_checkpoint(
+    fresh: dict[str, Any], config: ConfigDict, categories: Sequence[Category]
+) -> dict[str, Any]:
     path = config.init.checkpoint
     if not (Path(path) / "config.json").is_file():
         raise ConfigError("init.checkpoint", path, "no work directory: it has no config.json")
-    source, _ = read_run_config(path)
+    source, known = read_run_config(path)
     shapes = abstract_params(build_model(source.model))
+    rows = None if config.init.reset_heads else _rows_by_class(known, categories, path)
+    free = HEAD_PATHS if config.init.reset_heads or rows is not None else ()
     wrong = [
         f"{name} is {list(theirs)} there, {list(ours)} here"
         for name, theirs, ours in _differences(flat(shapes), fresh)
-        if not (config.init.reset_heads and name in HEAD_PATHS)
+        if name not in free
     ]
     if wrong:
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
@@ -96,7 +106,34 @@ def _from_checkpoint(fresh: dict[str, Any], config: ConfigDict) -> dict[str, Any
     logger.info("parameters from %s, step %s", path, found.step)
     if config.init.reset_heads:
         return reset_heads(restored, jax.device_get(fresh))
+    if rows is not None:
+        logger.warning("%s numbers its classes differently: they are matched by name", path)
+        return reorder_heads(restored, jax.device_get(fresh), rows)
     return restored
+
+
+def _rows_by_class(
+    known: Sequence[Category], categories: Sequence[Category], path: str
+) -> list[int | None] | None:
+    """For each label here, the label there of the same class name, or None for an unused label.
+
+    Returns:
+      None if the labels are the same or one side does not know its classes.
+    """
+    if not categories:
+        return None
+    try:
+        labels = match_labels(known, categories, path, "the training data")
+    except CheckpointError as error:
+        reason = f"{error}; init.reset_heads=True keeps all but the classes"
+        raise ConfigError("init.checkpoint", path, reason) from None
+    if labels == tuple(range(len(categories))):
+        return None
+    unused = iter([label for label, category in enumerate(known) if not category.name])
+    return [
+        label if category.name else next(unused, None)
+        for label, category in zip(labels, categories, strict=True)
+    ]
 
 
 def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[tuple[str, tuple, tuple]]:

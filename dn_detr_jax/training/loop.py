@@ -155,7 +155,8 @@ def _start(
     if checkpoints.latest_step() is None:
         state = init_state(setup.model, optimization.optimizer, config, setup.mesh)
         if config.init.checkpoint or config.init.backbone:
-            state = start_from(state, load_initial(state.params, config))
+            initial = load_initial(state.params, config, setup.validation.categories)
+            state = start_from(state, initial)
     else:
         state, host_state = checkpoints.restore(shapes)
         logger.info("continuing from step %d", int(state.step))
