@@ -1,9 +1,10 @@
 """Compiled programs kept on disk for the next run, and a log of what compiling took.
 
-The cache is JAX's persistent compilation cache. JAX keeps no program in it that calls the host, as
-the training step does for its matching; the other programs of a run do not. An entry that can't be
-read, such as one that was being written when its process was killed, is a warning of JAX, and the
-program is compiled.
+The cache is JAX's persistent compilation cache. The training step calls the host for its matching,
+and JAX keeps such programs from version 0.11 on (https://github.com/jax-ml/jax/pull/38405): with
+0.10 the step is compiled in every process, the other programs of a run, which do not call the host,
+are found. An entry that can't be read, such as one that was being written when its process was
+killed, is a warning of JAX, and the program is compiled.
 """
 
 import contextlib
