@@ -10,11 +10,11 @@ INSTALL = $(VENV)/bin/python -m pip install --quiet --no-compile --prefer-binary
   --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help train eval test lint format clean distclean
+.PHONY: help train eval test test-all test-newest lint format clean distclean
 .DELETE_ON_ERROR:
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
 
 train: $(VENV)/.installed  ## train CONFIG into WORKDIR (the digits into runs/digits), or resume
 	$(VENV)/bin/python train.py --config $(CONFIG) --workdir $(WORKDIR) $(ARGS)
@@ -24,6 +24,12 @@ eval: $(VENV)/.installed  ## evaluate the best checkpoint of WORKDIR
 
 test: $(VENV)/.installed-dev  ## all tests
 	@$(VENV)/bin/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder $(ARGS)
+
+test-all: $(VENV)/.installed-dev  ## all tests on every Python that is found, and a table
+	@$(VENV)/bin/nox -- $(ARGS)
+
+test-newest: $(VENV)/.installed-dev  ## a few minutes' choice of them on the newest Python
+	@$(VENV)/bin/nox -s smoke -- $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## what a change must pass besides the tests
 	$(VENV)/bin/ruff check .
@@ -38,12 +44,12 @@ clean:  ## remove caches
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
-distclean: clean  ## remove caches and the virtual environment
-	rm -rf $(VENV)
+distclean: clean  ## remove caches and the virtual environments
+	rm -rf $(VENV) .nox
 
-# Python 3.11 to 3.14 with venv, or the one named by PYTHON=.
+# The newest Python that is tested, or the one named by PYTHON=; 3.14 has not been tested.
 $(VENV)/pyvenv.cfg:
-	@for python in $(PYTHON) python3.12 python3.11 python3.13 python3.14 python3 python; do \
+	@for python in $(PYTHON) python3.13 python3.12 python3.11 python3.14 python3 python; do \
 	  if "$$python" -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' \
 	      > /dev/null 2>&1; then \
 	    echo "Making $(VENV) with $$("$$python" --version)"; \

@@ -107,6 +107,7 @@ def _compile(folder, *arguments):
     return done.stdout, re.findall(r"compiled (\w+) in [\d.]+ s, from the cache", done.stderr)
 
 
+@pytest.mark.smoke
 def test_the_next_process_finds_programs_and_survives_damaged_ones(tmp_path):
     """Catches a cache that is set up too late, a kept program that computes something else, and a
     kept step of the training that calls what no longer lies where it did."""

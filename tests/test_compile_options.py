@@ -24,6 +24,7 @@ def aged_default(monkeypatch, caplog):
     return before
 
 
+@pytest.mark.smoke
 def test_a_default_that_the_compiler_does_not_know_is_left_out(aged_default, caplog):
     """Catches a default that ends every training once XLA drops it, and a line for every use."""
     device = jax.devices()[0]

@@ -76,6 +76,7 @@ def detector(exported_file):
         return load_exported(exported_file)
 
 
+@pytest.mark.smoke
 def test_another_process_with_jax_alone_finds_the_same(
     exported_file, digits_run, predictor, pictures, tmp_path
 ):

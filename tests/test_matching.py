@@ -129,6 +129,7 @@ def test_a_query_of_nonfinite_cost_is_the_last_choice():
     np.testing.assert_array_equal(matching.solve_on_host(clean, np.ones((1, 2), bool)), [[[2, 0]]])
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("with_mesh", [False, True])
 def test_assignment_under_jit(with_mesh):
     """The callback, without a mesh and inside `shard_map`, several calls of one program."""

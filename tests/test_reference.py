@@ -92,6 +92,7 @@ def assert_ok(entries):
     assert {name: entry for name, entry in entries.items() if not entry["ok"]} == {}
 
 
+@pytest.mark.smoke
 def test_components(components):
     assert_ok(components.entries)
 

@@ -91,6 +91,7 @@ def finished(tmp_path_factory, digits_dir):
     return workdir, done
 
 
+@pytest.mark.smoke
 @pytest.mark.slow
 def test_killed_and_terminated_run_ends_like_an_undisturbed_one(
     finished, tmp_path_factory, digits_dir
@@ -179,6 +180,7 @@ def test_metrics_file_holds_every_term_and_is_finite(finished):
     assert logged[0]["train/update_norm"] == 0 < logged[1]["train/update_norm"]
 
 
+@pytest.mark.smoke
 @pytest.mark.slow
 def test_eval_only_prints_the_table_of_the_training(finished, digits_dir):
     workdir, trained = finished
