@@ -14,6 +14,8 @@ from dn_detr_jax.data.coco_classes import Category
 from dn_detr_jax.data.datasets import open_dataset
 from dn_detr_jax.models.registry import abstract_params, build_model
 
+collect_ignore = ["data"]  # imported by tests, and by pytest not a second time under another name
+
 # The same examples every time; no deadline, since the first example compiles.
 settings.register_profile("tests", max_examples=25, deadline=None, derandomize=True, database=None)
 # pytest --hypothesis-profile=deep: others every time, and a hundred times as many.
