@@ -212,6 +212,23 @@ def total_loss(
       layer and `loss_ce_0`, `loss_ce_1`, ... for the others, and `nonfinite_costs`; and for each
       part the assignment int32 [B, L, M] or None.
     """
+    with jax.named_scope("matching"):
+        assignments, nonfinite = _match(parts, mesh)
+    totals: list[jax.Array] = []
+    named: dict[str, jax.Array] = {}
+    with jax.named_scope("criterion"):
+        for part, assignment in zip(parts, assignments, strict=True):
+            terms = part.terms(assignment)
+            totals.append(losses.weighted_total(terms, **part.settings.weights))
+            named |= _by_layer(terms, part.names)
+    named["nonfinite_costs"] = nonfinite.astype(jnp.float32)
+    return functools.reduce(operator.add, totals), named, assignments
+
+
+def _match(
+    parts: Sequence[OutputPart], mesh: Mesh | None
+) -> tuple[list[jax.Array | None], jax.Array]:
+    """Solves the problems of all parts; also counts the costs that are not finite."""
     assignments: list[jax.Array | None] = [None] * len(parts)
     problems: dict[int, tuple[jax.Array, jax.Array]] = {}
     nonfinite = jnp.zeros((), jnp.int32)
@@ -221,16 +238,9 @@ def total_loss(
             cost, count = matching.sanitize(*problem)
             problems[index], nonfinite = (cost, problem[1]), nonfinite + count
     found = matching.assign_all(list(problems.values()), mesh)
-    for index, solution in zip(problems, found, strict=True):
-        assignments[index] = solution
-    totals: list[jax.Array] = []
-    named: dict[str, jax.Array] = {}
-    for part, assignment in zip(parts, assignments, strict=True):
-        terms = part.terms(assignment)
-        totals.append(losses.weighted_total(terms, **part.settings.weights))
-        named |= _by_layer(terms, part.names)
-    named["nonfinite_costs"] = nonfinite.astype(jnp.float32)
-    return functools.reduce(operator.add, totals), named, assignments
+    for index, assignment in zip(problems, found, strict=True):
+        assignments[index] = assignment
+    return assignments, nonfinite
 
 
 def _by_layer(terms: Mapping[str, jax.Array], names: str) -> dict[str, jax.Array]:

@@ -267,8 +267,9 @@ def train_step(
         # Every device keeps its part of the gradients, to update its part of the moments.
         split = largest_axis_over_data(grads, mesh)
         grads = jax.lax.with_sharding_constraint(grads, split)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    with jax.named_scope("optimizer"):
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
     norm = functools.partial(global_norm, split=config.mesh.shard_optimizer)
     before_update = metrics | {"loss": loss, "grad_norm": norm(grads)}
     metrics = before_update | {
