@@ -323,6 +323,9 @@ def test_queries_of_real_and_of_empty_slots(contrastive):
             np.testing.assert_array_equal(content[b, s], 0)
             np.testing.assert_array_equal(anchors[b, s], 0.5)
     assert 0 < dn.valid.sum() < dn.valid.size
+    # Without indicator the embedding is all of the content, as in DINO.
+    without = denoising.query_content(table, dn, indicator=False)
+    np.testing.assert_array_equal(without, content[..., :-1])
 
 
 attention_mask = fast_jit(

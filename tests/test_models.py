@@ -22,7 +22,9 @@ from dn_detr_jax.config import base_config
 from dn_detr_jax.denoising import Denoising
 from dn_detr_jax.models import attention, position
 from dn_detr_jax.models.backbones.resnet import ResNet
+from dn_detr_jax.models.heads import LayerHeads, SharedHeads
 from dn_detr_jax.models.images import IMAGE_MEAN, IMAGE_STD, normalize_images, valid_tokens
+from dn_detr_jax.models.levels import Levels
 from dn_detr_jax.models.registry import abstract_params, build_model, parameter_table, trainable
 from dn_detr_jax.training.step import compute_losses
 
@@ -130,6 +132,14 @@ def test_unknown_model_is_refused():
     config.name = "dino"
     with pytest.raises(ValueError, match="'dino': unknown; known: dn_dab_detr"):
         build_model(config)
+
+
+def test_a_backbone_returns_every_stage():
+    """Catches levels in another order, or the last one alone, which a pyramid of several needs."""
+    model = ResNet(depth=18, width=8, stages=3)
+    image, size = jax.ShapeDtypeStruct((2, 100, 64, 3), jnp.float32), jnp.full((2, 2), 64)
+    features = jax.eval_shape(model.init_with_output, jax.random.key(0), image, size)[0]
+    assert [x.shape for x in features] == [(2, 25, 16, 8), (2, 13, 8, 16), (2, 7, 4, 32)]
 
 
 # --- the start ------------------------------------------------------------------------------------
@@ -427,6 +437,48 @@ def test_box_encoding_equals_a_plain_loop():
     want = np.ravel([slow_sines(2 * math.pi * box[i], 6, 10000.0) for i in (1, 0, 2, 3)])
     np.testing.assert_allclose(got, want, atol=1e-5)
     np.testing.assert_allclose(position.box_encoding(box[:2], 6), want[:12], atol=1e-5)
+
+
+def test_tokens_of_several_levels_follow_one_another():
+    """Catches levels that are mixed, and masks or positions in another order than the tokens."""
+    rng = np.random.default_rng(0)
+    maps = [rng.normal(size=(2, *shape, 4)).astype(np.float32) for shape in ((3, 2), (2, 1))]
+    valid = [rng.random((2, *shape)) < 0.5 for shape in ((3, 2), (2, 1))]
+    levels = Levels.of_maps(maps, [-x for x in maps], valid)
+    assert levels.shapes == ((3, 2), (2, 1))
+    np.testing.assert_array_equal(levels.tokens[:, 3], maps[0][:, 1, 1])
+    np.testing.assert_array_equal(levels.tokens[:, 7], maps[1][:, 1, 0])
+    np.testing.assert_array_equal(levels.position, -levels.tokens)
+    np.testing.assert_array_equal(levels.valid[:, :6], valid[0].reshape(2, 6))
+    np.testing.assert_array_equal(levels.valid[:, 6:], valid[1].reshape(2, 2))
+
+
+def test_heads_of_each_layer_are_those_of_that_layer():
+    """With the parameters of one layer for both they predict what shared heads predict."""
+    rng = np.random.default_rng(0)
+    states = rng.normal(size=(2, 1, 3, 8)).astype(np.float32)
+    references = np.full((2, 1, 3, 4), 0.3, np.float32)
+    own = LayerHeads(num_layers=2, num_classes=5, hidden_dim=8)
+    shapes = jax.eval_shape(own.init, jax.random.key(0), states, references)["params"]
+    params = random_params(shapes)
+    assert set(params) == {f"{head}_head_{layer}" for head in ("class", "box") for layer in (0, 1)}
+    shared = SharedHeads(num_classes=5, hidden_dim=8)
+
+    @fast_jit
+    def predictions(params, states, references):
+        """Of the heads of each layer, and of shared heads with the parameters of one layer."""
+        given, found = {"params": params}, []
+        got = own.apply(given, states, references)
+        for layer in (0, 1):
+            one = {"params": {f"{h}_head": params[f"{h}_head_{layer}"] for h in ("class", "box")}}
+            want = shared.apply(one, states, references)
+            found += [(got[name][layer], want[name][layer]) for name in want]
+            offsets = own.apply(given, layer, states, method="box_offsets")
+            found.append((offsets, shared.apply(one, layer, states, method="box_offsets")))
+        return found
+
+    for got, want in predictions(params, states, references):
+        np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
 fused = functools.partial(attention.fused_attention, implementation="xla")

@@ -1,5 +1,7 @@
 """A variant from outside of the package, through the registry alone: two steps of training."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from dn_detr_jax.config import base_config, compiler_options, validate
 from dn_detr_jax.errors import ConfigError
 from dn_detr_jax.evaluation.detect import eval_step
 from dn_detr_jax.interop.torch_names import MODULES
+from dn_detr_jax.models import registry
 from dn_detr_jax.models.registry import (
     abstract_params,
     build_model,
@@ -95,6 +98,14 @@ def test_names_of_official_weights_belong_to_a_variant(config):
     assert torch_names(base_config().model) is MODULES
     with pytest.raises(ConfigError, match="'toy': it has no official PyTorch weights"):
         torch_names(config.model)
+
+
+def test_a_name_stands_for_one_variant():
+    """Registering a module twice, as a second import does, is fine; another variant is not."""
+    registry.register(registry.variant_of(base_config("toy").model))
+    other = dataclasses.replace(registry.variant_of(base_config("toy").model), frozen=len)
+    with pytest.raises(ValueError, match="'toy': another variant has this name"):
+        registry.register(other)
 
 
 def test_keys_of_one_variant_are_unknown_to_the_others(config):
