@@ -21,8 +21,6 @@ from dn_detr_jax.inference import exported
 from dn_detr_jax.inference.predictor import Run
 from dn_detr_jax.models.registry import build_model
 
-PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
-
 
 def export(
     run: Run,
@@ -37,7 +35,7 @@ def export(
     Args:
       run: config, classes and parameters.
       path: of the file, which is written completely or not at all.
-      platforms: of `PLATFORMS`; the machine needs none of them.
+      platforms: of "cpu", "cuda", "rocm" and "tpu"; the machine needs none of them.
       canvas: height and width; None: the first of the config.
       batch_size: images per call of the program.
 

@@ -1,20 +1,22 @@
 """Runs a detector that `python -m dn_detr_jax export` has written, with jax and NumPy alone.
 
-This file needs nothing of its package and may be copied. (`pip install jax flatbuffers`: the latter
-is what `jax.export` reads its files with.)
+This file imports nothing of its package and may be copied. (`pip install jax flatbuffers`:
+`jax.export` reads its files with the latter.)
 
     detector = load_exported("detector.zip")
-    image, size = detector.prepare(picture)  # uint8 [height, width, 3], RGB, upright
+    image, size = detector.prepare(pixels)  # uint8 [height, width, 3], RGB, upright
     found = detector(image[None], size[None])
-    height, width = picture.shape[:2]
+    height, width = pixels.shape[:2]
     boxes = found["boxes"][0] * [width, height, width, height]  # left, top, right, bottom
     names = [detector.classes[label]["name"] for label in found["labels"][0]]
 
-`prepare` resizes as the evaluation does. A resize of one's own has to give a picture of
-`target_size(height, width)` by bilinear interpolation whose filter widens where the picture shrinks
-(Pillow's `Image.resize(..., BILINEAR)`, `jax.image.resize(..., "linear", antialias=True)`;
-OpenCV's INTER_LINEAR does not widen and costs precision), in its upper left corner a canvas of
-zeros. Colours are RGB from 0 to 255; the program normalises them itself.
+`prepare` resizes as the evaluation does. Another resize must give an image of
+`target_size(height, width)` by bilinear interpolation with a filter that widens when the image
+shrinks (Pillow's `Image.resize(..., BILINEAR)`, `jax.image.resize(..., "linear", antialias=True)`;
+OpenCV's INTER_LINEAR does not widen and costs precision), in the upper left corner of a canvas of
+zeros. Colors are RGB from 0 to 255; the program normalizes them itself.
+
+`coco_results` gives the detections of an image as pycocotools' `loadRes` reads them.
 
 A file is an uncompressed zip of the program in StableHLO (`jax.export`), the parameters as `.npy`
 and `metadata.json`. Reading it runs none of its content.
@@ -32,16 +34,16 @@ import jax.export
 import numpy as np
 
 FORMAT = 1  # of the file
-# What StableHLO has no operation for. Other calls could be of addresses that the file names.
+# For these StableHLO has no operation. Other calls could be of addresses that the file names.
 _HARMLESS_CALLS = {"mhlo.topk", "Sharding"}
 METADATA, PROGRAM, PARAMS = "metadata.json", "program.stablehlo", "params/"
 
 
 class ExportedError(ValueError):
-    """A file that can't be used, or not here; one line with path and cause."""
+    """A file that can't be used, or not on this platform. The message has path and cause."""
 
     def __init__(self, message: str):
-        """Takes the message, of which parts come from the file, into one line."""
+        """Puts the message into one line; parts of it come from the file."""
         super().__init__(" ".join(message.split())[:2000])
 
 
@@ -70,7 +72,7 @@ def load_exported(path: str | os.PathLike) -> "ExportedDetector":
             }
     except ExportedError:
         raise
-    except Exception as error:  # whatever a damaged file leads its readers to
+    except Exception as error:  # a damaged file makes its readers raise many kinds of errors
         if isinstance(error, OSError) and error.filename is not None:  # it can't be opened
             raise
         raise ExportedError(
@@ -81,7 +83,7 @@ def load_exported(path: str | os.PathLike) -> "ExportedDetector":
         text = exported.mlir_module()
     except ImportError as error:
         raise ExportedError(f"{path}: can't be read here: {_line(error)}") from error
-    except Exception as error:  # whatever the reader of another version runs into
+    except Exception as error:  # as does a file of another version
         raise ExportedError(
             f"{path}: exported with jax {metadata['versions']['jax']}, which jax "
             f"{jax.__version__} can't read ({_line(error)}); export it again"
@@ -91,7 +93,7 @@ def load_exported(path: str | os.PathLike) -> "ExportedDetector":
 
 
 def _metadata(path: str, archive: zipfile.ZipFile) -> dict[str, Any]:
-    """The metadata, once format and platform are known to be right."""
+    """Reads the metadata and checks format and platform."""
     metadata = json.loads(archive.read(METADATA))
     found = metadata["format"]
     if found != FORMAT:
@@ -123,20 +125,20 @@ def _check_program(
     text: str,
     params: dict[str, np.ndarray],
 ) -> None:
-    """Raises unless the program takes these parameters and pictures, and calls nothing outside."""
+    """Raises unless the program takes these parameters and images, and calls nothing outside."""
     batch, canvas = metadata["batch_size"], metadata["canvas"]
-    pictures = np.empty((0, *canvas, 3), np.uint8), np.empty((0, 2), np.int32)
+    images = np.empty((0, *canvas, 3), np.uint8), np.empty((0, 2), np.int32)
     described = [(value.shape, value.dtype) for value in jax.tree.leaves(params)]
-    described += [((batch, *value.shape[1:]), value.dtype) for value in pictures]
+    described += [((batch, *value.shape[1:]), value.dtype) for value in images]
     wanted = [(aval.shape, aval.dtype) for aval in exported.in_avals]
-    structure = jax.tree.structure(((params, *pictures), {}))
+    structure = jax.tree.structure(((params, *images), {}))
     found = [aval.shape for aval in exported.out_avals]  # boxes, labels, scores
     rows = (batch, metadata["num_select"])
     fits = described == wanted and found == [(*rows, 4), rows, rows]
     if not fits or structure != exported.in_tree:
         raise ExportedError(
             f"{path}: damaged: its program is not for the {len(params)} parameters, and the "
-            f"pictures and detections of {METADATA}; export it again"
+            f"images and detections of {METADATA}; export it again"
         )
     calls = set(re.findall(r"custom_call @([\w.$]+)", text))
     if calls - _HARMLESS_CALLS:
@@ -154,14 +156,14 @@ def _line(error: BaseException) -> str:
 
 
 class ExportedDetector:
-    """A compiled detector for pictures on a canvas; see `load_exported`.
+    """A compiled detector for images on a canvas (padding bucket); see `load_exported`.
 
     Attributes:
       canvas: height and width.
-      batch_size: pictures per call of the program; a call with another number is split and filled.
-      num_select: K, detections per picture.
-      classes: {"id", "name"} of every label; the name is "" where a label stands for nothing.
-      metadata: all that is known of it: the above, platforms, versions, checkpoint.
+      batch_size: images per call of the program; a call with another number is split and filled.
+      num_select: K, detections per image.
+      classes: {"id", "name"} of every label; the name of an unused label is "".
+      metadata: the above, platforms, versions and checkpoint.
     """
 
     def __init__(
@@ -180,17 +182,17 @@ class ExportedDetector:
         """Detects objects. The first call compiles.
 
         Args:
-          images: uint8 [B, H, W, 3], RGB, (H, W) the canvas; each picture in the upper left
-            corner, what is around it does not count.
-          sizes: int [B, 2], height and width of each picture on its canvas, from 1.
+          images: uint8 [B, H, W, 3], RGB, (H, W) the canvas; each image in the upper left
+            corner; what surrounds it is ignored.
+          sizes: int [B, 2], height and width of each image on its canvas, from 1.
 
         Returns:
           `scores` float32 [B, K], 0 to 1, descending; `labels` int32 [B, K], positions in
-          `classes`; `boxes` float32 [B, K, 4], left, top, right, bottom as shares of the picture's
+          `classes`; `boxes` float32 [B, K, 4], left, top, right, bottom as shares of the image's
           width and height, 0 to 1 and a little beyond.
 
         Raises:
-          ValueError: shapes, types or sizes that don't fit.
+          ValueError: wrong shapes, types or sizes.
         """
         images, sizes = np.asarray(images), np.asarray(sizes)
         count = len(images)
@@ -224,7 +226,7 @@ class ExportedDetector:
         }
 
     def target_size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of a picture on the canvas: those of the evaluation, or what fits."""
+        """Returns height and width of an image on the canvas, reduced if it does not fit."""
         short, long = min(height, width), max(height, width)
         target = self.metadata["short_side"]
         limit = self.metadata["max_long_side"]
@@ -238,40 +240,87 @@ class ExportedDetector:
             size = tuple(max(1, math.floor(side * factor + 1e-6)) for side in size)
         return min(size[0], self.canvas[0]), min(size[1], self.canvas[1])
 
-    def prepare(self, picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Resizes a picture and lays it on the canvas.
+    def prepare(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Resizes an image and pads it to the canvas.
 
         Args:
-          picture: uint8 [height, width, 3], RGB, upright.
+          pixels: uint8 [height, width, 3], RGB, upright.
 
         Returns:
-          uint8 [H, W, 3] and int32 [2], a row of what the detector is called with.
+          uint8 [H, W, 3] and int32 [2], a row of the detector's arguments.
 
         Raises:
           ValueError: not such an array.
         """
-        picture = np.asarray(picture)
-        good = picture.ndim == 3 and picture.shape[2] == 3 and picture.size
-        if not good or picture.dtype != np.uint8:
+        pixels = np.asarray(pixels)
+        good = pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.size
+        if not good or pixels.dtype != np.uint8:
             raise ValueError(
-                f"a picture {picture.dtype}{list(picture.shape)}, expected uint8 [height, width, 3]"
+                f"an image {pixels.dtype}{list(pixels.shape)}, expected uint8 [height, width, 3]"
             )
-        height, width = self.target_size(*picture.shape[:2])
-        columns_first = _resized(picture.swapaxes(0, 1), width).swapaxes(0, 1)
+        height, width = self.target_size(*pixels.shape[:2])
+        columns_first = _resized(pixels.swapaxes(0, 1), width).swapaxes(0, 1)
         image = np.zeros((*self.canvas, 3), np.uint8)
         image[:height, :width] = _resized(columns_first, height)
         return image, np.array([height, width], np.int32)
 
+    def coco_results(
+        self,
+        found: dict[str, np.ndarray],
+        row: int,
+        image_id: int,
+        size: tuple[int, int],
+        category_ids: dict[str, int] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Returns the detections of an image in COCO's format of results.
+
+        Args:
+          found: what the detector has returned.
+          row: of the image in it.
+          image_id: as in the annotation file.
+          size: height and width of the image, in whose pixels the boxes are.
+          category_ids: id of every class name, for an annotation file that numbers the classes
+            differently from `classes`.
+
+        Returns:
+          {"image_id", "category_id", "bbox": [left, top, width, height], "score"} per detection,
+          without those of unused labels.
+
+        Raises:
+          KeyError: a class name that `category_ids` lacks.
+        """
+        height, width = size
+        results = []
+        parts = (found[name][row] for name in ("scores", "labels", "boxes"))
+        for score, label, box in zip(*parts, strict=True):
+            category = self.classes[label]
+            if not category["name"]:
+                continue
+            corners = box.astype(np.float64) * [width, height, width, height]
+            left, top, right, bottom = corners.tolist()
+            category_id = category["id"]
+            if category_ids is not None:
+                category_id = category_ids[category["name"]]
+            results.append(
+                {
+                    "image_id": image_id,
+                    "category_id": category_id,
+                    "bbox": [left, top, right - left, bottom - top],
+                    "score": float(score),
+                }
+            )
+        return results
+
 
 def _resized(image: np.ndarray, length: int) -> np.ndarray:
-    """A picture [n, m, 3] resized to [length, m, 3] by a triangle filter, uint8."""
+    """Resizes an image [n, m, 3] to [length, m, 3] by a triangle filter, uint8."""
     if length == len(image):
         return image
     scale = len(image) / length
-    support = max(scale, 1.0)  # pixels to either side that count
-    centres = (np.arange(length) + 0.5) * scale
-    taps = np.floor(centres - support)[:, None].astype(int) + np.arange(2 * math.ceil(support) + 1)
-    weights = np.maximum(0.0, 1.0 - np.abs(taps + 0.5 - centres[:, None]) / support)
+    support = max(scale, 1.0)  # half the width of the filter in pixels
+    centers = (np.arange(length) + 0.5) * scale
+    taps = np.floor(centers - support)[:, None].astype(int) + np.arange(2 * math.ceil(support) + 1)
+    weights = np.maximum(0.0, 1.0 - np.abs(taps + 0.5 - centers[:, None]) / support)
     weights[(taps < 0) | (taps >= len(image))] = 0.0
     weights = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
     taps = taps.clip(0, len(image) - 1)

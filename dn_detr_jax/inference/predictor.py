@@ -193,8 +193,8 @@ class Predictor:
         """Finds the objects in an image, or in several.
 
         Args:
-          images: an image or a sequence of images, of any sizes. An image is the path of a file, the
-            bytes of a file, a Pillow image or a uint8 array [H, W, 3] in RGB. Files and Pillow
+          images: an image or a sequence of images, of any sizes. An image is the path of a file,
+            the bytes of a file, a Pillow image or a uint8 array [H, W, 3] in RGB. Files and Pillow
             images are turned upright by their EXIF orientation, as viewers show them.
           threshold: lowest score, 0 to 1; 0 gives all that `config.eval.num_select` allows.
 

@@ -76,8 +76,8 @@ def render_detections(
       images: at least one.
       class_names: by label; a label beyond them is shown as its number.
       score_threshold: predictions below it are not drawn.
-      cell: longest side of an image in the grid, pixels. Small images are enlarged by a whole number,
-        the largest that fits; large images are reduced.
+      cell: longest side of an image in the grid, pixels. Small images are enlarged by the largest
+        whole number that fits; large images are reduced.
 
     Raises:
       ValueError: no images.

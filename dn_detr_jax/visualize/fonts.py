@@ -56,9 +56,7 @@ def _drawable(text: str) -> tuple[str, str]:
 
 
 def _escaped(char: str) -> str:
-    return (
-        char.encode("ascii", "backslashreplace").decode() if ord(char) > 127 else repr(char)[1:-1]
-    )
+    return char.encode("unicode_escape").decode()
 
 
 @functools.cache
