@@ -37,9 +37,11 @@ def train(config: "ConfigDict", workdir: str | os.PathLike) -> "Evaluation | Non
       dn_detr_jax.errors.Error: see `dn_detr_jax.training.loop.train`.
     """
     from dn_detr_jax.config import expand_user
+
+    folder = expand_user(os.fspath(workdir), "--workdir")
     from dn_detr_jax.training import loop
 
-    return loop.train(config, expand_user(os.fspath(workdir), "--workdir"))
+    return loop.train(config, folder)
 
 
 def evaluate(
@@ -56,9 +58,11 @@ def evaluate(
       dn_detr_jax.errors.Error: see `dn_detr_jax.training.report.evaluate`.
     """
     from dn_detr_jax.config import expand_user
+
+    folder = expand_user(os.fspath(workdir), "--workdir")
     from dn_detr_jax.training import report
 
-    return report.evaluate(config, expand_user(os.fspath(workdir), "--workdir"), step)
+    return report.evaluate(config, folder, step)
 
 
 def __getattr__(name: str) -> Any:

@@ -24,11 +24,11 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from dn_detr_jax.config import expand_user, flat_keys, nearest_key
+from dn_detr_jax.config import expand_user, find_config, flat_keys, nearest_key
 from dn_detr_jax.errors import ConfigError, Error, one_line
+from dn_detr_jax.training.stop import INTERRUPTED
 
 _HELP = re.compile(r"-h|--?(help|helpfull|helpshort|helpxml)")
-INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
 
 
 def run_command(command: ModuleType, program: str) -> NoReturn:
@@ -137,8 +137,12 @@ def fail(message: str) -> NoReturn:
 
 def define_config_flag(default: str | None = None) -> None:
     """Defines --config, the experiment's file, and its overrides --config.section.key=value."""
-    text = "The experiment, a file in configs/. --config.section.key=value overrides a value."
+    text = (
+        "The experiment: a file, or the name of one in configs/. --config.section.key=value "
+        "overrides a value."
+    )
     config_flags.DEFINE_config_file("config", default, text)
+    flags.DEFINE_bool("help_config", False, "Print every config key, its value and meaning.")
     if default is None:
         flags.mark_flag_as_required("config")
 
@@ -161,12 +165,15 @@ def define_canvas_flag(default_text: str) -> None:
 
 
 def local_path(argument: str) -> Path:
-    """The path of an argument that is not a flag, as of a path flag.
+    """Returns the path of an argument that is not a flag, `~` expanded as in a path flag.
 
     Raises:
-      ConfigError: an unknown user after `~`, or a bucket.
+      SystemExit: a bucket, or an unknown user after `~`.
     """
-    return expand_user(argument, "--path")
+    try:
+        return expand_user(argument, "")
+    except ConfigError as error:
+        fail(f"{argument}: {error.expected}")
 
 
 class _PathParser(flags.ArgumentParser):
@@ -208,8 +215,11 @@ def _parse_flags(argv: Sequence[str], arguments: Sequence[str]) -> list[str]:
     """Parses all flags; exits with one line if one is wrong."""
     if any(_HELP.fullmatch(argument) for argument in argv[1:]):
         return flags.FLAGS(argv)  # absl prints the help and exits
-    _check_config_arguments(argv)
+    argv = _find_config_file(argv)
+    _check_overrides(argv)
     try:
+        if any(re.fullmatch("--?help_config", argument) for argument in argv[1:]):
+            _print_config_reference(argv)
         rest = flags.FLAGS(argv)
     except flags.IllegalFlagValueError as error:
         lines = str(error).strip().splitlines()
@@ -226,35 +236,62 @@ def _parse_flags(argv: Sequence[str], arguments: Sequence[str]) -> list[str]:
     return rest
 
 
-def _check_config_arguments(argv: Sequence[str]) -> None:
-    """Exits if the file of --config is missing or an override names no key of it."""
-    path = _config_path(argv)
-    if path is None:
-        return  # absl knows whether the flag is required
-    file = path.split(":", 1)[0]
-    if not os.path.isfile(file):
-        fail(f"--config={path}: there is no such file")
+def _find_config_file(argv: Sequence[str]) -> list[str]:
+    """Replaces the name of an experiment in --config by its path; exits if there is none."""
+    found = list(argv)
+    for i in range(1, len(argv)):
+        if match := re.fullmatch(r"--?config=(.*)", argv[i], re.DOTALL):
+            found[i] = f"--config={_config_file(match[1])}"
+        elif re.fullmatch(r"--?config", argv[i - 1]):
+            found[i] = _config_file(argv[i])
+    return found
+
+
+def _config_file(value: str) -> str:
+    """The value of --config with a path; what follows a colon is for the file's get_config."""
+    name, colon, argument = value.partition(":")
+    try:
+        return f"{find_config(name)}{colon}{argument}"
+    except Error as error:
+        fail(str(error))
+
+
+def _check_overrides(argv: Sequence[str]) -> None:
+    """Exits if an override names no key of the config."""
     overrides = [match[1] for arg in argv if (match := re.match(r"--?(?:no)?config\.([^=]+)", arg))]
-    if not overrides:
-        return
-    scratch = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", path, flag_values=scratch, sys_argv=[""])
-    config = scratch["config"].value
-    for key in overrides:
+    config = _config_without_overrides(argv) if overrides else None
+    for key in overrides if config is not None else ():
         if not _has(config, key):
             near = nearest_key(key, flat_keys(config))
-            fail(f"--config.{key}: there is no such key in {file}{near and '; ' + near}")
+            fail(f"--config.{key}: there is no such key{near and '; ' + near}")
 
 
-def _config_path(argv: Sequence[str]) -> str | None:
-    """The value of --config; the last one counts, as for absl."""
-    path = None
-    for i, arg in enumerate(argv[1:], start=1):
-        if match := re.fullmatch(r"--?config=(.*)", arg, re.DOTALL):
-            path = match[1]
-        elif re.fullmatch(r"--?config", arg) and i + 1 < len(argv):
-            path = argv[i + 1]
-    return path
+def _config_without_overrides(argv: Sequence[str]) -> ConfigDict | None:
+    """The config of --config, None without that flag; the last one counts, as for absl."""
+    path = flags.FLAGS["config"].default if "config" in flags.FLAGS else None
+    for i in range(1, len(argv)):
+        if argv[i].startswith(("--config=", "-config=")):
+            path = argv[i].partition("=")[2]
+        elif argv[i - 1] in ("--config", "-config"):
+            path = argv[i]
+    if path is None:
+        return None
+    scratch = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", path, flag_values=scratch, sys_argv=[""])
+    return scratch["config"].value
+
+
+def _print_config_reference(argv: Sequence[str]) -> NoReturn:
+    """Prints every key of the config, and ends the program."""
+    from dn_detr_jax.config.reference import describe_config
+
+    scratch = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=scratch, sys_argv=list(argv))
+    scratch(argv, known_only=True)
+    if scratch.config is None:
+        fail("--help_config: of which --config?")
+    print(describe_config(scratch.config))
+    sys.exit(0)
 
 
 def _has(config: ConfigDict, key: str) -> bool:

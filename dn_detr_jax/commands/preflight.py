@@ -25,6 +25,7 @@ from dn_detr_jax.commands.command_line import (
     define_config_flag,
     define_path_flag,
 )
+from dn_detr_jax.training import stop
 
 FLAGS = flags.FLAGS
 
@@ -50,6 +51,7 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> None:
     """Prints the report; exit status 1 if the step does not fit."""
     del argv
+    stop.end_on_signals("nothing was written", stop.INTERRUPTED)  # compiling takes minutes
     import jax
 
     from dn_detr_jax.preflight.preflight import print_suggestions, run_preflight, table

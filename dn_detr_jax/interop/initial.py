@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from dn_detr_jax.checkpoints.categories import match_labels
 from dn_detr_jax.checkpoints.params import read_params
 from dn_detr_jax.checkpoints.run_config import read_run_config
+from dn_detr_jax.config import expand_user
 from dn_detr_jax.data.coco_classes import Category
 from dn_detr_jax.errors import CheckpointError, ConfigError, ConversionError, WeightsError
 from dn_detr_jax.interop import torch_files
@@ -69,7 +70,7 @@ def _placed(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:
 
 
 def _from_backbone(fresh: dict[str, Any], config: ConfigDict) -> dict[str, Any]:
-    path = config.init.backbone
+    path = str(expand_user(config.init.backbone, "init.backbone"))
     try:
         file = torch_files.read(path)
         loaded, report = backbone_from_torch(file.state, {p: v.shape for p, v in fresh.items()})
@@ -83,7 +84,7 @@ def _from_backbone(fresh: dict[str, Any], config: ConfigDict) -> dict[str, Any]:
 def _from_checkpoint(
     fresh: dict[str, Any], config: ConfigDict, categories: Sequence[Category]
 ) -> dict[str, Any]:
-    path = config.init.checkpoint
+    path = str(expand_user(config.init.checkpoint, "init.checkpoint"))
     if not (Path(path) / "config.json").is_file():
         raise ConfigError("init.checkpoint", path, "no work directory: it has no config.json")
     source, known = read_run_config(path)

@@ -21,6 +21,7 @@ import jax
 import jax.monitoring
 
 from dn_detr_jax.config import expand_user
+from dn_detr_jax.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -29,21 +30,22 @@ def use_compile_cache(cache_dir: str) -> None:
     """Keeps on disk what this process compiles from now on, and finds what others have kept.
 
     Args:
-      cache_dir: `config.compile.cache_dir`; empty: no cache. One that can't be written is a
-        warning. One that JAX was given in another way, such as by JAX_COMPILATION_CACHE_DIR, stays
-        in use.
+      cache_dir: `config.compile.cache_dir`; empty: no cache. A folder that can't be written, or a
+        missing home directory, is a warning. A folder that JAX has from elsewhere, such as from
+        JAX_COMPILATION_CACHE_DIR, stays in use.
     """
     wanted = cache_dir and jax.config.jax_enable_compilation_cache
     if not wanted or jax.config.jax_compilation_cache_dir:
         return
-    folder = expand_user(cache_dir, "compile.cache_dir") / _host()
     try:
+        folder = expand_user(cache_dir, "compile.cache_dir") / _host()
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
+    except (ConfigError, OSError) as error:
+        reason = error.expected if isinstance(error, ConfigError) else error
         logger.warning(
-            "config.compile.cache_dir = %r: compiled programs are not kept: %s", cache_dir, error
+            "config.compile.cache_dir = %r: compiled programs are not kept: %s", cache_dir, reason
         )
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
