@@ -113,9 +113,8 @@ def test_a_wrong_command_is_one_line(arguments, expected, monkeypatch, capsys):
 
 
 def test_the_config_reference_is_printed(monkeypatch, capsys):
-    monkeypatch.setattr(
-        sys, "argv", ["x", "--config=digits", "--config.dn.groups=7", "--help_config"]
-    )
+    argv = ["x", "--config=digits", "--config.dn.groups=7", "--help_config"]
+    monkeypatch.setattr(sys, "argv", argv)
     values = flags.FlagValues()
     monkeypatch.setattr(flags, "FLAGS", values)
     with pytest.raises(SystemExit) as ended:

@@ -224,7 +224,7 @@ def test_classes_of_a_directory_without_any(digits_run, tmp_path):
     assert read_run(tmp_path).categories[9].name == "class 9"
     document["config"]["model"]["window"] = 3  # another model
     (tmp_path / "config.json").write_text(json.dumps(document))
-    with pytest.raises(CheckpointError, match=r"config\.json: .*model\.window = 3: no such key"):
+    with pytest.raises(CheckpointError, match=r"model\.window = 3: unknown to this"):
         read_run(tmp_path)
     del document["config"]["model"]["window"]
     document["categories"] = [{"id": 1, "name": "one"}]
@@ -236,18 +236,47 @@ def test_classes_of_a_directory_without_any(digits_run, tmp_path):
 # The command
 
 
-def test_pictures_are_found_in_folders(tmp_path):
+def test_images_are_found_in_folders(tmp_path, caplog):
+    """Every suffix that is decoded, in any case; what is left out is named."""
     (tmp_path / "sub").mkdir()
-    for name in ("b.PNG", "a.jpg", "notes.txt", "sub/c.jpg"):
+    for name in ("b.PNG", "a.jpg", "c.Jp2", "d.pgm", "e.GIF", "notes.txt", "._a.jpg", "sub/f.jpg"):
         (tmp_path / name).write_bytes(b"")
-    inside = [tmp_path / "a.jpg", tmp_path / "b.PNG"]
+    inside = [tmp_path / name for name in ("a.jpg", "b.PNG", "c.Jp2", "d.pgm", "e.GIF")]
     assert image_files.find_images([tmp_path, tmp_path / "a.jpg"]) == inside
+    assert caplog.messages == [f"{tmp_path}: not predicted for: notes.txt, sub/"]
     assert image_files.find_images([tmp_path / "notes.txt"]) == [tmp_path / "notes.txt"]
     with pytest.raises(DataError, match=r"none: there is no such file"):
         image_files.find_images([tmp_path / "none"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"empty: a folder without images"):
         image_files.find_images([tmp_path / "empty"])
+
+
+@pytest.mark.parametrize(
+    ("paths", "names", "expected"),
+    [
+        (["x/train/1.jpg"], ["1.jpg"], [(0,)]),
+        (["x/1.jpg"], ["train/1.jpg"], [(0,)]),  # copied into one folder
+        (["a/1.jpg", "b/1.jpg"], ["b/1.jpg", "a/1.jpg"], [(1,), (0,)]),
+        (["b/1.jpg"], ["1.jpg", "b/1.jpg", "b/b/1.jpg"], [(1,)]),
+        (["c/1.jpg"], ["a/1.jpg", "b/1.jpg"], [(0, 1)]),
+        (["1.jpg"], ["a/1.jpg", "a/1.jpg"], [(0, 1)]),
+        (["a/1.jpg"], ["a\\1.jpg"], [(0,)]),
+        (["caf\u00e9.jpg"], ["cafe\u0301.jpg"], [(0,)]),
+        (["11.jpg", "1.jpeg", "x"], ["1.jpg", ""], [(), (), ()]),
+    ],
+)
+def test_files_are_found_in_an_annotation_file_by_name(paths, names, expected):
+    """Catches a file that is matched with one of the same name in another folder."""
+    assert image_files.match_file_names(paths, names) == expected
+
+
+def test_invented_ids_are_said_to_be_invented(caplog):
+    image_files.number_images([Path("7.jpg")])
+    image_files.number_images([Path("a.jpg")])
+    numbers, positions = caplog.messages
+    assert "the numbers in the file names" in numbers and "positions" in positions
+    assert all("invented" in line and "--annotations" in line for line in caplog.messages)
 
 
 def test_pictures_of_the_same_name_do_not_overwrite_each_other():

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from dn_detr_jax.visualize import boxes, colors, plots, save
+from dn_detr_jax.visualize import boxes, colors, fonts, plots, save
 from dn_detr_jax.visualize.boxes import LabeledImage
 
 NAMES = [str(i) for i in range(10)]
@@ -279,3 +279,48 @@ def test_a_jpeg_is_whole_and_near(tmp_path):
     with Image.open(tmp_path / "new" / "a.jpg") as saved:
         assert np.abs(np.asarray(saved, int) - image).max() < 40
     assert len(list((tmp_path / "new").iterdir())) == 1
+
+
+def test_names_in_every_script_are_told_apart(caplog, monkeypatch):
+    """Catches names that are drawn as equal empty squares."""
+    fonts._drawable.cache_clear()
+    fonts._warn_of_script.cache_clear()
+    monkeypatch.setattr(fonts, "_installed_font", lambda characters: None)
+    names = [
+        "\u732b",
+        "\u72ac",
+        "\u0939\u093f\u0930\u0928",
+        "caf\u00e9",
+        "\u0431\u043e\u0431\u0440",
+        "a\nb",
+        "a\u200cb",
+    ]
+    texts = [fonts.drawable(name, 12)[0] for name in names]
+    assert texts[:2] == [r"\u732b", r"\u72ac"] and texts[3:] == [*names[3:5], r"a\nb", "ab"]
+    assert len({np.asarray(text_image(text)).tobytes() for text in texts}) == len(names)
+    assert sum("CJK" in line for line in caplog.messages) == 1
+    black = np.zeros((60, 120, 3), np.uint8)
+    box, count = np.array([[5, 30, 60, 55]]), len(names)
+    drawn = {boxes.draw_detections(black, box, [0], [0.5], [name]).tobytes() for name in names}
+    assert len(drawn) == count
+
+
+def text_image(text):
+    return fonts.font(12).getmask(text)
+
+
+def test_an_installed_font_with_the_characters_is_used(monkeypatch):
+    """A stand-in for a font of another script: matplotlib's own one, under another name."""
+    fonts._drawable.cache_clear()
+    fonts._installed_font.cache_clear()
+    found = {"/other.ttf": frozenset(map(ord, "\u732b 0"))}
+    own = fonts._OWN_FONT
+    monkeypatch.setattr(fonts.font_manager, "findSystemFonts", lambda: [*found, own])
+    monkeypatch.setattr(
+        fonts, "_characters", lambda path: found.get(path, frozenset(map(ord, "ab")))
+    )
+    monkeypatch.setattr(fonts, "font", lambda size, path=own: path)
+    assert fonts.drawable("\u732b 0", 12) == ("\u732b 0", "/other.ttf")
+    assert fonts.drawable("\u732b a", 12)[1] == own
+    fonts._drawable.cache_clear()
+    fonts._installed_font.cache_clear()

@@ -183,7 +183,8 @@ def _header(opened: Image.Image) -> Header:
 
 def _exif(opened: Image.Image) -> Image.Exif:
     """Reads the EXIF data of an image; decodes the pixels of a PNG only if EXIF may follow them."""
-    if opened.format == "PNG" and not _has_late_metadata(opened.fp):
+    file = opened.fp  # None after the pixels were read
+    if opened.format == "PNG" and file is not None and not _has_late_metadata(file):
         return Image.Image.getexif(opened)
     return opened.getexif()
 
