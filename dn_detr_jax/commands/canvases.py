@@ -16,6 +16,7 @@ from absl import flags, logging
 
 from dn_detr_jax.commands.command_line import define_config_flag
 from dn_detr_jax.config import validate
+from dn_detr_jax.training import stop
 
 FLAGS = flags.FLAGS
 
@@ -32,6 +33,7 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> None:
     """Prints the report."""
     del argv
+    stop.end_on_signals("no canvases were proposed", stop.INTERRUPTED)
     config = FLAGS.config
     validate(config)
     from dn_detr_jax.data.canvases import report, split_annotations

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from dn_detr_jax.commands.command_line import define_config_flag, local_path
 from dn_detr_jax.config import base_config
 from dn_detr_jax.errors import ConfigError
+from dn_detr_jax.training import stop
 
 FLAGS = flags.FLAGS
 ARGUMENTS = ("DIR",)
@@ -38,12 +39,13 @@ def define_flags() -> None:
 
 def main(argv: Sequence[str]) -> None:
     """Checks the directory and prints the report."""
-    from dn_detr_jax.data.check import check, report
-
+    stop.end_on_signals("the check was not finished", stop.INTERRUPTED)
     config = FLAGS.config
     if config.data.name != "coco":
         raise ConfigError("data.name", config.data.name, "'coco', the only kind that is checked")
     config.data.dir = os.fspath(local_path(argv[1]))
+    from dn_detr_jax.data.check import check, report
+
     splits = check(config.data, FLAGS.decode)
     print(report(splits))
     sys.exit(1 if any(split.findings.errors for split in splits) else 0)

@@ -33,6 +33,7 @@ from dn_detr_jax.commands.command_line import (
     log_to_terminal,
 )
 from dn_detr_jax.errors import DataError
+from dn_detr_jax.training import stop
 
 FLAGS = flags.FLAGS
 ARGUMENTS = ("IMAGES...",)
@@ -54,6 +55,7 @@ def define_flags() -> None:
 
 def main(argv: Sequence[str]) -> None:
     """Predicts and writes the results."""
+    stop.end_on_signals("the results were not written", stop.INTERRUPTED)
     from dn_detr_jax.inference import image_files
     from dn_detr_jax.inference.predictor import predictor_of, read_run
 

@@ -51,7 +51,9 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> None:
     """Prints the report; exit status 1 if the step does not fit."""
     del argv
-    stop.end_on_signals("nothing was written", stop.INTERRUPTED)  # compiling takes minutes
+    stop.end_on_signals(
+        "the preflight was not finished", stop.INTERRUPTED
+    )  # compiling takes minutes
     import jax
 
     from dn_detr_jax.preflight.preflight import print_suggestions, run_preflight, table

@@ -131,7 +131,7 @@ def _check_program(
     described = [(value.shape, value.dtype) for value in jax.tree.leaves(params)]
     described += [((batch, *value.shape[1:]), value.dtype) for value in images]
     wanted = [(aval.shape, aval.dtype) for aval in exported.in_avals]
-    structure = jax.tree.structure(((params, *images), {}))
+    structure: Any = jax.tree.structure(((params, *images), {}))
     found = [aval.shape for aval in exported.out_avals]  # boxes, labels, scores
     rows = (batch, metadata["num_select"])
     fits = described == wanted and found == [(*rows, 4), rows, rows]

@@ -184,7 +184,9 @@ class Predictor:
         self._program = jax.jit(program)
 
     @overload
-    def predict(self, images: ImageLike, threshold: float = 0.5) -> Detections: ...
+    def predict(  # type: ignore[overload-overlap]  # a str is a sequence of str, too
+        self, images: ImageLike, threshold: float = 0.5
+    ) -> Detections: ...
 
     @overload
     def predict(self, images: Sequence[ImageLike], threshold: float = 0.5) -> list[Detections]: ...
@@ -286,15 +288,15 @@ class Predictor:
 
     def _finish(self, rows: list, found: dict[str, jax.Array], threshold: float) -> Iterator[tuple]:
         """Waits for a batch, and yields the detections of each of its images."""
-        found = jax.device_get(found)
+        arrays: dict[str, np.ndarray] = jax.device_get(found)
         for row, (key, size) in enumerate(rows):
-            scores, labels = found["scores"][row], found["labels"][row]
+            scores, labels = arrays["scores"][row], arrays["labels"][row]
             kept = (scores >= threshold) & self._named[labels]
             labels = labels[kept]
             yield (
                 key,
                 Detections(
-                    boxes=_in_pixels(found["boxes"][row, kept], size),
+                    boxes=_in_pixels(arrays["boxes"][row, kept], size),
                     scores=scores[kept],
                     labels=labels,
                     category_ids=self._ids[labels],
