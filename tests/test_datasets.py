@@ -177,7 +177,10 @@ def test_named_paths_win_over_found_ones(tmp_path):
 @pytest.mark.parametrize(
     "change,message",
     [
-        (lambda d: (d / TRAIN).unlink(), r"has none of .*instances_train2017\.json.*it has annot"),
+        (
+            lambda d: (d / TRAIN).unlink(),
+            r"has none of .*instances_train2017\.json.*it has the JSON files annot",
+        ),
         (lambda d: rename(d, ("train2017", "photos")), r"has none of train2017/.*data\.train\.im"),
         (lambda d: (d / "train.json").write_text("{}"), r"has .*, train\.json: say which with"),
         (lambda d: (d / "images/train2017").mkdir(parents=True), r"train2017, images/train2017: "),

@@ -14,7 +14,7 @@ import pytest
 from coco_directory import document, write_split
 
 from dn_detr_jax.config import base_config
-from dn_detr_jax.data import packing
+from dn_detr_jax.data import packing, shards
 from dn_detr_jax.data.datasets import open_dataset
 from dn_detr_jax.errors import DataError
 
@@ -24,7 +24,7 @@ COUNT = 40
 @pytest.fixture
 def coco_dir(tmp_path, monkeypatch):
     """Forty images, to be packed in ten shards."""
-    monkeypatch.setattr(packing, "_IMAGES_PER_SHARD", 4)
+    monkeypatch.setattr(shards, "IMAGES_PER_SHARD", 4)
     write_split(tmp_path / "train.json", tmp_path / "train", document(COUNT))
     return tmp_path
 
@@ -53,14 +53,14 @@ import logging, pathlib, sys, time
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 logging.getLogger("absl").setLevel(logging.WARNING)
 from dn_detr_jax.config import base_config
-from dn_detr_jax.data import datasets, packing
-packing._IMAGES_PER_SHARD = 4
-write = packing._write_shard
+from dn_detr_jax.data import datasets, shards
+shards.IMAGES_PER_SHARD = 4
+write = shards._write_shard
 def write_then_wait(path, *args):
     write(path, *args)
     while {str(until)!r} != "None" and not pathlib.Path({str(until)!r}).exists():
         time.sleep(0.01)
-packing._write_shard = write_then_wait
+shards._write_shard = write_then_wait
 c = base_config().data
 c.dir = {str(directory)!r}
 print(len(datasets.open_dataset(c, "train")))
@@ -182,13 +182,13 @@ def test_what_a_killed_packing_of_old_annotations_left_is_removed(coco_dir):
 def test_a_shard_that_lacks_records_is_not_taken_for_complete(coco_dir, monkeypatch):
     """A disk that loses what is written must not be found out in the middle of a training."""
 
-    class Forgetful(packing.ArrayRecordWriter):
+    class Forgetful(shards.ArrayRecordWriter):
         def write(self, record):
             if hashlib.sha256(record).digest()[0] > 128:
                 super().write(record)
 
     with monkeypatch.context() as patch:
-        patch.setattr(packing, "ArrayRecordWriter", Forgetful)
+        patch.setattr(shards, "ArrayRecordWriter", Forgetful)
         with pytest.raises(DataError, match=r"data\.packed_dir=.*has \d of 4 records"):
             open_dataset(data_config(coco_dir), "train")
     assert len(contents(open_dataset(data_config(coco_dir), "train"))) == COUNT
@@ -198,7 +198,7 @@ def test_a_full_disk_is_named(coco_dir, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(packing, "_write_shard", full)
+    monkeypatch.setattr(shards, "_write_shard", full)
     with pytest.raises(DataError, match=r"data\.packed_dir=.*No space left.*free some"):
         open_dataset(data_config(coco_dir), "train")
 
@@ -243,14 +243,14 @@ def test_memory_of_packing_does_not_grow_with_the_images(coco_dir, monkeypatch):
     """Files that are read ahead of the writer: a few, however many there are."""
     held = []
 
-    class Counting(packing.collections.deque):
+    class Counting(shards.collections.deque):
         def append(self, item):
             super().append(item)
             held.append(len(self))
 
-    monkeypatch.setattr(packing, "_IMAGES_PER_SHARD", COUNT)
-    monkeypatch.setattr(packing, "_AHEAD", 5)
-    monkeypatch.setattr(packing.collections, "deque", Counting)
+    monkeypatch.setattr(shards, "IMAGES_PER_SHARD", COUNT)
+    monkeypatch.setattr(shards, "_AHEAD", 5)
+    monkeypatch.setattr(shards.collections, "deque", Counting)
     dataset = open_dataset(data_config(coco_dir), "train")
     assert max(held) == 6
     assert dataset.image_ids.tolist() == [e[0] for e in contents(dataset)]

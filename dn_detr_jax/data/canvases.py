@@ -19,6 +19,7 @@ from dn_detr_jax.config import expand_user
 from dn_detr_jax.data import coco
 from dn_detr_jax.data.annotations import Annotations
 from dn_detr_jax.data.datasets import find_tfds, open_dataset
+from dn_detr_jax.data.layout import find_split
 from dn_detr_jax.data.plan import Canvas, canvas_factors, place
 from dn_detr_jax.data.transforms import draw_geometry, eval_geometry, largest_sizes
 from dn_detr_jax.errors import DataError
@@ -301,5 +302,5 @@ def split_annotations(data_config: ConfigDict, split: str) -> Annotations:
     """What is in the pictures of a split; a directory in COCO format need not be packed for it."""
     directory = expand_user(data_config.dir, "data.dir")
     if data_config.name == "coco" and data_config.dir and find_tfds(directory) is None:
-        return coco.load_split(coco.find_split(directory, split, data_config[split]))[0]
+        return coco.load_split(find_split(directory, split, data_config[split]))[0]
     return open_dataset(data_config, split).annotations

@@ -20,6 +20,8 @@ from dn_detr_jax.data import coco, packing
 from dn_detr_jax.data.annotations import Annotations, label_categories
 from dn_detr_jax.data.coco_classes import COCO_CATEGORIES, Category
 from dn_detr_jax.data.digit_scenes import prepare
+from dn_detr_jax.data.findings import Findings
+from dn_detr_jax.data.layout import find_annotations, find_split
 from dn_detr_jax.data.records import Example, RecordSource, read_table
 from dn_detr_jax.errors import DataError
 
@@ -40,6 +42,7 @@ class Dataset:
       categories: one per label, in the order of the labels; an empty name is no class.
       annotation_file: in COCO's format, to evaluate against instead of the table, which TFDS
         has rounded.
+      folder: where the records lie.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Dataset:
     annotations: Annotations
     categories: tuple[Category, ...]
     annotation_file: Path | None = None
+    folder: Path | None = None
 
     def __len__(self) -> int:
         return len(self.annotations.image_ids)
@@ -79,7 +83,7 @@ class Dataset:
 def _read_ground_truth(
     path: Path, image_ids: np.ndarray
 ) -> tuple[Annotations, tuple[Category, ...]]:
-    findings = coco.Findings()
+    findings = Findings()
     loaded = coco.read_annotations(path, findings)
     findings.raise_errors(str(path), "The evaluation needs it without errors")
     assert loaded is not None  # without errors there is a table
@@ -91,19 +95,22 @@ def _read_ground_truth(
     return loaded
 
 
-def open_dataset(data_config: ConfigDict, split: str) -> Dataset:
+def open_dataset(data_config: ConfigDict, split: str, pack: bool = True) -> Dataset:
     """Opens a split of the configured data set, and prepares the data set if need be.
 
     Args:
-      data_config: `config.data`, of which `name`, `dir`, `packed_dir`, `labels`, `train` and
-        `validation` are read.
+      data_config: `config.data`, of which `name`, `dir`, `packed_dir`, `labels`, `exif`, `train`
+        and `validation` are read.
       split: "train" or "validation".
+      pack: whether images may be packed; if not, a split that is not packed is an error, and one
+        that is packed is taken as it is.
 
     Returns:
       The split.
 
     Raises:
-      DataError: for an unknown name or split, without a folder, or for data that can't be used.
+      DataError: for an unknown name or split, without a folder, or for data that can't be used,
+        such as a training split without objects.
       OSError: when the folder can't be read or written.
     """
     if data_config.name not in _OPEN:
@@ -117,27 +124,65 @@ def open_dataset(data_config: ConfigDict, split: str) -> Dataset:
             "such as --config.data.dir=data"
         )
     directory = expand_user(data_config.dir, "data.dir")
-    return _OPEN[data_config.name](data_config, split, directory)
+    dataset = _OPEN[data_config.name](data_config, split, directory, pack)
+    if split == "train" and not dataset.annotations.targets.any():
+        reason = nothing_to_learn(dataset.annotations)
+        raise DataError(f"{directory}, train: no object to learn from: {reason}")
+    return dataset
 
 
-def _open_coco(data_config: ConfigDict, split: str, directory: Path) -> Dataset:
+def nothing_to_learn(annotations: Annotations) -> str:
+    """Says why a split has no object to learn from."""
+    return (
+        f"of {len(annotations.ids)} annotations, "
+        f"{int(annotations.crowd.sum())} are crowd regions (iscrowd is 1) and "
+        f"{int((annotations.degenerate & ~annotations.crowd).sum())} have no extent in their image"
+    )
+
+
+def too_many_objects(dataset: Dataset, num_queries: int) -> str:
+    """Returns a warning if images have more objects than a model can find, else an empty text.
+
+    Args:
+      dataset: a split.
+      num_queries: objects that the model can find in an image.
+    """
+    counts = dataset.annotations.counts
+    more = int((counts > num_queries).sum())
+    if not more:
+        return ""
+    found = np.minimum(counts, num_queries).sum() / counts.sum()
+    return (
+        f"{more} of {len(counts)} images ({dataset.split}) have more objects, up to "
+        f"{counts.max()}, than the model has queries, {num_queries}: at most {found:.1%} of all "
+        "objects can be found; raise model.num_queries"
+    )
+
+
+def _open_coco(data_config: ConfigDict, split: str, directory: Path, pack: bool) -> Dataset:
     """Opens a TFDS folder or a COCO-format directory, whichever is there."""
     split_config = data_config[split]
     prepared = None if split_config.images else find_tfds(directory)
     if prepared is None:
-        files = coco.find_split(directory, split, split_config)
+        files = find_split(directory, split, split_config)
         packed_dir = directory / "packed"
         if data_config.packed_dir:
             packed_dir = expand_user(data_config.packed_dir, "data.packed_dir")
-        packed = packing.open_packed(files, directory, packed_dir)
+        packed = packing.open_packed(files, directory, packed_dir, data_config.exif, pack)
         annotations, categories = packed.annotations, packed.categories
         return _dataset(data_config, split, packed.folder, packing.SPLIT, annotations, categories)
-    annotation_file = coco.find_annotations(directory, split, split_config)
+    if data_config.exif == "as_shown":
+        raise DataError(
+            f"data.exif is 'as_shown', but {prepared} is prepared by TFDS, which has the boxes of "
+            "images as stored; use 'auto', or the data in the format of COCO"
+        )
+    annotation_file = find_annotations(directory, split, split_config)
     dataset = _open_tfds(data_config, split, prepared)
     return dataclasses.replace(dataset, annotation_file=annotation_file)
 
 
-def _open_digits(data_config: ConfigDict, split: str, directory: Path) -> Dataset:
+def _open_digits(data_config: ConfigDict, split: str, directory: Path, pack: bool) -> Dataset:
+    del pack  # scenes of both splits are drawn at once
     scenes = {"digits": "full", "digits_tiny": "tiny"}[data_config.name]
     try:
         folder = prepare(scenes, directory)
@@ -192,7 +237,7 @@ def _dataset(
     by_label = label_categories(categories, data_config.labels)
     label_of = {category.id: label for label, category in enumerate(by_label)}
     source = RecordSource(folder, record_split, annotations, label_of)
-    return Dataset(data_config.name, split, source, annotations, by_label)
+    return Dataset(data_config.name, split, source, annotations, by_label, folder=folder)
 
 
 def find_tfds(directory: Path) -> Path | None:
@@ -211,8 +256,9 @@ def find_tfds(directory: Path) -> Path | None:
     return None
 
 
-# By name, what opens a split: gets `config.data`, the split, and `config.data.dir`.
-_OPEN: dict[str, Callable[[ConfigDict, str, Path], Dataset]] = {
+# By name, what opens a split: gets `config.data`, the split, `config.data.dir`, and whether images
+# may be packed.
+_OPEN: dict[str, Callable[[ConfigDict, str, Path, bool], Dataset]] = {
     "coco": _open_coco,
     "digits": _open_digits,
     "digits_tiny": _open_digits,

@@ -208,10 +208,12 @@ class _BatchMaker:
     ):
         self._source, self._annotations = dataset.source, dataset.annotations
         self._name = f"{dataset.name}, {dataset.split}"
+        self._folder = dataset.folder
         self._num_labels = len(dataset.categories)
         self._plan, self._rows = plan, rows
         self._max_objects, self._seed = config.data.max_objects, config.seed
         self._skip_bad, self._replace_bad = config.data.skip_bad, replace_bad
+        self._exif = config.data.exif
         self._warned: set[int] = set()
 
     def __call__(self, position: int) -> Batch:
@@ -253,13 +255,15 @@ class _BatchMaker:
         table = self._annotations
         try:
             example = self._source[index]
-            image = images.decode(example.image, tuple(table.sizes[index].tolist()))
+            size = tuple(table.sizes[index].tolist())
+            image = images.decode(example.image, size, self._exif)
             self._check_objects(example)
             return example, image
         except (OSError, ValueError, RuntimeError) as error:  # of the disk, or of a damaged file
+            where = "" if self._folder is None else f", read from {self._folder}"
             raise DataError(
                 f"image {table.image_ids[index]} of the data set {self._name} "
-                f"({table.file_names[index] or f'position {index}'}) can't be read: {error}"
+                f"({table.file_names[index] or f'position {index}'}{where}) can't be read: {error}"
             ) from error
 
     def _check_objects(self, example: Example) -> None:

@@ -2,20 +2,21 @@
 
 A data set of many small files is slow to read at random; packed once, it is a few hundred large
 ones. The records are a folder of TFDS (`array_record`, features of `coco/2017`) that
-`tfds.builder_from_directory` opens. TFDS' own builders start anew when they are killed, so shards
-are written here and TFDS writes its metadata around them:
+`tfds.builder_from_directory` opens. TFDS' own builders start anew when they are killed, so this
+module writes the shards, and TFDS writes its metadata around them:
 
-- Each shard is written under another name, flushed, and renamed when complete. Whoever continues a
-  packing that was killed keeps the shards that are there.
+- Each shard is written under another name, flushed, and renamed when complete. A packing that was
+  killed is continued: complete shards stay.
 - The whole is renamed to its final name when complete. The name holds a checksum of the annotation
   file and of where the images are: what is packed from other annotations has another name.
-- A lock lets one process pack and others wait.
-
-Images that change while the annotation file stays the same are not noticed.
+- One process packs at a time; the lock makes others wait.
+- Size and modification time of every image are kept. When a packed split is opened, images whose
+  file has changed are compared with what is packed, and the shards of those that differ are written
+  anew (`_refresh`). Images whose file is gone stay as packed.
 """
 
-import collections
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import hashlib
@@ -23,30 +24,29 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
-from tqdm import tqdm
 
+from dn_detr_jax.data import images, shards
 from dn_detr_jax.data.annotations import Annotations, load_table, save_table
-from dn_detr_jax.data.coco import SplitFiles, load_split
+from dn_detr_jax.data.coco import load_split
 from dn_detr_jax.data.coco_classes import Category
+from dn_detr_jax.data.layout import ImageFolder, SplitFiles
+from dn_detr_jax.data.records import EncodedImages
+from dn_detr_jax.data.shards import SPLIT, ShardWriter, packed_features, progress_bar, read_file
 from dn_detr_jax.errors import DataError
+from dn_detr_jax.files import replace_atomically
 
 logger = logging.getLogger(__name__)
 
-SPLIT = "images"  # the only split of a packed folder; several splits of a run may share one
-
 _FORMAT = 1
-_IMAGES_PER_SHARD = 512  # what a killed packing may have to repeat; COCO has 232 such shards
-_READERS = 8  # threads that read files ahead of the writer
-_AHEAD = 32  # files that they may hold: the memory of packing
-_TABLE, _SOURCE = "annotations.npz", "source.json"
+_READERS = 8  # threads that look at files
+_TABLE, _SOURCE, _STAMPS = "annotations.npz", "source.json", "files.npy"
 
 
 class Packed(NamedTuple):
@@ -57,33 +57,45 @@ class Packed(NamedTuple):
     categories: tuple[Category, ...]
 
 
-def open_packed(files: SplitFiles, directory: Path, packed_dir: Path) -> Packed:
-    """The packed form of a split, which is packed now unless it is there and up to date.
+def open_packed(
+    files: SplitFiles,
+    directory: Path,
+    packed_dir: Path,
+    exif: images.Exif = "auto",
+    pack: bool = True,
+) -> Packed:
+    """Opens the packed form of a split; packs it first unless it is there and up to date.
 
     Args:
       files: of the split.
       directory: `config.data.dir`; a packed folder stays valid when both move together.
       packed_dir: where packed folders lie.
+      exif: `config.data.exif`.
+      pack: whether anything may be packed; if not, what is there is taken as it is.
 
     Raises:
-      DataError: the annotations have errors, an image is missing, or nothing can be written.
+      DataError: the annotations have errors, an image is missing, nothing can be written, or
+        nothing is packed and nothing may be.
       OSError: the annotation file can't be read.
     """
-    source = _describe(files, directory)
+    source = _describe(files, directory, exif)
     digest = hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()
     folder = packed_dir / f"{files.annotations.stem.strip('_')}-{digest[:16]}"
+    if not folder.exists() and not pack:
+        raise DataError(f"the images of {files.annotations} are not packed in {packed_dir} yet")
     if not folder.exists():
         try:
             with _lock(packed_dir):
                 if not folder.exists():
-                    _pack(files, folder, source)
+                    _pack(files, folder, source, exif)
         except OSError as error:
             raise DataError(_no_room(error, packed_dir)) from error
-    return Packed(folder, *load_table(folder / _TABLE))
+    packed = Packed(folder, *load_table(folder / _TABLE))
+    return _refreshed(packed, files, exif) if pack else packed
 
 
-def _describe(files: SplitFiles, directory: Path) -> dict[str, Any]:
-    """All that decides what a packed folder holds."""
+def _describe(files: SplitFiles, directory: Path, exif: images.Exif) -> dict[str, Any]:
+    """Returns all that decides what a packed folder holds, except for the images' content."""
     with files.annotations.open("rb") as file:
         checksum = hashlib.file_digest(file, "sha256").hexdigest()
     return {
@@ -91,6 +103,7 @@ def _describe(files: SplitFiles, directory: Path) -> dict[str, Any]:
         "images": os.path.relpath(files.images, directory),
         "sha256": checksum,
         "format": _FORMAT,
+        **({} if exif == "auto" else {"exif": exif}),
     }
 
 
@@ -113,21 +126,27 @@ def _lock(packed_dir: Path) -> Iterator[None]:
         yield
 
 
-def _pack(files: SplitFiles, folder: Path, source: dict[str, Any]) -> None:
+def _pack(files: SplitFiles, folder: Path, source: dict[str, Any], exif: images.Exif) -> None:
     """Packs a split into a folder that does not exist, then removes what it replaces."""
     partial = folder.with_name(f"{folder.name}.partial")
     replaced = [other for other in _packed_from(source, folder.parent) if other != partial]
     if replaced:
         logger.info("%s has changed since it was packed: packing it anew", files.annotations)
     annotations, categories = load_split(files)
+    paths = _paths(files, annotations)
+    stamps = _stamps(paths)  # before reading: a file that changes meanwhile is noticed next time
+    if exif != "auto":
+        annotations = _with_sizes_of_boxes(annotations, paths, range(len(paths)), exif)
     partial.mkdir(exist_ok=True)
     (partial / _SOURCE).write_text(json.dumps(source, indent=1), encoding="utf-8")
-    features = _features(categories)
-    num_bytes = _write_shards(partial, files, annotations, categories, features)
+    features = packed_features(categories)
+    write = ShardWriter(lambda i: read_file(paths[i]), annotations, categories, features)
+    num_bytes = _write_shards(partial, files, paths, write, exif)
     save_table(partial / _TABLE, annotations, categories)
+    _save_stamps(partial, stamps)
     split = tfds.core.SplitInfo(
         name=SPLIT,
-        shard_lengths=[len(shard) for shard in _shards(len(annotations.image_ids))],
+        shard_lengths=[len(positions) for positions in shards.ranges(len(paths))],
         num_bytes=num_bytes,
     )
     tfds.folder_dataset.write_metadata(
@@ -146,161 +165,212 @@ def _packed_from(source: dict[str, Any], packed_dir: Path) -> list[Path]:
     """Folders, complete or not, that were packed from the same files, in whatever state."""
     found = []
     for path in packed_dir.glob(f"*/{_SOURCE}"):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
             other = json.loads(path.read_text(encoding="utf-8"))
-            if all(other[key] == source[key] for key in ("annotations", "images")):
+            keys = ("annotations", "images", "exif")
+            if all(other.get(key) == source.get(key) for key in keys):
                 found.append(path.parent)
     return found
-
-
-def _features(categories: Sequence[Category]) -> tfds.features.FeaturesDict:
-    """Those of TFDS' `coco/2017`, with areas as numbers that need not be whole."""
-    names = [category.name for category in categories]
-    if len(set(names)) < len(names):  # which TFDS does not allow
-        names = [f"{category.name} ({category.id})" for category in categories]
-    objects = {
-        "id": np.int64,
-        "area": np.float32,
-        "bbox": tfds.features.BBoxFeature(),
-        "label": tfds.features.ClassLabel(names=names),
-        "is_crowd": np.bool_,
-    }
-    return tfds.features.FeaturesDict(
-        {
-            "image": tfds.features.Image(),
-            "image/filename": tfds.features.Text(),
-            "image/id": np.int64,
-            "objects": tfds.features.Sequence(objects),
-        }
-    )
-
-
-def _shards(count: int) -> list[range]:
-    """The positions of the images of each shard."""
-    starts = range(0, count, _IMAGES_PER_SHARD)
-    return [range(start, min(start + _IMAGES_PER_SHARD, count)) for start in starts]
 
 
 def _write_shards(
     partial: Path,
     files: SplitFiles,
-    annotations: Annotations,
-    categories: Sequence[Category],
-    features: tfds.features.FeaturesDict,
+    paths: Sequence[Path],
+    write: ShardWriter,
+    exif: images.Exif,
 ) -> int:
     """Writes the shards that are not there yet; returns the bytes of all of them."""
-    shards = _shards(len(annotations.image_ids))
-    names = [
-        f"coco_records-{SPLIT}.array_record-{number:05d}-of-{len(shards):05d}"
-        for number in range(len(shards))
-    ]
+    ranges = shards.ranges(len(paths))
+    names = shards.names(len(ranges))
     todo = [number for number, name in enumerate(names) if not (partial / name).exists()]
-    done = len(annotations.image_ids) - sum(len(shards[number]) for number in todo)
+    done = len(paths) - sum(len(ranges[number]) for number in todo)
     logger.info(
         "packing %d images of %s into %s, once%s",
-        len(annotations.image_ids),
+        len(paths),
         files.annotations,
         partial.with_suffix(""),
         f"; {done} are there already" if done else "",
     )
-    label_of = {category.id: label for label, category in enumerate(categories)}
-    # What FeaturesDict.serialize_example does besides takes longer, object by object.
-    serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
-    with (
-        ThreadPoolExecutor(_READERS) as pool,
-        tqdm(
-            total=len(annotations.image_ids),
-            initial=done,
-            desc="packing",
-            unit=" images",
-            disable=None,  # where there is no terminal
-        ) as progress,
-    ):
+    with progress_bar(len(paths), done) as progress:
         for number in todo:
-            records = (
-                serializer.serialize_example(_example(image, index, annotations, label_of))
-                for index, image in _read_ahead(pool, files.images, shards[number], annotations)
-            )
-            _write_shard(partial / names[number], records, len(shards[number]), progress)
+            write(partial / names[number], ranges[number], progress)
+    if write.open_orientations and exif == "auto":
+        logger.warning(
+            "%d images of %s have an EXIF orientation that their annotated size leaves open; their "
+            "boxes are taken as drawn on the stored pixels. data.exif=as_shown or as_stored says "
+            "which; python -m dn_detr_jax check names them",
+            write.open_orientations,
+            files.annotations,
+        )
     return sum((partial / name).stat().st_size for name in names)
 
 
-def _read_ahead(
-    pool: ThreadPoolExecutor, folder: Path, positions: range, annotations: Annotations
-) -> Iterator[tuple[int, bytes]]:
-    """Positions and files of images in order, read by threads, a few ahead."""
-    waiting: collections.deque[tuple[int, Future]] = collections.deque()
-    for index in positions:
-        waiting.append((index, pool.submit(_read, folder / annotations.file_names[index])))
-        if len(waiting) > _AHEAD:
-            first, image = waiting.popleft()
-            yield first, image.result()
-    for index, image in waiting:
-        yield index, image.result()
+def _paths(files: SplitFiles, annotations: Annotations) -> list[Path]:
+    """Returns the files of the images, by the annotated name where there is no file."""
+    folder = ImageFolder(files.images)
+    return [files.images / (folder.find(name) or name) for name in annotations.file_names]
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"image {path} can't be read: {error}") from error
+def _with_sizes_of_boxes(
+    annotations: Annotations, paths: Sequence[Path], positions: Sequence[int], exif: images.Exif
+) -> Annotations:
+    """Replaces the annotated sizes of some images by the sizes that their boxes lie in."""
+    sizes = annotations.sizes.copy()
+
+    def replace(position: int) -> None:
+        size = tuple(sizes[position].tolist())
+        # An image that can't be read, or of another size, is an error when it is used.
+        with contextlib.suppress(DataError, OSError), paths[position].open("rb") as file:
+            sizes[position] = images.size_of_boxes(images.read_header(file), size, exif)
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        list(pool.map(replace, positions))
+    return dataclasses.replace(annotations, sizes=sizes)
 
 
-def _example(
-    image: bytes, index: int, annotations: Annotations, label_of: dict[int, int]
-) -> dict[str, Any]:
-    """The features of an image, encoded as TFDS serialises them.
+def _stamps(paths: Sequence[Path]) -> np.ndarray:
+    """Returns size, modification time and change time of files; -1 where there is no file.
 
-    TFDS has no room for boxes beyond the picture: these are clipped, and without the degenerate
-    ones. The numbers of the annotation file are in the table.
+    Returns:
+      int64 [N, 3], in bytes and nanoseconds.
     """
-    rows = np.arange(annotations.offsets[index], annotations.offsets[index + 1])
-    rows = rows[~annotations.degenerate[rows]]
-    height, width = annotations.sizes[index].tolist()
-    shares = annotations.corners(rows) / (width, height, width, height)
-    return {
-        "image": image,
-        "image/filename": annotations.file_names[index],
-        "image/id": annotations.image_ids[index],
-        "objects": {
-            "id": annotations.ids[rows],
-            "area": annotations.areas[rows].astype(np.float32),
-            "bbox": np.clip(shares, 0.0, 1.0)[:, [1, 0, 3, 2]].astype(np.float32),
-            "label": np.array([label_of[i] for i in annotations.category_ids[rows].tolist()], int),
-            "is_crowd": annotations.crowd[rows],
-        },
-    }
+
+    def stamp(path: Path) -> tuple[int, int, int]:
+        with contextlib.suppress(OSError, ValueError):
+            status = path.stat()
+            return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+        return -1, -1, -1
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        return np.array(list(pool.map(stamp, paths)), np.int64).reshape(-1, 3)
 
 
-def _write_shard(path: Path, records: Iterator[bytes], count: int, progress: tqdm) -> None:
-    """Writes a shard that is complete wherever it exists under its name.
+def _save_stamps(folder: Path, stamps: np.ndarray) -> None:
+    """Keeps sizes and modification times; a copied folder has other change times."""
+    with replace_atomically(folder / _STAMPS) as temporary, temporary.open("wb") as file:
+        np.save(file, stamps[:, :2])
+
+
+def _load_stamps(folder: Path, count: int) -> np.ndarray | None:
+    """Returns the stamps of the packed images, int64 [N, 2]; None if none are kept.
+
+    Folders that were packed by earlier versions have none.
+    """
+    try:
+        with (folder / _STAMPS).open("rb") as file:
+            stamps = np.lib.format.read_array(file, allow_pickle=False)
+    except Exception:  # missing or damaged
+        return None
+    return stamps if stamps.shape == (count, 2) and stamps.dtype == np.int64 else None
+
+
+def _refreshed(packed: Packed, files: SplitFiles, exif: images.Exif) -> Packed:
+    """Packs images anew whose file has changed; returns the packed split as it is then.
 
     Raises:
-      OSError: it could not be written.
+      DataError: an image has changed, and its shard can't be written.
     """
-    partial = path.with_name(f"{path.name}.partial")
-    # JPEG can't be compressed further, and trying takes most of the time.
-    writer = ArrayRecordWriter(str(partial), "group_size:1,uncompressed")
+    paths = _paths(files, packed.annotations)
+    stamps = _stamps(paths)
+    are_kept = _load_stamps(packed.folder, len(paths)) is not None
+    if are_kept and not len(_suspects(packed.folder, stamps)):
+        return packed
     try:
-        for record in records:
-            _guarded(writer.write, record)
-            progress.update()
-    finally:
-        _guarded(writer.close)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    reader = ArrayRecordReader(str(partial))
-    written = reader.num_records()
-    reader.close()
-    if written != count:
-        raise OSError(errno.EIO, f"{partial} has {written} of {count} records after writing")
-    partial.replace(path)
+        with _lock(packed.folder.parent):  # another process may have been faster
+            return _refresh(packed, paths, stamps, exif)
+    except OSError as error:
+        changed = _changed(packed.folder, paths, _suspects(packed.folder, stamps))
+        if not changed:  # a folder for reading only: the files are compared again next time
+            logger.info("%s can't be written: the times of the images are not kept", packed.folder)
+            return packed
+        raise DataError(
+            f"{paths[changed[0]]} has changed since it was packed in {packed.folder} (and "
+            f"{len(changed) - 1} more), and that folder can't be written ({error}); name another "
+            "with --config.data.packed_dir=..."
+        ) from error
 
 
-def _guarded(call: Callable[..., None], *args: bytes) -> None:
-    """Calls a method of the writer; its errors, of whatever kind, are those of the disk."""
-    try:
-        call(*args)
-    except (RuntimeError, ValueError) as error:
-        kind = errno.ENOSPC if "No space left" in str(error) else errno.EIO
-        raise OSError(kind, str(error)) from error
+def _suspects(folder: Path, stamps: np.ndarray) -> np.ndarray:
+    """Returns the positions of files that are there and may not be as they were when packed.
+
+    If no stamps are kept, these are the files that were written, or put in their place, after the
+    oldest shard.
+    """
+    before = _load_stamps(folder, len(stamps))
+    if before is not None:
+        differs = (before != stamps[:, :2]).any(1)
+    else:
+        shards = [path.stat().st_mtime_ns for path in folder.glob(f"*{SPLIT}.array_record-*")]
+        differs = stamps[:, 1:].max(1) >= min(shards, default=0)
+    return np.flatnonzero(differs & (stamps[:, 0] >= 0))
+
+
+def _changed(folder: Path, paths: Sequence[Path], suspects: np.ndarray) -> list[int]:
+    """Returns those of some positions whose file has other content than what is packed."""
+    packed = EncodedImages(folder, SPLIT)
+
+    def differs(position: int) -> bool:
+        content = read_file(paths[position])
+        try:
+            return content != packed[position]
+        except DataError:  # a damaged record, which is written anew
+            return True
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        return [i for i, d in zip(suspects, pool.map(differs, suspects.tolist()), strict=True) if d]
+
+
+def _refresh(
+    packed: Packed, paths: Sequence[Path], stamps: np.ndarray, exif: images.Exif
+) -> Packed:
+    """Writes the shards of changed images, then the table, then the stamps.
+
+    A process that is killed in between leaves the old stamps, and the next one starts again.
+    """
+    folder, annotations, categories = packed
+    changed = _changed(folder, paths, _suspects(folder, stamps))
+    if changed:
+        logger.info(
+            "%d images, such as %s, have changed since they were packed in %s: packing them anew",
+            len(changed),
+            paths[changed[0]],
+            folder,
+        )
+        if exif != "auto":
+            annotations = _with_sizes_of_boxes(annotations, paths, changed, exif)
+        _replace_shards(folder, paths, stamps, changed, annotations, categories)
+        save_table(folder / _TABLE, annotations, categories)
+    before = _load_stamps(folder, len(stamps))
+    if before is not None:  # images whose file is gone stay as packed, and so do their stamps
+        gone = stamps[:, 0] < 0
+        stamps[gone, :2] = before[gone]
+    _save_stamps(folder, stamps)
+    return Packed(folder, annotations, categories)
+
+
+def _replace_shards(
+    folder: Path,
+    paths: Sequence[Path],
+    stamps: np.ndarray,
+    changed: Sequence[int],
+    annotations: Annotations,
+    categories: Sequence[Category],
+) -> None:
+    """Writes the shards anew that hold changed images; an image without a file is kept."""
+    packed = EncodedImages(folder, SPLIT)
+
+    def read(index: int) -> bytes:
+        if stamps[index, 0] < 0:
+            return packed[index]
+        return read_file(paths[index])
+
+    write = ShardWriter(read, annotations, categories, packed_features(categories))
+    ranges = shards.ranges(len(paths))
+    todo = [number for number, positions in enumerate(ranges) if set(changed) & set(positions)]
+    with progress_bar(sum(len(ranges[number]) for number in todo)) as progress:
+        for number in todo:
+            path = folder / shards.names(len(ranges))[number]
+            if not path.exists():
+                raise DataError(f"{folder}: packed in other shards; delete it, it is made anew")
+            write(path, ranges[number], progress)

@@ -45,8 +45,53 @@ class Example:
     labels: np.ndarray
 
 
+class EncodedImages(Sequence):
+    """The bytes of the image files in the records of a split, by position.
+
+    Can be pickled; reading is safe for threads.
+    """
+
+    def __init__(self, folder: Path, split: str):
+        """Opens the records.
+
+        Args:
+          folder: prepared by TFDS.
+          split: name of the split there.
+
+        Raises:
+          DataError, OSError: as `open_records`.
+        """
+        self._folder, self._split = folder, split
+        self._open()
+
+    def _open(self) -> None:
+        self._records, features = open_records(self._folder, self._split)
+        # Of a record's features only the image is parsed: half the time.
+        self._features = tfds.features.FeaturesDict({"image": features["image"]})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_folder": self._folder, "_split": self._split}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._open()
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> bytes:
+        try:
+            return _parse(self._features, self._records[index])["image"]
+        except OSError:
+            raise
+        except Exception as error:  # damaged records lead their readers to many kinds of errors
+            raise DataError(
+                f"{self._folder}: a damaged record at {index} ({short_reason(error)})"
+            ) from error
+
+
 class RecordSource(Sequence):
-    """The examples of a split: pictures from the records, objects from the table.
+    """The examples of a split: images from the records, objects from the table.
 
     Can be pickled; reading is safe for threads.
     """
@@ -60,40 +105,19 @@ class RecordSource(Sequence):
           annotations: the table of the split.
           label_of: label of each category id.
         """
-        self._folder, self._split = folder, split
+        self._images = EncodedImages(folder, split)
         self._annotations, self._label_of = annotations, label_of
-        self._open()
-
-    def _open(self) -> None:
-        self._records, features = open_records(self._folder, self._split)
-        # Of a record's features only the picture is parsed: half the time.
-        self._features = tfds.features.FeaturesDict({"image": features["image"]})
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k not in ("_records", "_features")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._open()
 
     def __len__(self) -> int:
         return len(self._annotations.image_ids)
 
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < len(self):
-            raise IndexError(f"index {index} of a split of {len(self)} pictures")
+            raise IndexError(f"index {index} of a split of {len(self)} images")
         targets = self._annotations.targets_of(index)
         labels = [self._label_of[category_id] for category_id in targets.category_ids.tolist()]
-        try:
-            image = _parse(self._features, self._records[index])["image"]
-        except OSError:
-            raise
-        except Exception as error:  # whatever damaged records lead their readers to
-            raise DataError(
-                f"{self._folder}: a damaged record at {index} ({short_reason(error)})"
-            ) from error
         return Example(
-            image=image,
+            image=self._images[index],
             image_id=int(self._annotations.image_ids[index]),
             boxes=targets.boxes,
             labels=np.array(labels, np.int32),
