@@ -33,7 +33,8 @@ from dn_detr_jax.config import (
 )
 from dn_detr_jax.data import coco
 from dn_detr_jax.data.canvases import padding, propose, required_sizes
-from dn_detr_jax.data.plan import Canvas, place, plan_epoch
+from dn_detr_jax.data.placement import Canvas, place
+from dn_detr_jax.data.plan import plan_epoch
 from dn_detr_jax.data.transforms import draw_geometry
 
 FLAGS = flags.FLAGS

@@ -1,4 +1,4 @@
-"""Small directories in the format of COCO, made of drawn pictures, for tests."""
+"""Small directories in the format of COCO, made of drawn images, for tests."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ CATEGORIES = ({"id": 7, "name": "fish"}, {"id": 3, "name": "cat"}, {"id": 5, "na
 
 
 def photograph(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """A smooth picture with some grain, uint8 [H, W, 3]."""
+    """A smooth image with some grain, uint8 [H, W, 3]."""
     rng = np.random.default_rng(seed)
     coarse = rng.uniform(0, 255, (3, 4, 3)).astype(np.uint8)
     smooth = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)

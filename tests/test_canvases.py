@@ -1,4 +1,4 @@
-"""Proposals of canvases: they hold every picture, and pad little."""
+"""Proposals of canvases: they hold every image, and pad little."""
 
 import itertools
 import json
@@ -19,14 +19,15 @@ from dn_detr_jax.data.canvases import (
     required_sizes,
 )
 from dn_detr_jax.data.datasets import open_dataset
-from dn_detr_jax.data.plan import assign_canvases, check_canvases, plan_eval
+from dn_detr_jax.data.placement import assign_canvases, check_canvases
+from dn_detr_jax.data.plan import plan_eval
 from dn_detr_jax.data.transforms import largest_sizes
 from dn_detr_jax.errors import DataError
 
 
 @pytest.fixture
 def config():
-    """Small pictures, so that all sets of canvases can be tried."""
+    """Small images, so that all sets of canvases can be tried."""
     config = base_config()
     config.data.update(eval_short_side=120, eval_max_long_side=180)
     config.data.augment.update(
@@ -45,8 +46,8 @@ def photographs(count, seed=0):
 
 
 @pytest.mark.parametrize("snap", [0.0, 0.1])
-def test_proposals_hold_every_training_and_evaluation_picture(config, snap):
-    """Catches a search that drops the canvas which only a few pictures need."""
+def test_proposals_hold_every_training_and_evaluation_image(config, snap):
+    """Catches a search that drops the canvas which only a few images need."""
     training = np.concatenate([photographs(60), [[400, 100]]])
     validation = np.concatenate([photographs(40, seed=1), [[90, 300], [300, 90]]])
     drawn = drawn_sizes(training, config.augment, 2000)

@@ -4,6 +4,8 @@ import copy
 import json
 import subprocess
 import sys
+import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,11 +16,12 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
 from dn_detr_jax.config import base_config
-from dn_detr_jax.data import images
+from dn_detr_jax.data import findings, images
 from dn_detr_jax.data.check import check, check_split, report
-from dn_detr_jax.data.datasets import open_dataset
+from dn_detr_jax.data.datasets import open_dataset, too_many_objects
 from dn_detr_jax.errors import DataError
 
+REPOSITORY = Path(__file__).parent.parent
 TRAIN = "annotations/instances_train2017.json"
 
 
@@ -58,9 +61,9 @@ def test_a_directory_without_fault(tmp_path):
 def exif_of(path, orientation):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
-    with Image.open(path) as picture:
-        picture.load()
-        picture.save(path, exif=exif)
+    with Image.open(path) as image:
+        image.load()
+        image.save(path, exif=exif)
 
 
 def rotate_file(directory, name):
@@ -398,3 +401,202 @@ def test_bytes_that_are_no_text(tmp_path):
     write_coco(tmp_path)
     (tmp_path / TRAIN).write_bytes(photograph(8, 8).tobytes())
     assert "no JSON" in train_findings(tmp_path)[0]
+
+
+# Faults of public bug reports: what a person sees of each.
+
+
+def rewrite(directory, change, name=TRAIN):
+    """Changes every annotation of a file; `change` gets the annotation and its image."""
+    content = json.loads((directory / name).read_text())
+    sizes = {image["id"]: image for image in content["images"]}
+    for annotation in content["annotations"]:
+        change(annotation, sizes[annotation["image_id"]])
+    (directory / name).write_text(json.dumps(content))
+
+
+def as_shares(annotation, image):
+    x, y, w, h = annotation["bbox"]
+    annotation["bbox"] = [x / image["width"], y / image["height"], w / image["width"], h / image["height"]]
+
+
+def as_corners(annotation, _):
+    x, y, w, h = annotation["bbox"]
+    annotation["bbox"] = [x, y, x + w, y + h]
+
+
+def large_boxes(annotation, image):
+    """Boxes over most of the image, as those of photographs of one object."""
+    annotation["bbox"] = [2, 3, image["width"] - 4, image["height"] - 4]
+
+
+@pytest.mark.parametrize(
+    "change,kind",
+    [
+        (as_shares, findings.SHARES),
+        (lambda a, i: (large_boxes(a, i), as_corners(a, i)), None),
+        (as_corners, findings.CORNERS),
+        (large_boxes, None),
+    ],
+)
+def test_boxes_of_another_format_are_an_error(tmp_path, change, kind):
+    """Each box alone is possible; a training on them learns nothing and says nothing."""
+    write_coco(tmp_path, train=20)
+    rewrite(tmp_path, change)
+    errors, _ = train_findings(tmp_path)
+    assert list(errors) == ([] if kind is None else [kind.name])
+    if kind is not None:
+        with pytest.raises(DataError, match=kind.name):
+            open_dataset(data_config(tmp_path), "train")
+
+
+def test_one_small_box_is_a_warning(tmp_path):
+    change(write_coco(tmp_path), lambda c: c["annotations"][2].update(bbox=[0.1, 0.2, 0.5, 0.3]))
+    errors, warnings = train_findings(tmp_path)
+    assert not errors and "[0.1, 0.2, 0.5, 0.3]" in warnings["box smaller than a pixel"]
+
+
+@pytest.mark.parametrize("name", ["all crowd", "none", "no extent"])
+def test_nothing_to_learn_is_an_error(tmp_path, name):
+    write_coco(tmp_path)
+    for path in (tmp_path / "annotations").iterdir():
+        content = json.loads(path.read_text())
+        for annotation in content["annotations"]:
+            annotation.update(
+                {"all crowd": {"iscrowd": 1}, "no extent": {"bbox": [1, 1, 0, 0]}}.get(name, {})
+            )
+        if name == "none":
+            content["annotations"] = []
+        path.write_text(json.dumps(content))
+    train, validation = check(data_config(tmp_path))
+    assert "no object to learn from" in train.findings.errors
+    assert "no object to evaluate on" in validation.findings.warnings
+    assert "This can be trained on" not in report([train, validation])
+    with pytest.raises(DataError, match="no object to learn from"):
+        open_dataset(data_config(tmp_path), "train")
+    assert len(open_dataset(data_config(tmp_path), "validation")) == 4
+
+
+@pytest.mark.parametrize("spelling", ["0500.jpg", "./0500.jpg", "x/../0500.jpg"])
+def test_an_image_that_is_listed_twice_is_a_warning(tmp_path, spelling):
+    write_coco(tmp_path)
+    (tmp_path / "train2017/x").mkdir()
+    change(
+        tmp_path, lambda c: c["images"].append(c["images"][0] | {"id": 9, "file_name": spelling})
+    )
+    errors, warnings = train_findings(tmp_path)
+    assert not errors and spelling in warnings["image that is listed more than once"]
+
+
+def test_a_malformed_entry_is_one_error(tmp_path):
+    """Its annotations are not of an unknown image or category besides."""
+    write_coco(tmp_path)
+    change(tmp_path, lambda c: (c["images"][0].pop("width"), c["categories"][0].update(name="")))
+    train, _ = check(data_config(tmp_path))
+    assert set(train.findings.errors) == {"malformed image", "malformed category"}
+    assert {finding.count for finding in train.findings.errors.values()} == {1}
+
+
+NAMES = ["a\u202fb.jpg", "a\u00a0b.jpg", "a\u200cb.jpg", "a\u2028b.jpg", "\u00e9t\u00e9/\u00e9.jpg"]
+
+
+@pytest.mark.parametrize("on_disk", ["NFC", "NFD"])
+@pytest.mark.parametrize("in_file", ["NFC", "NFD"])
+def test_names_of_any_script_and_form_are_found(tmp_path, in_file, on_disk):
+    write_coco(tmp_path)
+    content = json.loads((tmp_path / TRAIN).read_text())
+    contents = []
+    for image, name in zip(content["images"], NAMES, strict=False):
+        stored = tmp_path / "train2017" / unicodedata.normalize(on_disk, name)
+        stored.parent.mkdir(exist_ok=True)
+        (tmp_path / "train2017" / image["file_name"]).rename(stored)
+        contents.append(stored.read_bytes())
+        image["file_name"] = unicodedata.normalize(in_file, name)
+    (tmp_path / TRAIN).write_text(json.dumps(content))
+    train, _ = check(data_config(tmp_path), decode=True)
+    assert not train.findings.errors and not train.findings.warnings
+    dataset = open_dataset(data_config(tmp_path), "train")
+    assert [dataset.source[i].image for i in range(len(NAMES))] == contents
+
+
+@pytest.mark.parametrize("name", ["a\nb.jpg", "a\x07b.jpg", "a\x85b.jpg", "\ud800.jpg", ""])
+def test_control_characters_are_malformed(tmp_path, name):
+    change(write_coco(tmp_path), lambda c: c["images"][0].update(file_name=name))
+    assert (
+        "expected text without control characters" in train_findings(tmp_path)[0]["malformed image"]
+    )
+
+
+@pytest.mark.parametrize(
+    "name,hint",
+    [
+        ("sub\\0500.jpg", "(a backslash: sub/0500.jpg is there)"),
+        ("0493.JPG", "(0493.jpg is there)"),
+        ("0493.png", "(0493.jpg is there)"),
+        ("train2017/0493.jpg", "it is there from"),
+        ("photos/0493.jpg", "(0493.jpg is there, without the folder)"),
+        ("nothing.jpg", "nothing.jpg"),
+    ],
+)
+def test_a_missing_image_comes_with_what_is_there(tmp_path, name, hint):
+    write_coco(tmp_path)
+    (tmp_path / "train2017/sub").mkdir()
+    (tmp_path / "train2017/0500.jpg").rename(tmp_path / "train2017/sub/0500.jpg")
+    change(tmp_path, lambda c: c["images"][0].update(file_name=name))
+    found = train_findings(tmp_path)[0]["image that is not on disk"]
+    assert found.startswith(name) and hint in found
+
+
+def test_equal_names_in_other_folders_are_no_leak_and_equal_content_is(tmp_path):
+    write_split(tmp_path / "train.json", tmp_path / "train", document(3), seed=0)
+    write_split(tmp_path / "val.json", tmp_path / "val", document(3), seed=1)
+    _, validation = check(data_config(tmp_path))
+    assert not validation.findings.warnings
+    copied = (tmp_path / "train/0500.jpg").read_bytes()
+    (tmp_path / "val/0493.jpg").write_bytes(copied)
+    _, validation = check(data_config(tmp_path))
+    (finding,) = validation.findings.warnings.values()
+    assert str(finding) == "0493.jpg (there 0500.jpg)"
+
+
+@pytest.mark.parametrize("orientation", [2, 3, 4])
+def test_orientations_that_the_size_leaves_open_are_counted(tmp_path, orientation):
+    write_coco(tmp_path)
+    for name in ("0500.jpg", "0493.jpg"):
+        exif_of(tmp_path / "train2017" / name, orientation)
+    train, _ = check(data_config(tmp_path))
+    finding = train.findings.warnings[findings.OPEN_ORIENTATION.name]
+    assert finding.count == 2 and f"orientation {orientation}" in str(finding)
+    config = data_config(tmp_path)
+    config.exif = "as_shown"
+    assert not check(config)[0].findings.warnings
+
+
+def test_more_objects_than_queries_is_a_warning(tmp_path):
+    write_coco(tmp_path)
+    train, _ = check(data_config(tmp_path))
+    most = int(train.annotations.counts.max())
+    name = findings.TOO_MANY_OBJECTS.name
+    train, _ = check(data_config(tmp_path), num_queries=most - 1)
+    assert f"{most} objects, {most - 1} queries" in str(train.findings.warnings[name])
+    assert name not in check(data_config(tmp_path), num_queries=most)[0].findings.warnings
+    dataset = open_dataset(data_config(tmp_path), "train")
+    assert f"up to {most}, than the model has queries, {most - 1}" in too_many_objects(
+        dataset, most - 1
+    )
+    assert not too_many_objects(dataset, most)
+
+
+def test_an_image_of_12_bits_is_a_warning(tmp_path):
+    change(write_coco(tmp_path), lambda c: c["images"][0].update(file_name="x_ray.tif"))
+    (tmp_path / "train2017/0500.jpg").unlink()
+    height, width = check(data_config(tmp_path))[0].annotations.sizes[0].tolist()
+    values = np.linspace(0, 4095, height * width).reshape(height, width).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "train2017/x_ray.tif")
+    assert train_findings(tmp_path)[1][findings.FEW_BITS.name] == "x_ray.tif: 12 bits"
+
+
+def test_the_table_of_the_docs_is_that_of_the_code():
+    text = (REPOSITORY / "docs/own_data.md").read_text()
+    assert findings.table() in text
+    assert len({kind.name for kind in findings.KINDS}) == len(findings.KINDS) > 25

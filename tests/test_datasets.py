@@ -166,9 +166,9 @@ def test_one_folder_of_images_for_both_splits(tmp_path):
 
 def test_named_paths_win_over_found_ones(tmp_path):
     write_coco(tmp_path)
-    write_split(tmp_path / "my/subset.json", tmp_path / "my/pictures", document(2))
+    write_split(tmp_path / "my/subset.json", tmp_path / "my/images", document(2))
     config = data_config(tmp_path)
-    config.train.update({"annotations": "my/subset.json", "images": "my/pictures"})
+    config.train.update({"annotations": "my/subset.json", "images": "my/images"})
     assert len(open_dataset(config, "train")) == 2
     config.train.update({"annotations": TRAIN, "images": str(tmp_path / "train2017")})
     assert len(open_dataset(config, "train")) == 6
@@ -270,7 +270,7 @@ def tfrecord_dir(tfds_dir):
 
 
 def test_a_folder_of_tfds_in_its_default_format(tfrecord_dir, tfds_dir, coco_dir):
-    """The pictures and objects are those of the directory that it was made of."""
+    """The images and objects are those of the directory that it was made of."""
     expected = open_dataset(data_config(coco_dir), "train")
     for _ in range(2):  # the second time with the index that the first has kept
         found = open_dataset(data_config(tfrecord_dir), "train")

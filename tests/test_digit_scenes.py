@@ -61,7 +61,7 @@ def test_labels_are_those_of_the_samples(scenes):
         np.testing.assert_array_equal(scene.labels, target[scene.digits])
 
 
-def test_pictures_are_varied(scenes):
+def test_images_are_varied(scenes):
     everything = scenes["train"] + scenes["validation"]
     sizes = np.array([scene.image.shape[:2] for scene in everything])
     assert sizes.min() >= 80 and sizes.max() <= 128 and sizes.min(1).max() <= 96
@@ -76,7 +76,7 @@ def test_pictures_are_varied(scenes):
     assert 20 < np.median(digit_heights) < 36
 
 
-def test_boxes_are_within_the_picture_and_around_ink(scenes):
+def test_boxes_are_within_the_image_and_around_ink(scenes):
     for scene in scenes["train"]:
         height, width = scene.image.shape[:2]
         assert (scene.boxes[:, :2] >= 0).all()
@@ -85,7 +85,7 @@ def test_boxes_are_within_the_picture_and_around_ink(scenes):
 
 
 def test_boxes_are_tight():
-    """A picture with and without its only digit differs in the box, up to each of its sides."""
+    """An image with and without its only digit differs in the box, up to each of its sides."""
     from dn_detr_jax.data.digit_scenes import scenes as module
 
     checked = 0
@@ -138,8 +138,8 @@ def test_dataset_gives_back_the_scenes_exactly(digits_dir):
             np.testing.assert_array_equal(example.labels, scene.labels)
             assert example.boxes.dtype == np.float32 and example.labels.dtype == np.int32
             assert dataset.sizes[i].tolist() == list(scene.image.shape[:2])
-            with Image.open(io.BytesIO(example.image)) as picture:
-                assert picture.format == "PNG" and picture.mode == "RGB"
+            with Image.open(io.BytesIO(example.image)) as image:
+                assert image.format == "PNG" and image.mode == "RGB"
 
 
 def test_ground_truth_works_with_pycocotools(digits_dir, capsys):

@@ -189,7 +189,7 @@ def test_deep_outlines_are_left_out_or_named(directory):
 
 
 def test_sizes_that_a_file_claims_take_no_memory(directory):
-    """A picture of 2**31 - 1 squared would be of 10 exabytes."""
+    """An image of 2**31 - 1 squared would be of 10 exabytes."""
     content = copy.deepcopy(CONTENT)
     for image in content["images"]:
         image["height"] = image["width"] = 2**31 - 1

@@ -1,4 +1,4 @@
-"""Pictures that are damaged, odd or hostile: pixels of the right size, or a named error, in bounds.
+"""Images that are damaged, odd or hostile: pixels of the right size, or a named error, in bounds.
 
 What a file claims is not believed before its size is: a few bytes may claim more pixels than the
 memory holds.
@@ -30,9 +30,9 @@ PHOTO = Image.fromarray(photograph(23, 31))
 pytestmark = pytest.mark.filterwarnings("ignore")  # of Pillow, about metadata
 
 
-def encoded(picture, kind, **options):
+def encoded(image, kind, **options):
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
@@ -94,8 +94,8 @@ def test_every_kind_is_read(kind):
 @pytest.mark.parametrize("kind", FILES)
 @settings(max_examples=examples(25))
 @given(data=st.data())
-def test_a_damaged_picture_has_pixels_or_is_named(kind, data):
-    """Catches a reader's error that is no DataError, and pictures without pixels."""
+def test_a_damaged_image_has_pixels_or_is_named(kind, data):
+    """Catches a reader's error that is no DataError, and images without pixels."""
     content = data.draw(damaged(FILES[kind]))
     try:
         size = read_header(io.BytesIO(content)).size
@@ -113,7 +113,7 @@ def test_a_damaged_picture_has_pixels_or_is_named(kind, data):
     cut=st.integers(0, 64),
     place=st.floats(0, 1),
 )
-def test_a_head_of_one_picture_on_the_body_of_another(first, second, cut, place):
+def test_a_head_of_one_image_on_the_body_of_another(first, second, cut, place):
     body = FILES[second]
     looked_at(FILES[first][:cut] + body[int(place * len(body)) :])
 
@@ -225,7 +225,7 @@ def test_a_few_bytes_never_take_much_memory_or_time(tmp_path):
             assert not any(text.startswith("(") for text in said), (name, said)
 
 
-def test_pictures_of_other_programs_formats_are_not_opened(tmp_path):
+def test_images_of_other_programs_formats_are_not_opened(tmp_path):
     """Formats whose readers start programs or follow names in the file to other files."""
     marker = tmp_path / "marker"
     scripts = {

@@ -1,4 +1,4 @@
-"""Decoding of pictures, against Pillow."""
+"""Decoding of images, against Pillow."""
 
 import io
 import struct
@@ -15,9 +15,9 @@ from dn_detr_jax.data.images import decode, decode_upright, read_header, used_bi
 from dn_detr_jax.errors import DataError
 
 
-def encoded(picture: Image.Image, kind: str, **options) -> bytes:
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
@@ -53,7 +53,7 @@ def test_every_mode_becomes_the_rgb_of_pillow(kind, mode):
     result = decode(data)
     assert result.dtype == np.uint8 and result.shape == (37, 50, 3) and result.flags.c_contiguous
     np.testing.assert_array_equal(result, np.asarray(opened(data).convert("RGB")))
-    if mode in ("RGB", "CMYK", "RGBA"):  # the colours are those that were drawn
+    if mode in ("RGB", "CMYK", "RGBA"):  # the colors are those that were drawn
         assert np.abs(result.astype(int) - np.asarray(PHOTO)).mean() < 6
 
 
@@ -66,7 +66,7 @@ def test_a_cmyk_photograph_is_not_a_negative():
 
 
 @pytest.mark.parametrize("transparency", [3, bytes(range(256))])
-def test_a_palette_with_transparency_keeps_its_colours(transparency):
+def test_a_palette_with_transparency_keeps_its_colors(transparency):
     palette = PHOTO.quantize(200)
     data = encoded(palette, "PNG", transparency=transparency)
     np.testing.assert_array_equal(decode(data), np.asarray(palette.convert("RGB")))
@@ -91,7 +91,7 @@ def png16(values: np.ndarray) -> bytes:
 
 
 def test_of_16_bits_the_upper_8_remain():
-    """Clipping them to 255, as Pillow does for grey ones, would leave white pictures."""
+    """Clipping them to 255, as Pillow does for grey ones, would leave white images."""
     rng = np.random.default_rng(0)
     grey, color = rng.integers(0, 65536, (5, 7)), rng.integers(0, 65536, (5, 7, 3))
     expected = np.repeat((grey // 256)[..., None], 3, axis=2)
@@ -138,8 +138,8 @@ def test_suffixes_are_those_of_files_that_are_decoded():
     }
     for suffix in images.SUFFIXES:
         kind = kinds[suffix]
-        picture = PHOTO.convert({".pbm": "1", ".pgm": "L"}.get(suffix, "RGB"))
-        assert decode(encoded(picture, kind)).shape == (37, 50, 3), suffix
+        image = PHOTO.convert({".pbm": "1", ".pgm": "L"}.get(suffix, "RGB"))
+        assert decode(encoded(image, kind)).shape == (37, 50, 3), suffix
 
 
 def test_values_of_unknown_range_are_refused():
@@ -150,10 +150,10 @@ def test_values_of_unknown_range_are_refused():
         decode(encoded(Image.fromarray(np.full((4, 5), -3, np.int32)), "TIFF"))
 
 
-def with_orientation(picture: Image.Image, orientation: int, kind: str = "JPEG") -> bytes:
+def with_orientation(image: Image.Image, orientation: int, kind: str = "JPEG") -> bytes:
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
-    return encoded(picture, kind, exif=exif)
+    return encoded(image, kind, exif=exif)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
@@ -229,14 +229,14 @@ def test_metadata_behind_the_pixels_of_a_png_count(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_damaged_exif_does_not_hide_a_good_picture():
+def test_damaged_exif_does_not_hide_a_good_image():
     data = encoded(PHOTO, "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff rubbish")
     np.testing.assert_array_equal(decode(data, (37, 50)), np.asarray(opened(data)))
 
 
 @pytest.mark.parametrize("kind,mode", [("JPEG", "RGB"), ("JPEG", "CMYK"), ("PNG", "RGB")])
 def test_a_file_that_is_cut_off_is_refused(kind, mode):
-    """Older versions of OpenCV give a picture whose lower part is grey."""
+    """Older versions of OpenCV give an image whose lower part is grey."""
     data = encoded(PHOTO.convert(mode), kind)
     for length in (len(data) // 3, len(data) // 2, len(data) * 9 // 10):
         with pytest.raises(DataError, match=r"damaged|no readable image"):
@@ -248,7 +248,7 @@ def test_bytes_behind_a_jpeg_do_no_harm():
     np.testing.assert_array_equal(decode(data + b"\0 camera maker's notes"), decode(data))
 
 
-@pytest.mark.parametrize("data", [b"", b"no picture", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xd9"])
+@pytest.mark.parametrize("data", [b"", b"no image", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xd9"])
 def test_rubbish_is_refused(data):
     with pytest.raises(DataError, match=r"no readable image|damaged"):
         decode(data)
@@ -269,7 +269,7 @@ def test_noise_in_a_file_is_refused_or_decoded_but_nothing_else():
                 continue
 
 
-def test_a_picture_that_would_fill_the_memory_is_refused():
+def test_an_image_that_would_fill_the_memory_is_refused():
     tiny = png16(np.zeros((4, 4), np.uint16))
     head = struct.pack(">II", 60_000, 60_000) + tiny[24:29]
     crc = struct.pack(">I", zlib.crc32(b"IHDR" + head))
@@ -286,7 +286,7 @@ def test_a_large_scan_is_no_bomb(monkeypatch):
         decode(scan)
 
 
-def test_no_program_is_started_for_a_picture():
+def test_no_program_is_started_for_an_image():
     """Pillow would hand PostScript to Ghostscript."""
     script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
     assert opened(script).format == "EPS"

@@ -37,7 +37,7 @@ def assert_equal_batches(a, b):
         np.testing.assert_array_equal(a[key], b[key], err_msg=key)
 
 
-def test_batches_hold_the_pictures_and_their_objects(train, digits_config):
+def test_batches_hold_the_images_and_their_objects(train, digits_config):
     """Against scenes drawn anew and a plain account of the format."""
     batches = list(train_batches(train, digits_config, 0, 12))
     seen = []
@@ -172,7 +172,7 @@ def test_more_objects_than_slots_keeps_some_and_counts_the_rest(train, digits_co
 
 
 class BrokenSource:
-    """Gives pictures that are damaged, and one whose file is gone."""
+    """Gives images that are damaged, and one whose file is gone."""
 
     def __init__(self, source, damaged, missing=-1):
         self.source, self.missing = source, missing
@@ -198,7 +198,7 @@ class BrokenSource:
         ((7, -1), 1, "no readable image"),
     ],
 )
-def test_an_unreadable_picture_is_named(validation, digits_config, broken, workers, message):
+def test_an_unreadable_image_is_named(validation, digits_config, broken, workers, message):
     digits_config.data.workers = workers
     source = BrokenSource(validation.source, *broken)
     dataset = dataclasses.replace(validation, source=source)
@@ -206,7 +206,7 @@ def test_an_unreadable_picture_is_named(validation, digits_config, broken, worke
         list(eval_batches(dataset, digits_config))
 
 
-def test_an_unreadable_picture_makes_way_for_the_next_of_its_batch(train, digits_config, caplog):
+def test_an_unreadable_image_makes_way_for_the_next_of_its_batch(train, digits_config, caplog):
     """Rows against those of the whole data set; the same whoever has which part of a batch."""
     plan = train_plan(train, digits_config)
     damaged = plan.batch(0).indices[[1, 2, 7]]  # the next of row 7 is row 0, of rows 1 and 2 row 3
@@ -232,15 +232,15 @@ def test_an_unreadable_picture_makes_way_for_the_next_of_its_batch(train, digits
         assert batch["bad_images"] == sum(share["bad_images"] for share in shares)
 
 
-def test_a_batch_without_any_readable_picture_is_an_error(train, digits_config):
+def test_a_batch_without_any_readable_image_is_an_error(train, digits_config):
     digits_config.data.skip_bad = True
     damaged = train_plan(train, digits_config).batch(0).indices
     broken = dataclasses.replace(train, source=BrokenSource(train.source, damaged))
-    with pytest.raises(DataError, match="none of the 8 pictures of a batch can be read"):
+    with pytest.raises(DataError, match="none of the 8 images of a batch can be read"):
         list(train_batches(broken, digits_config, 0, 1))
 
 
-def test_evaluation_leaves_the_row_of_an_unreadable_picture_empty(validation, digits_config):
+def test_evaluation_leaves_the_row_of_an_unreadable_image_empty(validation, digits_config):
     digits_config.data.skip_bad = True
     broken = dataclasses.replace(validation, source=BrokenSource(validation.source, [7, 8]))
     batches = list(eval_batches(broken, digits_config))
@@ -252,7 +252,7 @@ def test_evaluation_leaves_the_row_of_an_unreadable_picture_empty(validation, di
         assert not batch["valid"][empty].any() and not batch["image"][empty].any()
 
 
-def test_a_mistake_in_the_program_is_no_unreadable_picture(train, digits_config):
+def test_a_mistake_in_the_program_is_no_unreadable_image(train, digits_config):
     """skip_bad must not hide it."""
 
     class Wrong:

@@ -12,9 +12,10 @@ import time
 import numpy as np
 import pytest
 from coco_directory import document, write_split
+from PIL import ExifTags, Image
 
 from dn_detr_jax.config import base_config
-from dn_detr_jax.data import packing, shards
+from dn_detr_jax.data import images, packing, shards
 from dn_detr_jax.data.datasets import open_dataset
 from dn_detr_jax.errors import DataError
 
@@ -154,7 +155,7 @@ def test_new_annotations_are_packed_anew_and_replace_the_old(coco_dir, caplog):
     (coco_dir / "train.json").write_text(json.dumps(content))
     with caplog.at_level(logging.INFO):
         dataset = open_dataset(data_config(coco_dir), "train")
-    assert "train.json has changed since it was packed: packing it anew" in caplog.text
+    assert "train.json has changed since it was packed: packing it again" in caplog.text
     (new,) = packed_folders(coco_dir)
     assert new != old
     assert len(dataset.source[0].labels) == 0 and dataset.annotations.counts.sum() > 0
@@ -255,3 +256,147 @@ def test_memory_of_packing_does_not_grow_with_the_images(coco_dir, monkeypatch):
     assert max(held) == 6
     assert dataset.image_ids.tolist() == [e[0] for e in contents(dataset)]
     assert np.unique(dataset.image_ids).size == COUNT
+
+
+def inodes(directory):
+    (folder,) = packed_folders(directory)
+    return {path.name: path.stat().st_ino for path in folder.glob("*.array_record-*")}
+
+
+def replace_image(path):
+    """Replaces a JPEG by its negative."""
+    with Image.open(path) as opened:
+        pixels = 255 - np.asarray(opened)
+    Image.fromarray(pixels).save(path)
+
+
+def test_a_replaced_image_is_packed_anew_and_no_other_shard(coco_dir, caplog):
+    """A damaged image that was replaced must not stay packed for ever."""
+    dataset = open_dataset(data_config(coco_dir), "train")
+    before = inodes(coco_dir)
+    path = coco_dir / "train" / dataset.annotations.file_names[9]
+    replace_image(path)
+    with caplog.at_level(logging.INFO):
+        again = open_dataset(data_config(coco_dir), "train")
+    assert f"1 images, such as {path}, have changed" in caplog.text
+    assert again.source[9].image == path.read_bytes() != dataset.source[8].image
+    assert [contents(again)[i] for i in range(8)] == [contents(dataset)[i] for i in range(8)]
+    after = inodes(coco_dir)
+    changed = [name for name in before if before[name] != after[name]]
+    assert changed == ["coco_records-images.array_record-00002-of-00010"]
+    caplog.clear()
+    open_dataset(data_config(coco_dir), "train")
+    assert inodes(coco_dir) == after and not caplog.records
+
+
+def test_a_new_time_alone_packs_nothing(coco_dir):
+    """Content decides where size or time differ: a copied data set is not packed anew."""
+    dataset = open_dataset(data_config(coco_dir), "train")
+    before = inodes(coco_dir)
+    for name in dataset.annotations.file_names[:3]:
+        os.utime(coco_dir / "train" / name)
+    assert contents(open_dataset(data_config(coco_dir), "train")) == contents(dataset)
+    assert inodes(coco_dir) == before
+
+
+def test_packed_by_an_earlier_version_is_compared_once(coco_dir, monkeypatch):
+    """Folders without the stamps of their images are read on, and learn what has changed."""
+    dataset = open_dataset(data_config(coco_dir), "train")
+    (folder,) = packed_folders(coco_dir)
+    (folder / "files.npy").unlink()
+    before = inodes(coco_dir)
+    path = coco_dir / "train" / dataset.annotations.file_names[20]
+    status = path.stat()
+    replace_image(path)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # as cp --preserve
+    again = open_dataset(data_config(coco_dir), "train")
+    assert again.source[20].image == path.read_bytes()
+    assert sum(before[name] != inode for name, inode in inodes(coco_dir).items()) == 1
+    monkeypatch.setattr(packing, "_changed", None)
+    assert contents(open_dataset(data_config(coco_dir), "train")) == contents(again)
+
+
+def test_a_kill_before_the_stamps_repeats_the_shard(coco_dir, monkeypatch):
+    dataset = open_dataset(data_config(coco_dir), "train")
+    path = coco_dir / "train" / dataset.annotations.file_names[0]
+    replace_image(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "save_table", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            open_dataset(data_config(coco_dir), "train")
+    assert open_dataset(data_config(coco_dir), "train").source[0].image == path.read_bytes()
+
+
+def test_an_image_without_a_file_stays_when_its_shard_is_written_anew(coco_dir):
+    first = contents(open_dataset(data_config(coco_dir), "train"))
+    names = open_dataset(data_config(coco_dir), "train").annotations.file_names
+    (coco_dir / "train" / names[5]).unlink()
+    replace_image(coco_dir / "train" / names[6])
+    again = contents(open_dataset(data_config(coco_dir), "train"))
+    assert again[6][1] == (coco_dir / "train" / names[6]).read_bytes()
+    assert [again[i] for i in range(COUNT) if i != 6] == [first[i] for i in range(COUNT) if i != 6]
+
+
+def test_a_changed_image_and_a_folder_that_can_not_be_written_are_named(coco_dir, monkeypatch):
+    """Root may write everywhere: the lock is what fails here."""
+    dataset = open_dataset(data_config(coco_dir), "train")
+    path = coco_dir / "train" / dataset.annotations.file_names[0]
+
+    def read_only(_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(packing, "_lock", read_only)
+    os.utime(path)
+    assert contents(open_dataset(data_config(coco_dir), "train")) == contents(dataset)
+    replace_image(path)
+    with pytest.raises(DataError, match=rf"{path} has changed .*packed_dir"):
+        open_dataset(data_config(coco_dir), "train")
+
+
+def test_nothing_is_packed_where_that_is_not_wanted(coco_dir):
+    """An evaluation needs no training split, and must not spend hours on packing one."""
+    config = data_config(coco_dir)
+    with pytest.raises(DataError, match="not packed in"):
+        open_dataset(config, "train", pack=False)
+    assert not (coco_dir / "packed").exists()
+    dataset = open_dataset(config, "train")
+    replace_image(coco_dir / "train" / dataset.annotations.file_names[0])
+    assert contents(open_dataset(config, "train", pack=False)) == contents(dataset)
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+@pytest.mark.parametrize("annotated", ["stored", "shown"])
+def test_boxes_as_shown_lie_on_their_objects(tmp_path, orientation, annotated):
+    """The annotated size may be of the stored or of the shown image; here both are told."""
+    shown = np.zeros((40, 60, 3), np.uint8)
+    shown[5:15, 30:50] = 255  # the object
+    box = [30, 5, 20, 10]
+    stored = np.rot90(shown, {3: 2, 6: 1}[orientation])
+    size = (shown if annotated == "shown" else stored).shape
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    content = document(1) | {
+        "images": [{"id": 1, "file_name": "a.png", "height": size[0], "width": size[1]}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 3, "bbox": box}],
+    }
+    write_split(tmp_path / "train.json", tmp_path / "train", content)
+    Image.fromarray(stored).save(tmp_path / "train" / "a.png", exif=exif)
+    dataset = open_dataset(data_config(tmp_path, exif="as_shown"), "train")
+    example = dataset.source[0]
+    pixels = images.decode(example.image, tuple(dataset.sizes[0].tolist()), "as_shown")
+    left, top, right, bottom = example.boxes[0].astype(int)
+    assert pixels[top:bottom, left:right].min() == 255 and (pixels == 255).sum() == 200 * 3
+
+
+def test_orientations_that_the_size_leaves_open_are_warned_of(coco_dir, caplog):
+    path = next((coco_dir / "train").iterdir())
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 3
+    with Image.open(path) as opened:
+        opened.load()
+        opened.save(path, exif=exif)
+    open_dataset(data_config(coco_dir), "train")
+    assert "1 images of" in caplog.text and "data.exif=as_shown" in caplog.text
+    caplog.clear()
+    open_dataset(data_config(coco_dir, exif="as_stored"), "train")
+    assert "EXIF" not in caplog.text and len(packed_folders(coco_dir)) == 2

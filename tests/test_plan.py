@@ -4,12 +4,10 @@ import numpy as np
 import pytest
 
 from dn_detr_jax.config import base_config
+from dn_detr_jax.data.placement import assign_canvases, check_canvases, place
 from dn_detr_jax.data.plan import (
     TrainPlan,
-    assign_canvases,
-    check_canvases,
     choose_objects,
-    place,
     plan_epoch,
     plan_eval,
     process_rows,
@@ -60,7 +58,7 @@ def assert_equal_plans(a, b):
 
 
 @pytest.mark.parametrize("canvases", [CANVASES, CANVASES[:2], ((160, 160),)])
-def test_every_epoch_has_the_same_steps_and_no_picture_twice(sizes, canvases):
+def test_every_epoch_has_the_same_steps_and_no_image_twice(sizes, canvases):
     for epoch in range(4):
         result = plan(sizes, epoch=epoch, canvases=canvases)
         assert len(result) == 1003 // 16
@@ -76,7 +74,7 @@ def test_batch_sizes_that_leave_nothing_or_much(sizes, batch_size):
 
 
 @pytest.mark.parametrize("canvases", [CANVASES, CANVASES[:2]])
-def test_every_picture_fits_its_canvas(sizes, canvases):
+def test_every_image_fits_its_canvas(sizes, canvases):
     for epoch in range(3):
         result = plan(sizes, epoch=epoch, canvases=canvases)
         canvas = np.array(canvases)[result.canvas]
@@ -85,7 +83,7 @@ def test_every_picture_fits_its_canvas(sizes, canvases):
 
 
 def published(result, settings):
-    """Which pictures have a size that the published resize gives their crop."""
+    """Which images have a size that the published resize gives their crop."""
     crop, size = result.geometry.crop[..., 2:], result.geometry.size
     possible = [
         resized_sizes(crop, short, settings.max_long_side) for short in settings.short_sides
@@ -117,7 +115,7 @@ def test_a_joint_batch_needs_no_redraw_where_a_canvas_holds_all():
         assert published(result, settings).all()
 
 
-def test_a_picture_is_made_smaller_only_if_no_draw_fits():
+def test_an_image_is_made_smaller_only_if_no_draw_fits():
     sizes = np.array([[60, 150], [150, 60]])
     settings = augment(short_sides=(60,), crop=0.0)
     result = plan(sizes, augment=settings, canvases=CANVASES[:2], batch_size=2)
@@ -130,8 +128,8 @@ def test_a_picture_is_made_smaller_only_if_no_draw_fits():
 
 
 @pytest.mark.parametrize("count", [16, 20])
-def test_few_pictures_on_several_canvases_are_all_seen_equally_often(count):
-    """16 pictures in batches of 8 leave much to join; 4 of 20 are left out, others each time."""
+def test_few_images_on_several_canvases_are_all_seen_equally_often(count):
+    """16 images in batches of 8 leave much to join; 4 of 20 are left out, others each time."""
     rng = np.random.default_rng(1)
     sizes = np.where(rng.random((count, 1)) < 0.3, (150, 100), (100, 150)) + rng.integers(0, 9)
     canvases = ((64, 160), (160, 64), (96, 96), (64, 64))
@@ -148,8 +146,8 @@ def test_few_pictures_on_several_canvases_are_all_seen_equally_often(count):
 
 
 @pytest.mark.parametrize("snap", [0.0, 0.05, 0.1, 0.4])
-def test_a_picture_moves_only_so_far_and_touches_its_canvas(snap):
-    """Each picture against a plain search over the canvases."""
+def test_an_image_moves_only_so_far_and_touches_its_canvas(snap):
+    """Each image against a plain search over the canvases."""
     rng = np.random.default_rng(0)
     sizes = rng.integers(20, 150, (2000, 2))
     canvases = (*CANVASES, (150, 150), (40, 60), (60, 40))
@@ -200,7 +198,7 @@ def test_snap_saves_padding_and_stays_within_its_limits(sizes):
     assert (flips[0] == flips[1]).mean() > 0.95
 
 
-def test_padding_is_the_share_of_pixels_without_picture(sizes):
+def test_padding_is_the_share_of_pixels_without_image(sizes):
     result = plan(sizes)
     area = sum(np.prod(CANVASES[c]) * 16 for c in result.canvas)
     assert result.padding == pytest.approx(1 - result.geometry.size.prod(-1).sum() / area)
@@ -228,7 +226,7 @@ def test_a_plan_is_a_pure_function_and_differs_between_epochs_and_seeds(sizes):
         assert 0.3 < (flips == other_flips).mean() < 0.7
 
 
-def test_pictures_meet_others_in_the_next_epoch(sizes):
+def test_images_meet_others_in_the_next_epoch(sizes):
     """With one canvas as likely as in a plain shuffle, so canvases must not freeze the groups."""
 
     def pairs(result):
@@ -240,7 +238,7 @@ def test_pictures_meet_others_in_the_next_epoch(sizes):
     assert len(first & second) < 4 * expected
 
 
-def test_left_out_pictures_change(sizes):
+def test_left_out_images_change(sizes):
     left = [set(range(1003)) - set(plan(sizes, epoch=e).indices.ravel()) for e in range(3)]
     assert all(len(some) == 1003 % 16 for some in left)
     assert left[0] != left[1] and left[1] != left[2]
@@ -305,9 +303,9 @@ def test_canvases_that_are_too_small_are_refused_before_training():
         )
 
 
-def test_too_few_pictures_for_a_batch():
+def test_too_few_images_for_a_batch():
     assert steps_per_epoch(16, 16) == 1
-    with pytest.raises(ValueError, match=r"train\.batch_size is 16, but .* 15 pictures"):
+    with pytest.raises(ValueError, match=r"train\.batch_size is 16, but .* 15 images"):
         steps_per_epoch(15, 16)
 
 
@@ -324,7 +322,7 @@ def eval_plan(sizes, **changes):
     return plan_eval(**arguments)
 
 
-def test_evaluation_sees_every_picture_once_in_order(sizes):
+def test_evaluation_sees_every_image_once_in_order(sizes):
     result = eval_plan(sizes)
     real = result.indices[result.indices >= 0]
     np.testing.assert_array_equal(np.sort(real), np.arange(len(sizes)))

@@ -13,7 +13,7 @@ NO_BOXES, NO_LABELS = np.zeros((0, 4), np.float32), np.zeros(0, np.int32)
 
 
 def noise(rng, height, width):
-    """The hardest picture: neighbours have nothing to do with each other."""
+    """The hardest image: neighbours have nothing to do with each other."""
     return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
@@ -35,17 +35,17 @@ def pillow(image, geometry):
 
 def published(image, geometry):
     """Flip, resize, crop, resize, one after the other, as the published code does it."""
-    picture = Image.fromarray(image)
+    image = Image.fromarray(image)
     if geometry.flip:
-        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     height, width = geometry.resized.tolist()
-    picture = picture.resize((width, height), Image.BILINEAR)
+    image = image.resize((width, height), Image.BILINEAR)
     top, left, crop_height, crop_width = geometry.crop.tolist()
-    if geometry.flip:  # here the crop is of the picture before the flip
+    if geometry.flip:  # here the crop is of the image before the flip
         left = width - left - crop_width
-    picture = picture.crop((left, top, left + crop_width, top + crop_height))
+    image = image.crop((left, top, left + crop_width, top + crop_height))
     height, width = geometry.size.tolist()
-    return np.asarray(picture.resize((width, height), Image.BILINEAR))
+    return np.asarray(image.resize((width, height), Image.BILINEAR))
 
 
 def pixels(image, geometry, **options):
@@ -58,7 +58,7 @@ def grey_levels(a, b):
 
 
 def random_geometry(rng, height, width, enlarge):
-    """A crop of a resized picture, at random places between whole pixels of the original."""
+    """A crop of a resized image, at random places between whole pixels of the original."""
     resized = np.rint(np.array([height, width]) * rng.uniform(0.7, 1.5, 2)).astype(int)
     crop = rng.integers(1, resized + 1)
     corner = rng.integers(0, resized - crop + 1)
@@ -141,5 +141,5 @@ def test_photographs_cropped_in_one_step_are_the_published_ones_or_sharper():
 
 
 def edges(image):
-    """Mean change between neighbours: how sharp a picture is."""
+    """Mean change between neighbours: how sharp an image is."""
     return np.abs(cv2.Laplacian(image, cv2.CV_16S)).mean()

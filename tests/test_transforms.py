@@ -36,7 +36,7 @@ def test_resize_follows_the_published_rule(short_side, limit):
     sizes = np.random.default_rng(0).integers(80, 700, (500, 2))
     expected = [published_size(h, w, short_side, limit) for h, w in sizes.tolist()]
     expected = np.array(expected)
-    if limit is not None:  # the published rule may step over the limit for very long pictures
+    if limit is not None:  # the published rule may step over the limit for very long images
         expected = np.minimum(expected, limit)
     np.testing.assert_array_equal(resized_sizes(sizes, short_side, limit), expected)
 
@@ -99,7 +99,7 @@ def test_largest_sizes_bound_every_draw(crop):
 
 
 def random_scene(rng, height, width, count=4):
-    """A black picture with filled boxes, each of its own grey level, and the boxes."""
+    """A black image with filled boxes, each of its own grey level, and the boxes."""
     image = np.zeros((height, width, 3), np.uint8)
     boxes = []
     for row in range(count):  # in stripes, so that none hides another
@@ -127,9 +127,9 @@ def test_a_box_stays_around_its_object_through_every_chain():
             alone = np.zeros_like(image)
             x0, y0, x1, y1 = boxes[label].astype(int)
             alone[y0:y1, x0:x1] = 255
-            picture, _, _ = apply(alone, boxes, labels, geometry)
-            assert picture.shape == (*geometry.size, 3)
-            ink = picture[..., 0] > 127
+            image, _, _ = apply(alone, boxes, labels, geometry)
+            assert image.shape == (*geometry.size, 3)
+            ink = image[..., 0] > 127
             found = new_boxes[new_labels == label]
             if len(found) == 0:
                 dropped += 1
@@ -145,7 +145,7 @@ def test_a_box_stays_around_its_object_through_every_chain():
 
 
 def planned(sizes, epoch, snap):
-    """The geometry of each picture in a plan on canvases of which none has its shape."""
+    """The geometry of each image in a plan on canvases of which none has its shape."""
     augment = small_augment(short_sides=(100, 120, 140), max_long_side=200)
     canvases = ((144, 208), (208, 144), (128, 128), (112, 160), (160, 112))
     result = plan_epoch(
@@ -164,22 +164,22 @@ def planned(sizes, epoch, snap):
 
 @settings(max_examples=15)
 @given(seed=st.integers(0, 10_000), snap=st.sampled_from([0.0, 0.1, 0.3]))
-def test_a_coloured_rectangle_is_where_its_box_is_after_any_planned_chain(seed, snap):
-    """Catches a scale of the plan that moves the picture and not its boxes, or one side alone."""
+def test_a_colored_rectangle_is_where_its_box_is_after_any_planned_chain(seed, snap):
+    """Catches a scale of the plan that moves the image and not its boxes, or one side alone."""
     rng = np.random.default_rng(seed)
     sizes = rng.integers(80, 200, (8, 2))
     geometries, canvases = planned(sizes, seed, snap)
-    colour = np.array([30, 200, 90])
+    color = np.array([30, 200, 90])
     for i, (height, width) in enumerate(sizes.tolist()):
         top, left = rng.integers(0, (height - 20, width - 20))
         bottom, right = rng.integers((top + 20, left + 20), (height + 1, width + 1))
         image = np.full((height, width, 3), (220, 40, 160), np.uint8)
-        image[top:bottom, left:right] = colour
+        image[top:bottom, left:right] = color
         geometry = geometries.at(i)
         box = np.array([[left, top, right, bottom]], np.float32)
-        picture, boxes, labels = apply(image, box, np.array([3]), geometry)
-        assert picture.shape[:2] == tuple(geometry.size) and (geometry.size <= canvases[i]).all()
-        near = (np.abs(picture.astype(int) - colour) < 95).all(-1)  # more than half the colour
+        image, boxes, labels = apply(image, box, np.array([3]), geometry)
+        assert image.shape[:2] == tuple(geometry.size) and (geometry.size <= canvases[i]).all()
+        near = (np.abs(image.astype(int) - color) < 95).all(-1)  # more than half the color
         if not len(boxes):
             assert not near.any()
             continue
@@ -230,7 +230,7 @@ def test_flipping_twice_changes_nothing():
         np.testing.assert_array_equal(result, expected)
 
 
-def test_a_picture_of_the_right_size_is_not_touched():
+def test_an_image_of_the_right_size_is_not_touched():
     rng = np.random.default_rng(4)
     image = rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)
     boxes = np.array([[3, 4, 20, 30]], np.float32)
@@ -254,7 +254,7 @@ def test_boxes_are_cut_and_lost_with_the_crop():
     assert labels.tolist() == [7, 9]  # the second box only touches the crop
 
 
-def test_a_picture_without_objects():
+def test_an_image_without_objects():
     image = np.zeros((30, 40, 3), np.uint8)
     geometry = eval_geometry(np.array([[30, 40]]), 60, 100).at(0)
     _, boxes, labels = apply(image, np.zeros((0, 4)), np.zeros(0, np.int32), geometry)

@@ -1,8 +1,8 @@
-"""What is in all the pictures of a split: one table of arrays, kept beside the pictures.
+"""The table of a split: sizes, ids and objects of all its images, in arrays.
 
-Sizes, ids and objects of every picture lie in memory, so that plans, targets and ground truth need
-no picture. Numbers are those of the annotation file, not rounded and not clipped: what a training
-makes of them (`targets`, `boxes_of`) is computed from them.
+The table is in memory, so that plans, targets and ground truth read no image. Its numbers are those
+of the annotation file, neither rounded nor clipped; training targets are computed from them
+(`Annotations.targets_of`).
 """
 
 import contextlib
@@ -19,14 +19,14 @@ import numpy as np
 from dn_detr_jax.data.coco_classes import Category, with_holes
 from dn_detr_jax.errors import DataError
 
-_MOST_LABELS = 10_000  # of labels="category_ids": more would make a class head that nobody wants
+_MOST_LABELS = 10_000  # of labels="category_ids": larger ids would make the class head too large
 
 
 class Targets(NamedTuple):
-    """The objects of a picture to learn from.
+    """The training targets of an image.
 
     Attributes:
-      boxes: float32 [n, 4], left, top, right, bottom in pixels, within the picture.
+      boxes: float32 [n, 4], left, top, right, bottom in pixels, within the image.
       category_ids: int64 [n].
     """
 
@@ -36,13 +36,13 @@ class Targets(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Annotations:
-    """The pictures of a split and their objects, one row per object.
+    """The images of a split and their objects, one row per object.
 
     Attributes:
       image_ids: int64 [N].
       sizes: int32 [N, 2], heights and widths in pixels.
-      file_names: of the N pictures, as the source calls them; empty strings if it does not.
-      offsets: int64 [N + 1], the objects of picture i are rows offsets[i] to offsets[i + 1].
+      file_names: of the N images, as the source calls them; empty strings if it does not.
+      offsets: int64 [N + 1], the objects of image i are rows offsets[i] to offsets[i + 1].
       ids: int64 [K].
       bboxes: float64 [K, 4], left, top, width, height in pixels, as annotated.
       category_ids: int64 [K].
@@ -62,12 +62,12 @@ class Annotations:
 
     @functools.cached_property
     def rows(self) -> np.ndarray:
-        """int64 [K]: the position of the picture that each object is in."""
+        """int64 [K]: the position of the image that each object is in."""
         return np.repeat(np.arange(len(self.image_ids)), np.diff(self.offsets))
 
     @functools.cached_property
     def degenerate(self) -> np.ndarray:
-        """bool [K]: boxes that are not finite, or without extent within their picture."""
+        """bool [K]: boxes that are not finite, or without extent within their image."""
         # Some of the numbers may be as large as a float holds, or none at all.
         with np.errstate(over="ignore", invalid="ignore"):
             corners = self.corners(np.arange(len(self.ids)))
@@ -76,30 +76,30 @@ class Annotations:
 
     @functools.cached_property
     def targets(self) -> np.ndarray:
-        """bool [K]: objects to learn from, neither crowd regions nor degenerate."""
+        """bool [K]: training targets, which are neither crowd regions nor degenerate."""
         return ~self.crowd & ~self.degenerate
 
     @functools.cached_property
     def counts(self) -> np.ndarray:
-        """int64 [N]: objects of every picture to learn from."""
+        """int64 [N]: the number of training targets of each image."""
         before = np.concatenate([[0], np.cumsum(self.targets)])
         return np.diff(before[self.offsets])
 
     def targets_of(self, index: int) -> Targets:
-        """The objects to learn from of the picture at a position."""
+        """Returns the training targets of the image at a position."""
         rows = np.arange(self.offsets[index], self.offsets[index + 1])
         rows = rows[self.targets[rows]]
         return Targets(self.corners(rows).astype(np.float32), self.category_ids[rows])
 
     def corners(self, rows: np.ndarray) -> np.ndarray:
-        """float64 [n, 4]: left, top, right, bottom of some objects, clipped to their pictures."""
+        """Returns the corners of some objects, clipped to their images: float64 [n, 4]."""
         bboxes, limits = self.bboxes[rows], self.sizes[self.rows[rows], ::-1].astype(np.float64)
         low = np.clip(bboxes[:, :2], 0.0, limits)
         high = np.clip(bboxes[:, :2] + bboxes[:, 2:], 0.0, limits)
         return np.concatenate([low, high], axis=1)
 
     def coco_json(self, categories: Sequence[Category], description: str) -> dict[str, Any]:
-        """The JSON format of COCO, as `pycocotools.coco.COCO.dataset` holds it.
+        """Returns the split in the JSON format of COCO, as `pycocotools.coco.COCO.dataset` has it.
 
         Boxes, areas and ids are those of the source, to the last digit. Boxes that are not finite
         are left out.
@@ -167,14 +167,14 @@ def load_table(path: Path) -> tuple[Annotations, tuple[Category, ...]]:
         arrays["file_names"] = _unpack_strings(arrays["file_names"])
         categories = tuple(map(Category, ids.tolist(), names))
         return Annotations(**arrays), categories
-    except Exception as error:  # whatever a damaged file leads its readers to
+    except Exception as error:  # damaged files lead NumPy to many kinds of errors
         if isinstance(error, OSError) and error.filename is not None:  # it can't be opened
             raise
-        raise DataError(f"{path}: damaged ({error}); delete it, it is made anew") from error
+        raise DataError(f"{path}: damaged ({error}); delete it, and it is written again") from error
 
 
 def _pack_strings(strings: Sequence[str]) -> np.ndarray:
-    """As bytes: an array of strings would give each the room of the longest."""
+    """Packs strings as bytes: in an array of strings, each takes the space of the longest."""
     return np.frombuffer(json.dumps(list(strings)).encode(), np.uint8)
 
 
@@ -183,7 +183,7 @@ def _unpack_strings(packed: np.ndarray) -> tuple[str, ...]:
 
 
 def label_categories(categories: Sequence[Category], labels: str) -> tuple[Category, ...]:
-    """The category of every label.
+    """Returns the category of each label.
 
     Args:
       categories: of the data set, with distinct ids.

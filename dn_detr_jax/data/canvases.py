@@ -1,12 +1,12 @@
-"""Which canvases to use for a data set: few compiled shapes, little padding.
+"""Which canvases (padding buckets) to use for a data set: few compiled shapes, little padding.
 
     python -m dn_detr_jax canvases --config configs/coco_r50.py --config.data.dir=PATH_OF_COCO
 
-Draws the training augmentation for many pictures of the data set, of which only the sizes are read,
-and searches for the 1, 2, 4, 8 and 16 canvases (or `--num_canvases`) with the least padding, once
+Draws the training augmentation for many images of the data set, reading only their sizes, and
+searches for the 1, 2, 4, 8 and 16 canvases (or `--num_canvases`) with the least padding, once
 with the published augmentation unchanged and once with the config's `data.snap`. Every training
-and every evaluation picture fits a proposed canvas, whatever is drawn for it. Prints a line to
-paste into the config for each, and how many objects the pictures have, for `data.max_objects`.
+and every evaluation image fits a proposed canvas under every draw. Prints a line to
+paste into the config for each, and how many objects the images have, for `data.max_objects`.
 """
 
 import itertools
@@ -20,7 +20,7 @@ from dn_detr_jax.data import coco
 from dn_detr_jax.data.annotations import Annotations
 from dn_detr_jax.data.datasets import find_tfds, open_dataset
 from dn_detr_jax.data.layout import find_split
-from dn_detr_jax.data.plan import Canvas, canvas_factors, place
+from dn_detr_jax.data.placement import Canvas, canvas_factors, place
 from dn_detr_jax.data.transforms import draw_geometry, eval_geometry, largest_sizes
 from dn_detr_jax.errors import DataError
 
@@ -31,7 +31,7 @@ _ROUNDS = 12  # restarts of the search from a disturbed best set
 
 
 def drawn_sizes(sizes: np.ndarray, augment: ConfigDict, count: int, seed: int = 0) -> np.ndarray:
-    """Final sizes of pictures drawn with replacement, under the training augmentation.
+    """Draws images with replacement and returns their sizes after the training augmentation.
 
     Args:
       sizes: int [N, 2], heights and widths of the data set.
@@ -50,7 +50,7 @@ def drawn_sizes(sizes: np.ndarray, augment: ConfigDict, count: int, seed: int = 
 def required_sizes(
     training: np.ndarray, validation: np.ndarray, data_config: ConfigDict
 ) -> np.ndarray:
-    """Sizes of which each must fit a canvas, so that every picture does.
+    """Returns sizes that canvases must hold so that every image fits one.
 
     Args:
       training: int [N, 2], original sizes.
@@ -58,7 +58,7 @@ def required_sizes(
       data_config: `config.data`.
 
     Returns:
-      int [r, 2], rounded up to multiples of `MULTIPLE`; none lies within another.
+      int [r, 2], rounded up to multiples of `MULTIPLE`; none fits into another.
     """
     largest = largest_sizes(training, data_config.augment).reshape(-1, 2)
     evaluated = eval_geometry(
@@ -72,7 +72,7 @@ def required_sizes(
 def padding(
     sizes: np.ndarray, canvases: Sequence[Canvas], snap: float, max_long_side: int
 ) -> float:
-    """Padded pixels as a share of all, if every batch were full of pictures of its canvas.
+    """Returns the share of padded pixels if every batch is full of images of its canvas.
 
     Args:
       sizes: int [n, 2], final sizes as drawn; each fits a canvas.
@@ -87,7 +87,7 @@ def padding(
     if not factors.any(-1).all():
         height, width = np.asarray(sizes)[factors.any(-1).argmin()].tolist()
         raise DataError(
-            f"data.canvases {tuple(canvases)}: a picture of {height} x {width} fits none"
+            f"data.canvases {tuple(canvases)}: an image of {height} x {width} fits none"
         )
     chosen, placed = place(sizes, canvases, snap, max_long_side)
     area = np.prod(np.asarray(canvases, np.int64)[chosen], axis=-1)
@@ -113,8 +113,8 @@ def propose(
       sizes: int [n, 2], final sizes as drawn (`drawn_sizes`).
       required: int [r, 2], each of which a canvas must hold (`required_sizes`).
       counts: how many canvases, one or more, for each set.
-      snap: share by which a picture's scale may move so that it touches its canvas.
-      max_long_side: of training pictures.
+      snap: share by which an image's scale may move so that it touches its canvas.
+      max_long_side: of training images.
       seed: of the search.
 
     Returns:
@@ -246,22 +246,22 @@ def report(
     counts: Sequence[int] = (1, 2, 4, 8, 16),
     images: int = 20_000,
 ) -> str:
-    """What to put into `config.data.canvases`, and why, as text.
+    """Returns a text with proposals for `config.data.canvases` and their padding.
 
     Args:
-      training: of which the sizes and the numbers of objects are read.
-      validation: of which the sizes are read.
+      training: table of the training split.
+      validation: table of the validation split.
       data_config: `config.data`.
       counts: how many canvases, one or more, for each proposal.
-      images: pictures drawn to measure the padding.
+      images: images drawn to measure the padding.
     """
     augment = data_config.augment
     drawn = drawn_sizes(training.sizes, augment, images)
     held_out = drawn_sizes(training.sizes, augment, images, seed=1)
     required = required_sizes(training.sizes, validation.sizes, data_config)
     lines = [
-        f"{len(training.sizes)} training and {len(validation.sizes)} validation pictures; "
-        f"padding of {images} augmented training pictures, drawn with replacement"
+        f"{len(training.sizes)} training and {len(validation.sizes)} validation images; "
+        f"padding of {images} augmented training images, drawn with replacement"
     ]
     try:
         current = padding(held_out, data_config.canvases, data_config.snap, augment.max_long_side)
@@ -289,17 +289,17 @@ def _objects(annotations: Annotations, max_objects: int) -> list[str]:
     for limit in sorted(limits - {0, largest}, reverse=True):
         more = int((counts > limit).sum())
         lines.append(
-            f"# {limit}: {more} of {len(counts)} pictures have more ({more / len(counts):.2%})"
+            f"# {limit}: {more} of {len(counts)} images have more ({more / len(counts):.2%})"
         )
     return [
         f"config.data.max_objects = {largest}",
-        "# holds all the objects of every picture",
+        "# holds all the objects of every image",
         *lines,
     ]
 
 
 def split_annotations(data_config: ConfigDict, split: str) -> Annotations:
-    """What is in the pictures of a split; a directory in COCO format need not be packed for it."""
+    """Returns the table of a split, without packing a directory in COCO format."""
     directory = expand_user(data_config.dir, "data.dir")
     if data_config.name == "coco" and data_config.dir and find_tfds(directory) is None:
         return coco.load_split(find_split(directory, split, data_config[split]))[0]

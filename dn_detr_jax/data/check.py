@@ -38,7 +38,7 @@ def check(data_config: ConfigDict, decode: bool = False, num_queries: int = 0) -
     """Checks both splits of a directory, and whether they fit together.
 
     Args:
-      data_config: `config.data`, of which `dir`, `exif`, `train` and `validation` are read.
+      data_config: `config.data`; `dir`, `exif`, `train` and `validation` are used.
       decode: whether to decode the images, too.
       num_queries: objects that the model can find in an image; 0: not known.
 
@@ -176,7 +176,7 @@ def _look(
 
 
 def _check_both(train: Split, validation: Split) -> None:
-    """Whether no image is in both splits, and both have the same classes."""
+    """Compares the images and the classes of both splits."""
     if train.annotations is None or validation.annotations is None:
         return
     for index, other in equal_files(validation.paths, train.paths):
@@ -196,7 +196,7 @@ def _check_both(train: Split, validation: Split) -> None:
 def equal_files(
     paths: Sequence[Path | None], others: Sequence[Path | None]
 ) -> list[tuple[int, int]]:
-    """Finds files with equal content, whatever their names are.
+    """Finds files with equal content under any names.
 
     Only files of equal size are read.
 

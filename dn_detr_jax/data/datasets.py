@@ -1,8 +1,8 @@
-"""Detection data sets by name: random access to encoded pictures, and a table of what is in them.
+"""Detection data sets by name: random access to encoded images, and a table of their objects.
 
-`config.data.name` chooses: "coco" for whatever lies in `config.data.dir`, a folder that TFDS has
-prepared with the features of `coco/2017`, or a directory in the format of COCO, which is packed on
-first use; "digits" for scenes of handwritten digits, drawn there on first use.
+`config.data.name` chooses. "coco" opens `config.data.dir`: a folder that TFDS has prepared with the
+features of `coco/2017`, or a directory in the format of COCO, which is packed on first use.
+"digits" opens scenes of handwritten digits, which are drawn into `config.data.dir` on first use.
 """
 
 import dataclasses
@@ -38,11 +38,11 @@ class Dataset:
       name: the key of the configuration.
       split: "train" or "validation".
       source: `source[i]` reads the `Example` at position i; can be pickled, safe for threads.
-      annotations: what is in all the pictures.
+      annotations: the table of all images.
       categories: one per label, in the order of the labels; an empty name is no class.
       annotation_file: in COCO's format, to evaluate against instead of the table, which TFDS
         has rounded.
-      folder: where the records lie.
+      folder: of the records.
     """
 
     name: str
@@ -58,16 +58,16 @@ class Dataset:
 
     @property
     def sizes(self) -> np.ndarray:
-        """int32 [N, 2]: height and width of every picture, in pixels."""
+        """int32 [N, 2]: height and width of every image, in pixels."""
         return self.annotations.sizes
 
     @property
     def image_ids(self) -> np.ndarray:
-        """int64 [N]: the id of every picture."""
+        """int64 [N]: the id of every image."""
         return self.annotations.image_ids
 
     def coco_ground_truth(self) -> dict[str, Any]:
-        """The split in the JSON format of COCO, as `pycocotools.coco.COCO.dataset` holds it.
+        """Returns the split in the JSON format of COCO, as `pycocotools.coco.COCO.dataset` has it.
 
         Boxes, areas and crowd regions are those of the annotation file, to the last digit, if
         there is one.
@@ -99,8 +99,8 @@ def open_dataset(data_config: ConfigDict, split: str, pack: bool = True) -> Data
     """Opens a split of the configured data set, and prepares the data set if need be.
 
     Args:
-      data_config: `config.data`, of which `name`, `dir`, `packed_dir`, `labels`, `exif`, `train`
-        and `validation` are read.
+      data_config: `config.data`; `name`, `dir`, `packed_dir`, `labels`, `exif`, `train` and
+        `validation` are used.
       split: "train" or "validation".
       pack: whether images may be packed; if not, a split that is not packed is an error, and one
         that is packed is taken as it is.
@@ -120,7 +120,7 @@ def open_dataset(data_config: ConfigDict, split: str, pack: bool = True) -> Data
         raise DataError(f"split is {split!r}, expected one of {SPLITS}")
     if not data_config.dir:
         raise DataError(
-            "data.dir is empty: name the folder where the data lies or may be prepared, "
+            "data.dir is empty: name the folder where the data is or can be prepared, "
             "such as --config.data.dir=data"
         )
     directory = expand_user(data_config.dir, "data.dir")
@@ -229,7 +229,7 @@ def _dataset(
     degenerate = int((annotations.degenerate & ~annotations.crowd).sum())
     if degenerate:
         logger.info(
-            "%s, %s: %d boxes without extent in their picture are no training targets",
+            "%s, %s: %d boxes without extent in their image are no training targets",
             data_config.dir,
             split,
             degenerate,
@@ -241,9 +241,8 @@ def _dataset(
 
 
 def find_tfds(directory: Path) -> Path | None:
-    """The folder of a data set prepared by TFDS that a path stands for, or None.
-
-    It is the path itself, or the highest version of `coco/2017` below it.
+    """Returns the folder of a data set prepared by TFDS: the path itself, or the highest version of
+    `coco/2017` below it; None if there is none.
     """
     info = "dataset_info.json"
     if (directory / info).is_file():

@@ -1,8 +1,8 @@
 """Image files to RGB pixels, and what the header of a file says.
 
 OpenCV decodes plain JPEG: the pixels equal Pillow's, and it is never slower. OpenCV also decodes
-color PNG and TIFF of 16 bits per channel, of which Pillow keeps 8. Pillow reads everything else,
-and every header. Transparency is dropped, not blended: colors are those that are stored.
+color PNG and TIFF of 16 bits per channel; Pillow keeps 8 bits of them. Pillow reads everything
+else, and every header. Transparency is dropped, not blended: colors are those that are stored.
 
 Orientation (EXIF 2.32, section 4.6.4, tag 0x0112): some tools annotate images as stored, others as
 viewers show them, and annotation files do not say which. The annotated size decides where the
@@ -309,8 +309,8 @@ def _by_opencv(opened: Image.Image, data: bytes, flags: int) -> np.ndarray | Non
 def _deep_pixels(opened: Image.Image, header: Header, data: bytes) -> np.ndarray:
     """Decodes an image of 16 bits as stored: integers [H, W] or [H, W, 3].
 
-    OpenCV turns TIFF whatever its flags say, so that Pillow reads TIFF with an orientation: 8 bits
-    of its colors.
+    OpenCV always applies the orientation of TIFF files. So Pillow reads color TIFF files with an
+    orientation, of which it keeps 8 bits.
     """
     if opened.mode.startswith("I"):
         return _as_stored(opened, header, _load(opened, _gray_values))

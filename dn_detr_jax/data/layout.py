@@ -1,4 +1,4 @@
-"""Where the files of a directory in COCO format lie: annotation files, folders, images."""
+"""Finds the annotation files, folders and images of a directory in COCO format."""
 
 import os
 import unicodedata
@@ -18,7 +18,7 @@ _LISTED = 12  # entries of a folder that a message names
 
 
 class SplitFiles(NamedTuple):
-    """Where a split lies: its annotation file, and the folder that its file names start from."""
+    """The annotation file of a split, and the folder that its file names start from."""
 
     annotations: Path
     images: Path

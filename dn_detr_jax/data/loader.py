@@ -1,16 +1,16 @@
-"""Batches for training and evaluation: a plan, read and augmented ahead of time by grain.
+"""Batches for training and evaluation, read and augmented ahead of time by grain.
 
 A batch is a dict of arrays of host memory, with B rows (this process's part), a canvas of H x W
 pixels and M slots for objects:
 
-  image     uint8   [B, H, W, 3], RGB, zero right of and below each picture
-  size      int32   [B, 2], height and width of each picture on the canvas
+  image     uint8   [B, H, W, 3], RGB, zero right of and below each image
+  size      int32   [B, 2], height and width of each image on the canvas
   labels    int32   [B, M]
-  boxes     float32 [B, M, 4], centre x, centre y, width, height as shares of the picture's size
+  boxes     float32 [B, M, 4], center x, center y, width, height as shares of the image's size
   valid     bool    [B, M], whether a slot holds an object; those that do come first
-  image_id  int32   [B], -1 for a row without a picture, of size (1, 1), which holds no object
-  dropped_objects   int, objects of these pictures that there were no slots for
-  bad_images        int, rows whose picture could not be read, with `data.skip_bad`
+  image_id  int32   [B], -1 for a row without an image, of size (1, 1), which holds no object
+  dropped_objects   int, objects of these images that there were no slots for
+  bad_images        int, rows whose image could not be read, with `data.skip_bad`
 """
 
 import contextlib
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
 
-# Pictures are read by several threads or processes; OpenCV's own threads would only be in the way.
+# Several threads or processes read images; OpenCV's own threads would slow them down.
 cv2.setNumThreads(1)
 
 
@@ -58,11 +58,11 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
-    """This process's part of the training batches of some steps.
+    """Yields this process's part of the training batches of some steps.
 
     Args:
       dataset: the training split.
-      config: of which `seed`, `data` and `train.batch_size` are read.
+      config: whole configuration; `seed`, `data` and `train.batch_size` are used.
       start_step: the first step, counted from 0 over all the epochs.
       num_steps: how many batches to yield.
       process_index: which process this is.
@@ -72,8 +72,8 @@ def train_batches(
       A generator; `close()` ends reading ahead, and so does leaving it.
 
     Raises:
-      DataError: at once, for values of the configuration that can't be; while iterating, for a
-        picture that can't be read.
+      DataError: at once, for impossible values of the configuration; while iterating, for an
+        image that can't be read.
     """
     batch_size = config.train.batch_size
     _check(dataset, config, "train.batch_size", batch_size, process_count)
@@ -90,17 +90,17 @@ def eval_batches(
     process_count: int = 1,
     subset: np.ndarray | None = None,
 ) -> Iterator[Batch]:
-    """This process's part of the evaluation batches, the same number in every process.
+    """Yields this process's part of the evaluation batches, equally many in every process.
 
     Args:
       dataset: the split to evaluate.
-      config: of which `seed`, `data` and `eval.batch_size` are read.
+      config: whole configuration; `seed`, `data` and `eval.batch_size` are used.
       process_index: which process this is.
       process_count: how many there are.
       subset: int [n], positions in the data set to evaluate; None: all of them.
 
     Returns:
-      A generator, as `train_batches`; without augmentation, each picture once.
+      A generator, as `train_batches`; without augmentation, each image once.
 
     Raises:
       DataError: as `train_batches`.
@@ -113,7 +113,7 @@ def eval_batches(
 
 
 def train_plan(dataset: Dataset, config: ConfigDict) -> TrainPlan:
-    """The plan that `train_batches` follows."""
+    """Returns the plan that `train_batches` follows."""
     return TrainPlan(
         seed=config.seed,
         sizes=dataset.sizes,
@@ -141,7 +141,7 @@ def eval_plan(dataset: Dataset, config: ConfigDict, subset: np.ndarray | None = 
 def _check(
     dataset: Dataset, config: ConfigDict, key: str, batch_size: int, process_count: int
 ) -> None:
-    """Raises a DataError for the first value that can't be."""
+    """Raises a DataError for the first impossible value."""
     data, augment = config.data, config.data.augment
 
     def require(good: bool, name: str, value: Any, wanted: str) -> None:
@@ -226,11 +226,11 @@ class _BatchMaker:
         return batch
 
     def _fill(self, batch: Batch, row: int, spec: BatchSpec, row_of_all: int) -> None:
-        """Fills a row with what the plan has at a row of the whole batch.
+        """Fills a row with the image that the plan has at a row of the global batch.
 
-        With `data.skip_bad`, a picture that can't be read makes way for the next one of the whole
-        batch that can, whichever process that belongs to: the batches do not depend on how many
-        processes there are. In an evaluation the row stays empty.
+        With `data.skip_bad`, an unreadable image is replaced by the next readable image of the
+        global batch, so that batches do not depend on the number of processes. In an evaluation
+        the row stays empty.
         """
         size = len(spec.indices)
         for step in range(size):
@@ -248,10 +248,10 @@ class _BatchMaker:
                 continue
             geometry = spec.geometry.at(source_row)
             return self._put(batch, row, spec.epoch, index, example, image, geometry)
-        raise DataError(f"{self._name}: none of the {size} pictures of a batch can be read")
+        raise DataError(f"{self._name}: none of the {size} images of a batch can be read")
 
     def _read(self, index: int) -> tuple[Example, np.ndarray]:
-        """The example at a position and its pixels; a DataError names the picture."""
+        """Returns the example at a position and its pixels; a DataError names the image."""
         table = self._annotations
         try:
             example = self._source[index]
@@ -267,7 +267,7 @@ class _BatchMaker:
             ) from error
 
     def _check_objects(self, example: Example) -> None:
-        """Raises ValueError for objects that a step would make nonsense of, without a word."""
+        """Raises ValueError for boxes and labels that would give a wrong loss without an error."""
         labels = example.labels
         if not np.isfinite(example.boxes).all():
             raise ValueError("it has a box that is not finite")
@@ -297,7 +297,7 @@ class _BatchMaker:
         height, width = image.shape[:2]
         batch["size"][row] = height, width
         batch["labels"][row, : len(kept)] = labels[kept]
-        batch["boxes"][row, : len(kept)] = _normalised_cxcywh(boxes[kept], height, width)
+        batch["boxes"][row, : len(kept)] = _normalized_cxcywh(boxes[kept], height, width)
         batch["valid"][row, : len(kept)] = True
         batch["image_id"][row] = example.image_id
 
@@ -315,8 +315,8 @@ def _empty_batch(rows: int, canvas: tuple[int, int], max_objects: int) -> Batch:
     }
 
 
-def _normalised_cxcywh(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Corners in pixels [n, 4] to centre and size as shares of the picture."""
+def _normalized_cxcywh(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Converts corners in pixels [n, 4] to centers and sizes as shares of the image."""
     corners = boxes / np.array([width, height, width, height], np.float32)
     low, high = corners[:, :2], corners[:, 2:]
     return np.concatenate([(low + high) / 2, high - low], axis=1)
@@ -341,11 +341,10 @@ def _prefetched(
 
 
 def _live_with_parent(*_: int) -> None:
-    """In a worker process: makes it end with its parent, and only then.
+    """Makes a worker process end with its parent, and not before.
 
-    A parent that is killed can't end its workers, and would leave them, and the memory that they
-    share with it, for ever. SIGTERM reaches all processes of a job at once: the parent needs its
-    workers to come to an orderly end.
+    A killed parent can't end its workers: without this they and their shared memory would stay.
+    SIGTERM reaches all processes of a job at once, and the parent needs its workers to finish.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     parent = multiprocessing.parent_process()

@@ -2,8 +2,8 @@
 
 A data set of many small files is slow to read at random; packed once, it is a few hundred large
 ones. The records are a folder of TFDS (`array_record`, features of `coco/2017`) that
-`tfds.builder_from_directory` opens. TFDS' own builders start anew when they are killed, so this
-module writes the shards, and TFDS writes its metadata around them:
+`tfds.builder_from_directory` opens. TFDS' own builders start again from nothing after a kill, so
+this module writes the shards, and TFDS writes its metadata around them:
 
 - Each shard is written under another name, flushed, and renamed when complete. A packing that was
   killed is continued: complete shards stay.
@@ -12,7 +12,7 @@ module writes the shards, and TFDS writes its metadata around them:
 - One process packs at a time; the lock makes others wait.
 - Size and modification time of every image are kept. When a packed split is opened, images whose
   file has changed are compared with what is packed, and the shards of those that differ are written
-  anew (`_refresh`). Images whose file is gone stay as packed.
+  again (`_refresh`). Images whose file is gone stay as packed.
 """
 
 import contextlib
@@ -131,7 +131,7 @@ def _pack(files: SplitFiles, folder: Path, source: dict[str, Any], exif: images.
     partial = folder.with_name(f"{folder.name}.partial")
     replaced = [other for other in _packed_from(source, folder.parent) if other != partial]
     if replaced:
-        logger.info("%s has changed since it was packed: packing it anew", files.annotations)
+        logger.info("%s has changed since it was packed: packing it again", files.annotations)
     annotations, categories = load_split(files)
     paths = _paths(files, annotations)
     stamps = _stamps(paths)  # before reading: a file that changes meanwhile is noticed next time
@@ -162,7 +162,7 @@ def _pack(files: SplitFiles, folder: Path, source: dict[str, Any], exif: images.
 
 
 def _packed_from(source: dict[str, Any], packed_dir: Path) -> list[Path]:
-    """Folders, complete or not, that were packed from the same files, in whatever state."""
+    """Returns folders, complete or not, that were packed from any version of the same files."""
     found = []
     for path in packed_dir.glob(f"*/{_SOURCE}"):
         with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
@@ -266,7 +266,7 @@ def _load_stamps(folder: Path, count: int) -> np.ndarray | None:
 
 
 def _refreshed(packed: Packed, files: SplitFiles, exif: images.Exif) -> Packed:
-    """Packs images anew whose file has changed; returns the packed split as it is then.
+    """Packs images again whose file has changed; returns the updated split.
 
     Raises:
       DataError: an image has changed, and its shard can't be written.
@@ -314,7 +314,7 @@ def _changed(folder: Path, paths: Sequence[Path], suspects: np.ndarray) -> list[
         content = read_file(paths[position])
         try:
             return content != packed[position]
-        except DataError:  # a damaged record, which is written anew
+        except DataError:  # a damaged record, which is written again
             return True
 
     with ThreadPoolExecutor(_READERS) as pool:
@@ -332,7 +332,7 @@ def _refresh(
     changed = _changed(folder, paths, _suspects(folder, stamps))
     if changed:
         logger.info(
-            "%d images, such as %s, have changed since they were packed in %s: packing them anew",
+            "%d images, such as %s, have changed since they were packed in %s: packing them again",
             len(changed),
             paths[changed[0]],
             folder,
@@ -357,7 +357,7 @@ def _replace_shards(
     annotations: Annotations,
     categories: Sequence[Category],
 ) -> None:
-    """Writes the shards anew that hold changed images; an image without a file is kept."""
+    """Rewrites the shards that hold changed images; an image without a file stays as packed."""
     packed = EncodedImages(folder, SPLIT)
 
     def read(index: int) -> bytes:
@@ -372,5 +372,7 @@ def _replace_shards(
         for number in todo:
             path = folder / shards.names(len(ranges))[number]
             if not path.exists():
-                raise DataError(f"{folder}: packed in other shards; delete it, it is made anew")
+                raise DataError(
+                    f"{folder}: packed in other shards; delete it, and it is packed again"
+                )
             write(path, ranges[number], progress)

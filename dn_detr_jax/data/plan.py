@@ -1,9 +1,9 @@
-"""The epoch plan: which pictures are in which batch, how augmented, on which canvas.
+"""The epoch plan: the images, augmentations and canvas of each batch.
 
-A plan is a pure function of the seed, the epoch and the pictures' sizes. Every process computes
+A plan is a pure function of the seed, the epoch and the images' sizes. Every process computes
 the whole of it and takes its rows, so nothing is communicated, and a step number is all that is
-needed to resume. Compiled steps see few shapes: a batch has one of the configured canvases, formed
-of pictures whose final size fits it.
+needed to resume. Compiled steps see few shapes: a batch lies on one of the configured canvases
+(padding buckets, see `placement`), and its images have final sizes that fit.
 """
 
 import collections
@@ -15,23 +15,28 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from dn_detr_jax.data.placement import (
+    Canvas,
+    assign_canvases,
+    canvas_factors,
+    check_canvases,
+    place,
+    scaled,
+)
 from dn_detr_jax.data.transforms import Geometry, draw_geometry, eval_geometry, largest_sizes
 from dn_detr_jax.errors import DataError
-
-Canvas = tuple[int, int]
 
 # Streams of random numbers that must not depend on each other.
 _PLAN_STREAM, _OBJECT_STREAM, _JOIN_STREAM = 0, 1, 2
 
-_TRIES = 64  # augmentations drawn for a picture that has to fit a canvas which is not its own
-_TIE = 1e-6  # shares of padding that differ by less are equal, whatever the rounding
+_TRIES = 64  # augmentations drawn for an image that has to fit a canvas which is not its own
 
 
 class BatchSpec(NamedTuple):
-    """What a batch is made of.
+    """The images of a batch and their augmentation.
 
     Attributes:
-      epoch: of which it is a part.
+      epoch: number of its epoch.
       canvas: height and width of the batch.
       indices: int64 [B], positions in the data set, -1 for rows that stay empty.
       geometry: `Geometry` with one leading dimension, B; without meaning in empty rows.
@@ -45,7 +50,7 @@ class BatchSpec(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class EpochPlan:
-    """The S batches of an epoch, of B pictures each.
+    """The S batches of an epoch, of B images each.
 
     Attributes:
       epoch: its number.
@@ -53,8 +58,8 @@ class EpochPlan:
       canvas: int32 [S], the position in `canvases` of each batch.
       indices: int64 [S, B], positions in the data set, -1 for rows that stay empty.
       geometry: `Geometry` with leading dimensions S, B; without meaning in rows that stay empty.
-      redrawn: pictures whose augmentation was drawn again, so that they fit a joint batch.
-      shrunken: pictures that no draw made fit, and that are smaller than the augmentation allows.
+      redrawn: images whose augmentation was drawn again, so that they fit a joint batch.
+      shrunken: images that no draw made fit, and that are smaller than the augmentation allows.
     """
 
     epoch: int
@@ -86,122 +91,17 @@ class EpochPlan:
 
 
 def steps_per_epoch(num_images: int, batch_size: int) -> int:
-    """Full batches in an epoch, the same number in every epoch; pictures that are left out differ.
+    """Returns the number of full batches in an epoch; the images left out differ by epoch.
 
     Raises:
       DataError: if there is not one full batch.
     """
     if num_images < batch_size:
         raise DataError(
-            f"train.batch_size is {batch_size}, but the training split has {num_images} pictures: "
+            f"train.batch_size is {batch_size}, but the training split has {num_images} images: "
             f"at most {num_images} are possible"
         )
     return num_images // batch_size
-
-
-def assign_canvases(sizes: np.ndarray, canvases: Sequence[Canvas]) -> np.ndarray:
-    """The canvas of least area that each size fits.
-
-    Args:
-      sizes: int [..., 2], heights and widths.
-      canvases: heights and widths.
-
-    Returns:
-      int32 [...], positions in `canvases`, -1 where none is large enough.
-    """
-    canvases = np.asarray(canvases, np.int64)
-    fits = (np.asarray(sizes)[..., None, :] <= canvases).all(-1)
-    area = np.where(fits, canvases.prod(-1), np.iinfo(np.int64).max)
-    return np.where(fits.any(-1), area.argmin(-1), -1).astype(np.int32)
-
-
-def check_canvases(
-    largest: np.ndarray, canvases: Sequence[Canvas], sizes: np.ndarray, image_ids: np.ndarray
-) -> None:
-    """Raises a DataError naming a picture that may fit no canvas, and one that would do.
-
-    Args:
-      largest: int [N, C, 2], sizes that bound the final size of each picture.
-      canvases: heights and widths.
-      sizes: int [N, 2], original sizes, for the message.
-      image_ids: int [N], for the message.
-    """
-    # Sizes repeat, photographs have few different ones. One number per size is fast to sort.
-    keys, inverse = np.unique(_key(largest), return_inverse=True)
-    unique = np.stack([keys >> 32, keys & 0xFFFFFFFF], axis=-1)
-    missing = (assign_canvases(unique, canvases) < 0)[inverse].reshape(largest.shape[:2])
-    if not missing.any():
-        return
-    i, c = np.unravel_index(int(missing.argmax()), largest.shape[:2])
-    (height, width), (final_height, final_width) = sizes[i].tolist(), largest[i, c].tolist()
-    needed = largest[missing].max(0)
-    needed = tuple((-(-needed // 32) * 32).tolist())
-    raise DataError(
-        f"data.canvases {tuple(map(tuple, canvases))} are too small: image {image_ids[i]} of "
-        f"{height} x {width} pixels (height x width) can become {final_height} x {final_width}; "
-        f"a canvas of {needed} would hold it, or lower the sizes in data.augment and data.eval_*; "
-        "python -m dn_detr_jax canvases --config FILE proposes canvases for a data set"
-    )
-
-
-def _key(sizes: np.ndarray) -> np.ndarray:
-    return sizes[..., 0].astype(np.int64) << 32 | sizes[..., 1].astype(np.int64)
-
-
-def canvas_factors(
-    sizes: np.ndarray, canvases: Sequence[Canvas], snap: float, max_long_side: int
-) -> np.ndarray:
-    """By what to multiply each size so that it lies on each canvas.
-
-    With `snap`, the factor is from `1 - snap` to `1 + snap`, and such that the picture touches the
-    canvas with its height or its width, or else that it comes as near to that as `1 + snap` and
-    `max_long_side` allow.
-
-    Args:
-      sizes: int [..., 2], heights and widths that the augmentation gave.
-      canvases: K heights and widths.
-      snap: share by which a picture's scale may move, `config.data.snap`; 0: not at all.
-      max_long_side: in pixels.
-
-    Returns:
-      float64 [..., K], 0 where the picture does not fit.
-    """
-    sizes, canvases = np.asarray(sizes), np.asarray(canvases)
-    heights, widths = canvases.T
-    touching = np.minimum(heights / sizes[..., :1], widths / sizes[..., 1:])
-    longest = np.maximum(max_long_side / sizes.max(-1, keepdims=True), 1.0)
-    factors = np.minimum(touching, np.minimum(longest, 1 + snap))
-    return np.where(touching >= 1 - snap, factors, 0.0)
-
-
-def place(
-    sizes: np.ndarray, canvases: Sequence[Canvas], snap: float, max_long_side: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Gives each picture the canvas on which the least share of the pixels is padding.
-
-    Where several are equal, which happens when a picture may touch canvases of the same aspect, it
-    is the one for which the picture's scale moves least.
-
-    Args:
-      sizes: int [N, 2]; each fits one of the canvases.
-      canvases: heights and widths.
-      snap: see `canvas_factors`.
-      max_long_side: see `canvas_factors`.
-
-    Returns:
-      int32 [N], positions in `canvases`, and the sizes there, int32 [N, 2].
-    """
-    sizes = np.asarray(sizes)
-    factors = canvas_factors(sizes, canvases, snap, max_long_side)
-    filled = factors**2 * (sizes.prod(-1, keepdims=True) / np.prod(canvases, axis=-1))
-    chosen = (filled - _TIE * np.abs(factors - 1)).argmax(-1)
-    factor = np.take_along_axis(factors, chosen[:, None], axis=1)
-    return chosen.astype(np.int32), _scaled(sizes, factor)
-
-
-def _scaled(sizes: np.ndarray, factor: np.ndarray) -> np.ndarray:
-    """Sizes times factors; rounding keeps the side that touches its canvas exact."""
-    return np.maximum(np.rint(sizes * factor), 1).astype(np.int32)
 
 
 def plan_epoch(
@@ -216,8 +116,8 @@ def plan_epoch(
 ) -> EpochPlan:
     """Plans a training epoch of floor(N / batch_size) batches.
 
-    The pictures are shuffled, and those that don't fill a last batch are left out. Batches are
-    formed of pictures of the same canvas, in that order; what is left, less than a batch for each
+    The images are shuffled, and those that don't fill a last batch are left out. Batches are
+    formed of images of the same canvas, in that order; what is left, less than a batch for each
     canvas, is joined (`_join`). Then the batches are shuffled. So the whole epoch is the window in
     which like sizes are looked for, which costs nothing: only sizes are looked at.
 
@@ -226,13 +126,13 @@ def plan_epoch(
       epoch: not negative.
       sizes: int [N, 2], heights and widths.
       augment: `config.data.augment`.
-      canvases: heights and widths; every picture must fit one (`check_canvases`).
+      canvases: heights and widths; every image must fit one (`check_canvases`).
       batch_size: of all the processes together.
-      snap: share by which a picture's scale may move so that it touches its canvas; 0 leaves the
+      snap: share by which an image's scale may move so that it touches its canvas; 0 leaves the
         published augmentation as it is (see `canvas_factors`).
 
     Returns:
-      The plan, in which every picture is at most once.
+      The plan, in which every image is at most once.
     """
     rng = np.random.default_rng([seed, _PLAN_STREAM, epoch])
     geometry = draw_geometry(rng, sizes, augment)
@@ -278,12 +178,12 @@ def plan_epoch(
 
 
 class _Joined(NamedTuple):
-    """Batches of pictures that were left over, of several canvases.
+    """Batches of images that were left over, of several canvases.
 
     Attributes:
-      rows: int [S, B], positions among the pictures left over, each once.
+      rows: int [S, B], positions among the images left over, each once.
       canvas: int [S].
-      geometry: of the pictures left over, in their order.
+      geometry: of the images left over, in their order.
       redrawn, shrunken: see `EpochPlan`.
     """
 
@@ -303,13 +203,13 @@ def _join(
     batch_size: int,
     snap: float,
 ) -> _Joined:
-    """Forms batches of pictures that have different canvases.
+    """Forms batches of images that have different canvases.
 
-    As long as some canvas holds a batch of them, the smallest such canvas gets one. For the last
-    batches there is none, usually because upright and wide pictures are left: then the augmentation
-    of those that don't fit is drawn again until it gives a size that does. So their sizes are still
-    the published ones, if not in the published proportions. Where all the tries fail, and only
-    there, a picture is made smaller.
+    While some canvas holds a whole batch of them, the smallest such canvas gets a batch. For the
+    last batches there is no such canvas, usually because upright and wide images are left. Then the
+    augmentation of the images that do not fit is drawn again until they fit: each size is still a
+    published one, but the proportions of sizes change. An image is made smaller only if all the
+    draws fail.
 
     Args:
       rng: of these draws.
@@ -349,18 +249,18 @@ def _join(
         batch_canvas.append(c)
         rest = np.setdiff1d(rest, taken)
 
-    everyone = np.arange(count)
-    attempt = first[everyone, chosen]
+    everything = np.arange(count)
+    attempt = first[everything, chosen]
     failed = attempt == len(fits)
     attempt[failed] = 0
-    result = tries.at((attempt, everyone))
-    factor = factors[attempt, everyone, chosen]
+    result = tries.at((attempt, everything))
+    factor = factors[attempt, everything, chosen]
     canvas_size = np.asarray(canvases)[chosen]
     factor[failed] = (canvas_size / result.size).min(-1)[failed]
     return _Joined(
         rows=np.array(rows, np.int64).reshape(-1, batch_size),
         canvas=np.array(batch_canvas, np.int64),
-        geometry=result._replace(size=_scaled(result.size, factor[:, None])),
+        geometry=result._replace(size=scaled(result.size, factor[:, None])),
         redrawn=int((attempt > 0).sum()),
         shrunken=int(failed.sum()),
     )
@@ -386,7 +286,7 @@ class TrainPlan:
         """See `plan_epoch` for the arguments.
 
         Raises:
-          DataError: if a picture may fit no canvas, or if there is not one full batch.
+          DataError: if an image may fit no canvas, or if there is not one full batch.
         """
         check_canvases(largest_sizes(sizes, augment), canvases, sizes, image_ids)
         self.steps_per_epoch = steps_per_epoch(len(sizes), batch_size)
@@ -436,12 +336,12 @@ def plan_eval(
     batch_size: int,
     subset: np.ndarray | None = None,
 ) -> EpochPlan:
-    """Plans an evaluation: every picture once, in order within each canvas.
+    """Plans an evaluation: every image once, in order within each canvas.
 
     Args:
       sizes: int [N, 2], heights and widths.
       image_ids: int [N], for messages.
-      short_side: to which pictures are resized.
+      short_side: to which images are resized.
       max_long_side: the short side becomes smaller where the long side would exceed this.
       canvases: heights and widths.
       batch_size: of all the processes together.
@@ -451,7 +351,7 @@ def plan_eval(
       The plan, of epoch 0; the last batch of each canvas is filled up with -1.
 
     Raises:
-      DataError: if a picture fits no canvas.
+      DataError: if an image fits no canvas.
     """
     geometry = eval_geometry(sizes, short_side, max_long_side)
     check_canvases(geometry.size[:, None], canvases, sizes, image_ids)
@@ -476,7 +376,7 @@ def plan_eval(
 
 
 def process_rows(batch_size: int, process_index: int, process_count: int) -> slice:
-    """The rows of a batch that a process reads; the batch divides evenly."""
+    """Returns the rows of a batch that a process reads; the batch divides evenly."""
     return slice(
         process_index * batch_size // process_count,
         (process_index + 1) * batch_size // process_count,
@@ -484,12 +384,12 @@ def process_rows(batch_size: int, process_index: int, process_count: int) -> sli
 
 
 def choose_objects(seed: int, epoch: int, index: int, count: int, limit: int) -> np.ndarray:
-    """Which objects to keep of a picture that has more than there are slots.
+    """Chooses the objects to keep of an image that has more objects than slots.
 
     Args:
       seed: not negative.
       epoch: of the plan.
-      index: of the picture in the data set.
+      index: of the image in the data set.
       count: objects it has.
       limit: objects to keep at most.
 

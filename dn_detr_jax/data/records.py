@@ -30,12 +30,12 @@ _OF_TFDS = "tensorflow_datasets.core.features."
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """An encoded picture and the objects to learn from.
+    """An encoded image and the objects to learn from.
 
     Attributes:
-      image: the bytes of the picture's file.
+      image: the bytes of the image's file.
       image_id: its id.
-      boxes: float32 [n, 4], left, top, right, bottom in pixels, within the picture.
+      boxes: float32 [n, 4], left, top, right, bottom in pixels, within the image.
       labels: int32 [n], positions in `Dataset.categories`.
     """
 
@@ -125,7 +125,7 @@ class RecordSource(Sequence):
 
 
 def open_records(folder: Path, split: str) -> tuple[Sequence[bytes], tfds.features.FeaturesDict]:
-    """The serialised records of a split, and how they are read.
+    """Opens the serialized records of a split, and the features to parse them with.
 
     Raises:
       DataError: the folder has no such split, other features, damaged records or another format.
@@ -136,7 +136,7 @@ def open_records(folder: Path, split: str) -> tuple[Sequence[bytes], tfds.featur
         return _open_records(folder, split)
     except (DataError, OSError):
         raise
-    except Exception as error:  # TFDS passes on whatever its files lead it to
+    except Exception as error:  # TFDS passes on many kinds of errors
         raise DataError(
             f"{folder}: not readable as a folder of TFDS ({short_reason(error)})"
         ) from error
@@ -175,7 +175,7 @@ def _open_records(folder: Path, split: str) -> tuple[Sequence[bytes], tfds.featu
 def _check_features(path: Path) -> None:
     """Raises a DataError if a file of features names a class that is not one of TFDS.
 
-    TFDS imports the module of whatever class is named, which may be a file beside the records.
+    TFDS imports the module of the named class, which could be a file beside the records.
     """
     if not path.exists():  # TFDS says so
         return
@@ -201,7 +201,7 @@ def _class_names(value: Any) -> Iterator[str]:
 
 
 def read_table(folder: Path, split: str) -> tuple[Annotations, tuple[str, ...]]:
-    """The table of a split, and the names of its labels.
+    """Reads the table of a split, and the names of its labels.
 
     It is made in one pass over the records, and saved beside them if the folder allows it. Its
     category ids are the labels of the records.
@@ -211,33 +211,33 @@ def read_table(folder: Path, split: str) -> tuple[Annotations, tuple[str, ...]]:
         annotations, categories = load_table(path)
         return annotations, tuple(category.name for category in categories)
     records, features = open_records(folder, split)
-    pictures = tqdm(records, f"reading sizes and objects of {split}", unit=" images", disable=None)
-    annotations = _collect(_parse(features, record) for record in pictures)
+    remaining = tqdm(records, f"reading sizes and objects of {split}", unit=" images", disable=None)
+    annotations = _collect(_parse(features, record) for record in remaining)
     names = tuple(features["objects"]["label"].names or ())
     try:
         save_table(path, annotations, [Category(i, name) for i, name in enumerate(names)])
-    except OSError:  # a folder for reading only: the table is made anew next time
+    except OSError:  # a read-only folder: the table is made again next time
         logger.info("%s is not saved: the folder can't be written", path)
     return annotations, names
 
 
 def _parse(features: tfds.features.FeaturesDict, record: bytes) -> dict[str, Any]:
-    """The features of a record, the picture still encoded."""
+    """Parses a record, without decoding its image."""
     return features.deserialize_example_np(record, decoders={"image": tfds.decode.SkipDecoding()})
 
 
 def _collect(examples: Iterable[dict[str, Any]]) -> Annotations:
     image_ids, sizes, file_names, counts, objects = [], [], [], [], []
     for example in examples:
-        with Image.open(io.BytesIO(example["image"])) as picture:  # reads the header only
-            width, height = picture.size
+        with Image.open(io.BytesIO(example["image"])) as opened:  # reads the header only
+            width, height = opened.size
         found = example["objects"]
         image_ids.append(example["image/id"])
         sizes.append((height, width))
         file_names.append(bytes(example.get("image/filename", b"")).decode())
         counts.append(len(found["label"]))
         boxes = np.array(found["bbox"], np.float64).reshape(-1, 4)[:, [1, 0, 3, 2]]
-        # TFDS keeps corners as float32 shares of the picture. Annotations have at most two
+        # TFDS keeps corners as float32 shares of the image. Annotations have at most two
         # decimals: rounding gives back the numbers that were there before.
         boxes = np.round(boxes * (width, height, width, height), 2)
         boxes[:, 2:] = np.round(boxes[:, 2:] - boxes[:, :2], 2)

@@ -141,7 +141,7 @@ def read_file(path: Path) -> bytes:
 def _example(
     image: bytes, index: int, annotations: Annotations, label_of: dict[int, int]
 ) -> dict[str, Any]:
-    """The features of an image, encoded as TFDS serialises them.
+    """Returns the features of an image, encoded as TFDS serializes them.
 
     TFDS has no room for boxes beyond the image: these are clipped, and degenerate ones are left
     out. The numbers of the annotation file are in the table.
@@ -165,7 +165,7 @@ def _example(
 
 
 def _write_shard(path: Path, records: Iterator[bytes], count: int, progress: tqdm) -> None:
-    """Writes a shard that is complete wherever it exists under its name.
+    """Writes a shard under another name, and renames it when it is complete.
 
     Raises:
       OSError: it could not be written.
@@ -190,7 +190,7 @@ def _write_shard(path: Path, records: Iterator[bytes], count: int, progress: tqd
 
 
 def _guarded(call: Callable[..., None], *args: bytes) -> None:
-    """Calls a method of the writer; its errors, of whatever kind, are those of the disk."""
+    """Calls a method of the writer; raises all its errors as OSError."""
     try:
         call(*args)
     except (RuntimeError, ValueError) as error:

@@ -1,8 +1,9 @@
 """TFRecord files read by position, without TensorFlow.
 
 A file is a sequence of records: the length in 8 bytes, little endian, a checksum of it in 4, the
-content, and a checksum of that in 4. Where each record lies is found in one pass over the lengths,
-and kept beside the files if the folder allows it: in large files that pass is many small reads.
+content, and a checksum of that in 4. One pass over the lengths finds the position of each record.
+The positions are kept beside the files if the folder can be written: the pass takes many small
+reads.
 
 Source: https://www.tensorflow.org/tutorials/load_data/tfrecord
 """

@@ -1,11 +1,11 @@
-"""Augmentation as explicit geometry: drawn for all the pictures at once, applied to one.
+"""Augmentation as explicit geometry: drawn for all images at once, applied to each.
 
 The augmentation is that of DETR (Carion et al., ECCV 2020, section 4 and appendix A.4): a
 horizontal flip; then, with equal chance, a resize to a random short side, or a resize, a random
 crop and the first resize. Drawing it apart from applying it lets a plan know the final size of
-every picture before anything is read.
+every image before anything is read.
 
-Resize, crop and resize are done as one: the crop's region of the original picture is resampled
+Resize, crop and resize are done as one: the crop's region of the original image is resampled
 once, which is faster and sharper than twice. Boxes are the same.
 """
 
@@ -20,7 +20,7 @@ _MIN_SIDE = 0.1  # pixels: what is left of a cut object, if smaller, is dropped
 
 
 class Geometry(NamedTuple):
-    """How pictures become training pictures; every field may have leading dimensions.
+    """The augmentation of images; every field may have leading dimensions.
 
     Attributes:
       resized: int32 [..., 2], height and width after the first resize.
@@ -62,7 +62,7 @@ def resized_sizes(
     target = np.maximum(target, 1)
     other = target * long // short
     if max_long_side is not None:
-        # Rounding the short side up would carry very long pictures over the limit.
+        # Rounding the short side up would carry very long images over the limit.
         other = np.minimum(other, max_long_side)
     landscape = sizes[..., 0] <= sizes[..., 1]
     height, width = np.where(landscape, (target, other), (other, target))
@@ -70,10 +70,10 @@ def resized_sizes(
 
 
 def draw_geometry(rng: np.random.Generator, sizes: np.ndarray, augment: ConfigDict) -> Geometry:
-    """Draws the published augmentation for every picture.
+    """Draws the published augmentation for every image.
 
     Args:
-      rng: how much is drawn from it depends on the number of pictures only.
+      rng: how much is drawn from it depends on the number of images only.
       sizes: int [N, 2], heights and widths.
       augment: `config.data.augment`.
 
@@ -115,14 +115,14 @@ def eval_geometry(sizes: np.ndarray, short_side: int, max_long_side: int) -> Geo
 
 
 def largest_sizes(sizes: np.ndarray, augment: ConfigDict) -> np.ndarray:
-    """What `draw_geometry` may give at most: every final size lies within one of these.
+    """Returns bounds for the sizes that `draw_geometry` gives: each final size fits into one.
 
     Args:
       sizes: int [N, 2], heights and widths.
       augment: `config.data.augment`.
 
     Returns:
-      int32 [N, C, 2], the C candidates of each picture.
+      int32 [N, C, 2], the C candidates of each image.
     """
     sizes = np.asarray(sizes, np.int32)
     candidates = []
@@ -150,18 +150,18 @@ def apply(
     geometry: Geometry,
     canvas: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Applies a geometry to a picture and its objects.
+    """Applies a geometry to an image and its objects.
 
     Args:
       image: uint8 [H, W, 3].
       boxes: float [n, 4], left, top, right, bottom in pixels.
       labels: int [n].
       geometry: without leading dimensions.
-      canvas: uint8 [>= h, >= w, 3], into whose upper left corner the picture is written; None: a
+      canvas: uint8 [>= h, >= w, 3], into whose upper left corner the image is written; None: a
         new array.
 
     Returns:
-      The picture, uint8 [h, w, 3] with h and w from `geometry.size`, a view of the canvas if there
+      The image, uint8 [h, w, 3] with h and w from `geometry.size`, a view of the canvas if there
       is one; the boxes that are at least partly in it, float32 [m, 4], cut to it; their labels [m].
     """
     height, width = image.shape[:2]
@@ -201,10 +201,10 @@ def apply(
 def _resample(
     image: np.ndarray, region: tuple[float, float, float, float], out: np.ndarray
 ) -> None:
-    """Fills `out` with a region (left, top, right, bottom) of a picture, interpolated bilinearly.
+    """Fills `out` with a region (left, top, right, bottom) of an image, interpolated bilinearly.
 
-    Pillow's filter widens when it shrinks a picture, which keeps aliases away. Where nothing
-    shrinks, OpenCV gives the same to one grey level, in less time and in place.
+    Pillow's filter widens when it shrinks an image, which keeps aliases away. Where nothing
+    shrinks, OpenCV gives the same to one gray level, in less time and in place.
     """
     height, width = out.shape[:2]
     source_height, source_width = image.shape[:2]

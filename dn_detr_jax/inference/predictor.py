@@ -32,7 +32,7 @@ from dn_detr_jax.config import base_config, expand_user
 from dn_detr_jax.data import transforms
 from dn_detr_jax.data.coco_classes import Category, assumed_categories
 from dn_detr_jax.data.images import decode_upright
-from dn_detr_jax.data.plan import assign_canvases
+from dn_detr_jax.data.placement import assign_canvases
 from dn_detr_jax.errors import CheckpointError, DataError
 from dn_detr_jax.evaluation.detect import detect
 from dn_detr_jax.models.registry import abstract_params, build_model

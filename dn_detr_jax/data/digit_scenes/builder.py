@@ -38,7 +38,7 @@ class DigitScenesConfig(tfds.core.BuilderConfig):
 
 
 class DigitScenes(tfds.core.GeneratorBasedBuilder):
-    """Detection of handwritten digits in small pictures; see `scenes.py` for what is drawn."""
+    """Detection of handwritten digits in small images; see `scenes.py` for what is drawn."""
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "First version."}  # noqa: RUF012 (the type is that of TFDS)
@@ -93,7 +93,7 @@ class DigitScenes(tfds.core.GeneratorBasedBuilder):
 @contextlib.contextmanager
 def _scene_pool(count: int) -> Iterator[Callable[..., Iterator[Scene]]]:
     """A `map` in order over all processors, or the plain one where that would not pay."""
-    cv2.setNumThreads(1)  # the pictures are small: more threads only cost time
+    cv2.setNumThreads(1)  # the images are small: more threads only cost time
     processes = os.cpu_count() or 1
     if processes == 1 or count < 1000:
         yield map
@@ -128,9 +128,9 @@ def _features(scene: Scene, index: int, first_object: int) -> dict[str, Any]:
 
 
 def _encode_png(image: np.ndarray) -> bytes:
-    """PNG of an RGB picture; one fixed filter takes half the time of trying all, for 5% of size."""
+    """PNG of an RGB image; one fixed filter takes half the time of trying all, for 5% of size."""
     options = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP]
     encoded, png = cv2.imencode(".png", np.ascontiguousarray(image[..., ::-1]), options)
     if not encoded:
-        raise RuntimeError(f"OpenCV failed to encode a picture of shape {image.shape} as PNG")
+        raise RuntimeError(f"OpenCV failed to encode an image of shape {image.shape} as PNG")
     return png.tobytes()

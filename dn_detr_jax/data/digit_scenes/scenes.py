@@ -1,8 +1,8 @@
-"""Pictures of handwritten digits on varied backgrounds, drawn from a seed.
+"""Images of handwritten digits on varied backgrounds, drawn from a seed.
 
-The digits are the 1797 real ones that ship with scikit-learn (`load_digits`: 8 x 8 pixels, 17 grey
+The digits are the 1797 real ones that ship with scikit-learn (`load_digits`: 8 x 8 pixels, 17 gray
 levels; E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, 1998). They are enlarged
-smoothly, turned, coloured and composed, with exact boxes. A scene is a function of
+smoothly, turned, colored and composed, with exact boxes. A scene is a function of
 (seed, split, index): any scene can be drawn alone, in any process, with the same result.
 """
 
@@ -20,7 +20,7 @@ _DIGIT_HEIGHT = (18.0, 48.0)  # pixels, of the ink before it is turned
 _MAX_ANGLE = 20.0  # degrees
 _MAX_COVER = 0.2  # share of a digit's ink that others may cover
 _MAX_BOX_OVERLAP = 0.3  # intersection over the smaller of two boxes
-_BRIGHTEST_BACKGROUND = 100.0  # luminance of its main colour, of 255: digits are the brighter part
+_BRIGHTEST_BACKGROUND = 100.0  # luminance of its main color, of 255: digits are the brighter part
 _MIN_CONTRAST = 90.0  # luminance between a digit and what is under it, of 255
 _ENLARGE = 8  # of the 8 x 8 samples, before they are turned and brought to size
 _INK = 0.3  # opacity from which a pixel belongs to the box
@@ -28,7 +28,7 @@ _LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 
 
 class Scene(NamedTuple):
-    """A picture and what is in it."""
+    """An image and what is in it."""
 
     image: np.ndarray  # uint8 [H, W, 3], RGB
     boxes: np.ndarray  # int32 [n, 4], left, top, right, bottom of the ink: right, bottom exclusive
@@ -170,7 +170,7 @@ def _place(
     boxes: list[tuple[int, int, int, int]],
     inks: list[_Ink],
 ) -> tuple[int, int, int, int] | None:
-    """A box in the picture for a digit, or None; marks in `inks` what it will hide."""
+    """A box in the image for a digit, or None; marks in `inks` what it will hide."""
     height, width = alpha.shape
     for _ in range(30):
         top = int(rng.integers(0, size[0] - height + 1))
@@ -218,7 +218,7 @@ def _cover(box: tuple, alpha: np.ndarray, other: tuple, ink: _Ink) -> np.ndarray
 def _draw_color(
     rng: np.random.Generator, under: np.ndarray, alpha: np.ndarray, below: list[np.ndarray]
 ) -> np.ndarray:
-    """A colour that a person can tell from what is under the digit, and from its neighbours."""
+    """A color that a person can tell from what is under the digit, and from its neighbors."""
     luminance = np.sort((under @ _LUMINANCE)[alpha >= _INK])
     bright = luminance[len(luminance) * 9 // 10]
     colors = rng.uniform(0.0, 255.0, (48, 3)).astype(np.float32)
@@ -231,12 +231,12 @@ def _draw_color(
 
 
 def _near(rng: np.random.Generator, color: np.ndarray, reach: float) -> np.ndarray:
-    """A colour at most `reach` from another in each channel."""
+    """A color at most `reach` from another in each channel."""
     return np.clip(color + rng.uniform(-reach, reach, 3), 0.0, 255.0).astype(np.float32)
 
 
 def _draw_background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """A flat, graded, clouded or patterned picture, often with strokes: float32 [H, W, 3]."""
+    """A flat, graded, clouded or patterned image, often with strokes: float32 [H, W, 3]."""
     first = rng.uniform(0.0, 255.0, 3).astype(np.float32)
     first *= min(1.0, _BRIGHTEST_BACKGROUND / float(first @ _LUMINANCE))
     second = _near(rng, first, 60.0)
@@ -271,7 +271,7 @@ def _draw_background(rng: np.random.Generator, height: int, width: int) -> np.nd
 
 
 def _draw_strokes(rng: np.random.Generator, image: np.ndarray) -> None:
-    """Lines and arcs of little contrast, that are no digits, drawn into a float32 picture."""
+    """Lines and arcs of little contrast, that are no digits, drawn into a float32 image."""
     height, width = image.shape[:2]
     for _ in range(int(rng.integers(2, 9))):
         x, y = rng.uniform(0, width), rng.uniform(0, height)
