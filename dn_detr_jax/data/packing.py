@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 _FORMAT = 1
 _READERS = 8  # threads that look at files
+_STAMPED = 500  # files that a thread looks at in one go
 _TABLE, _SOURCE, _STAMPS = "annotations.npz", "source.json", "files.npy"
 
 
@@ -242,8 +243,10 @@ def _stamps(paths: Sequence[Path]) -> np.ndarray:
             return status.st_size, status.st_mtime_ns, status.st_ctime_ns
         return -1, -1, -1
 
-    with ThreadPoolExecutor(_READERS) as pool:
-        return np.array(list(pool.map(stamp, paths)), np.int64).reshape(-1, 3)
+    parts = [paths[start : start + _STAMPED] for start in range(0, len(paths), _STAMPED)]
+    with ThreadPoolExecutor(_READERS) as pool:  # disks in a network answer slowly
+        found = pool.map(lambda part: [stamp(path) for path in part], parts)
+        return np.array([row for rows in found for row in rows], np.int64).reshape(-1, 3)
 
 
 def _save_stamps(folder: Path, stamps: np.ndarray) -> None:
