@@ -1,32 +1,44 @@
-"""Does a training that is killed again and again end like one that nobody disturbed?
+"""Does a disturbed training end like an undisturbed one, bit for bit?
 
     python -m benchmarks.survival --json survival.json
     python -m benchmarks.survival --signals 3 --config.train.duration="40 steps"
 
-Trains a tiny detector with the real train.py once to the end. Then for SIGKILL, and again for
-SIGTERM, the same command is sent `--signals` signals, restarted after each, and left alone for the
-last stretch; if a run ends before it got all its signals, another one begins. The moments are
-random (`--seed`) and of four kinds:
+Trains a tiny detector on data in COCO's format with the real train.py once to the end. Then, for
+each kind of signal (SIGKILL, SIGTERM, SIGINT), the same command gets `--signals` signals, is
+started again after each, and runs undisturbed for the last stretch; if a run ends before it got all
+its signals, another one begins. The moments are random (`--seed`) and of six kinds:
 
-- start: before the first step of the process, while it imports, prepares, restores and compiles;
-- checkpoint: while a checkpoint is written, that is while Orbax's temporary directory is there;
+- start: while the process imports, reads its data and plans;
+- packing: while it packs the data, whose packed form was removed before;
+- compiling: while it initializes or restores the state and compiles;
+- step: at any time after the first step of the process;
 - evaluation: between the metrics that precede an evaluation and its result;
-- steps: at any time after the first step of the process.
+- save: while a checkpoint is written, that is while Orbax's temporary directory exists.
+
+After that, `--others` times each:
+
+- twice: a second training starts in the same work directory; it must be refused;
+- beside: `--eval_only --step latest` runs again and again beside the training;
+- full disk: the work directory lies on a small file system that fills; later it gets space and the
+  same command continues. This needs `unshare` and the right to mount a tmpfs.
 
 Of each run the last checkpoint (parameters, optimizer state, moving average: all arrays, read by
 Orbax alone; and the state of the host) and `metrics.jsonl` without its times must equal those of
-the undisturbed run bit for bit. After SIGTERM the exit status must be 0 each time. The exit status
-of this command is 1 if anything differs. SIGTERM is sent from the moment that the program handles
-it, which is when its flags are read; before that it is Python's, and ends it with status -15.
+the undisturbed run bit for bit. After SIGTERM and SIGINT the exit status must be 0 each time. The
+exit status of this command is 1 if anything differs. SIGTERM and SIGINT are sent from the moment
+that the program handles them, after its imports; before that they are Python's.
 
 Linux only. The detector has moving average, dropout, augmentation and the instability of matching,
-so that all that a run remembers is there; its values can be overridden.
+so that a run has every kind of state; its values can be overridden.
 """
 
+import functools
 import json
 import random
+import shutil
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -39,46 +51,63 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from benchmarks import common
 from benchmarks.trainings import (
+    PATIENCE,
     Training,
     checkpoints,
+    environment,
     last_line,
     small_config,
     unfinished,
+    write_coco_data,
     write_config,
 )
 from dn_detr_jax.commands.command_line import run_main
 
 FLAGS = flags.FLAGS
-KINDS = "SIGKILL", "SIGTERM"
-MOMENTS = "start", "checkpoint", "evaluation", "steps"
+KINDS = "SIGKILL", "SIGTERM", "SIGINT"
+MOMENTS = "start", "packing", "compiling", "step", "evaluation", "save"
+_PACKED = "packed"  # folder of the packed data, beside the config's file
+
+
+def survival_config() -> ConfigDict:
+    """The tiny detector on data in COCO's format, which is packed at the first start."""
+    config = small_config()
+    config.data.update(name="coco", labels="contiguous")
+    return config
 
 
 def define_flags() -> None:
-    """Defines them, when this is the program."""
-    config_flags.DEFINE_config_dict("config", small_config())
-    flags.DEFINE_integer("signals", 20, "How many signals of each kind.", lower_bound=1)
+    """Defines the flags of this command."""
+    config_flags.DEFINE_config_dict("config", survival_config())
+    flags.DEFINE_integer("signals", 20, "How many signals of each kind.", lower_bound=0)
     flags.DEFINE_multi_enum("kind", list(KINDS), KINDS, "Which signals.")
+    flags.DEFINE_integer("others", 3, "How many of each other disturbance.", lower_bound=0)
     flags.DEFINE_integer("seed", 0, "Of the moments.")
     flags.DEFINE_string("folder", "", "For data, runs and logs; empty: a temporary one.")
     flags.DEFINE_string("json", "", "Write the rows to this file, too.")
 
 
 class Durations:
-    """How long things take in an undisturbed run, in seconds."""
+    """How long the phases of an undisturbed run take, in seconds."""
 
     def __init__(self, training: Training):
         """Watches a run from its start to its end."""
         workdir = training.workdir
+        began = time.monotonic()
+        training.wait_until(lambda: phase(training) == "packing")
+        self.start = time.monotonic() - began
+        training.wait_until(lambda: phase(training) == "compiling")
+        self.packing = time.monotonic() - began - self.start
         training.wait_until(training.trains)
-        self.start = time.monotonic() - training.began
+        self.compiling = time.monotonic() - began - self.start - self.packing
         training.wait_until(lambda: unfinished(workdir))
         begin = time.monotonic()
         training.wait_until(lambda: not unfinished(workdir))
-        self.checkpoint = time.monotonic() - begin
+        self.save = time.monotonic() - begin
         training.end_well()
         self.total = time.monotonic() - training.began
         lines = metrics(workdir)
@@ -90,12 +119,25 @@ class Durations:
         )
 
     def as_row(self) -> dict[str, float]:
-        """For the table."""
+        """Returns the columns of the table."""
         return {f"{name}_s": round(value, 3) for name, value in vars(self).items()}
 
 
+def phase(training: Training) -> str:
+    """Which moment it is for a process, one of `MOMENTS`, by its output and its files."""
+    if training.trains():
+        if unfinished(training.workdir):
+            return "save"
+        return "evaluation" if evaluates(training.workdir) else "step"
+    output = training.output()
+    if "first epoch: " in output:
+        return "compiling"
+    lines = output.splitlines()
+    return "packing" if lines and " packing " in lines[-1] else "start"
+
+
 class Signals:
-    """Sends signals to trainings at random moments, and keeps account.
+    """Sends signals to trainings at random moments, and records them.
 
     Attributes:
       name: of the signal.
@@ -120,33 +162,41 @@ class Signals:
         self._random.shuffle(moments)
         while moments:
             workdir = self._config_file.parent / f"{self.name.lower()}_{len(self.runs)}"
-            training = Training(self._config_file, workdir)
+            training = self._start(workdir, moments)
             while moments and self._reaches(moments[-1], training):
                 self._send(moments.pop(), training)
-                training = Training(self._config_file, workdir)
+                training = self._start(workdir, moments)
             training.end_well()
             self.runs.append(workdir)
+
+    def _start(self, workdir: Path, moments: list[str]) -> Training:
+        if moments and moments[-1] == "packing":
+            shutil.rmtree(self._config_file.parent / _PACKED, ignore_errors=True)
+        return Training(self._config_file, workdir)
 
     def _reaches(self, moment: str, training: Training) -> bool:
         """Waits for a moment of that kind; False if the training has ended before."""
         durations, workdir = self._durations, training.workdir
+        # SIGTERM is the last one to get its handler.
+        if not training.wait_until(lambda: training.handles(signal.SIGTERM)):
+            return False
         if moment == "start":
-            handled = self._number != signal.SIGTERM
-            ready = training.wait_until(lambda: handled or training.handles(self._number))
-            return ready and self._pause(training, 0.9 * durations.start)
+            return self._pause(training, 0.9 * durations.start)
+        if moment == "packing":
+            there = training.wait_until(lambda: phase(training) != "start")
+            return there and self._pause(training, 0.9 * durations.packing)
+        if moment == "compiling":
+            there = training.wait_until(lambda: phase(training) not in ("start", "packing"))
+            return there and self._pause(training, 0.9 * durations.compiling)
         if not training.wait_until(training.trains):
             return False
-        durations.start = min(durations.start, time.monotonic() - training.began)
         # Some steps on, so that not every process does the same steps again.
         goal = last_line(workdir)["step"] + self._random.randint(0, 4)
         training.wait_until(lambda: last_line(workdir)["step"] >= goal)
-        if moment == "checkpoint":
-            there = training.wait_until(lambda: unfinished(workdir))
-            return there and self._pause(training, durations.checkpoint)
-        if moment == "evaluation":
-            there = training.wait_until(lambda: evaluates(workdir))
-            return there and self._pause(training, 0.7 * durations.evaluation)
-        return self._pause(training, 10 * durations.step)
+        if moment == "step":
+            return self._pause(training, 10 * durations.step)
+        there = training.wait_until(lambda: phase(training) == moment)
+        return there and self._pause(training, 0.7 * getattr(durations, moment))
 
     def _pause(self, training: Training, longest: float) -> bool:
         until = time.monotonic() + self._random.uniform(0, longest)
@@ -154,22 +204,16 @@ class Signals:
 
     def _send(self, moment: str, training: Training) -> None:
         workdir = training.workdir
-        in_the_act = {
-            "start": lambda: not training.trains(),
-            "checkpoint": lambda: unfinished(workdir),
-            "evaluation": lambda: evaluates(workdir),
-            "steps": training.trains,
-        }[moment]
-        caught, sent = in_the_act(), time.monotonic()
+        found, sent = phase(training), time.monotonic()
         training.process.send_signal(self._number)
         status, seconds = training.end(), time.monotonic() - sent
         if self._number == signal.SIGKILL:
-            caught = in_the_act()  # all lies there as it did at that moment
+            found = phase(training)  # nothing has changed since
         event = {
             "signal": self.name,
-            "moment": moment,
+            "aimed_at": moment,
+            "moment": found,
             "run": workdir.name,
-            "in_the_act": caught,
             "logged": last_line(workdir).get("step", 0),
             "saved": max(checkpoints(workdir), default=0),
             "status": status,
@@ -213,51 +257,146 @@ def differences(one: dict[str, bytes], other: dict[str, bytes]) -> list[str]:
     return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
 
 
-def account(signals: Signals, expected: dict[str, bytes]) -> dict[str, Any]:
-    """The row of a kind of signal."""
-    sent = Counter(event["moment"] for event in signals.events)
-    caught = Counter(event["moment"] for event in signals.events if event["in_the_act"])
-    differing = [
-        f"{run.name}: {name}"
-        for run in signals.runs
-        for name in differences(expected, contents(run))
-    ]
+def signals_row(signals: Signals, expected: dict[str, bytes]) -> dict[str, Any]:
+    """Returns the row of a kind of signal."""
+    caught = Counter(event["moment"] for event in signals.events)
     return {
         "run": f"under {signals.name}",
         "signals": len(signals.events),
-        **{moment: f"{caught[moment]} of {sent[moment]}" for moment in MOMENTS},
+        **{moment: caught[moment] for moment in MOMENTS},
         "statuses": ", ".join(map(str, sorted({event["status"] for event in signals.events}))),
         "slowest_exit_s": max(event["seconds"] for event in signals.events),
-        "runs": len(signals.runs),
-        "compared": len(expected),
-        "different": len(differing),
-        "differing": differing,
+        **comparison(signals.runs, expected),
         "events": signals.events,
     }
 
 
+def comparison(runs: Sequence[Path], expected: dict[str, bytes]) -> dict[str, Any]:
+    """Returns the columns of how many parts of runs differ from the undisturbed one."""
+    differing = [
+        f"{run.name}: {name}" for run in runs for name in differences(expected, contents(run))
+    ]
+    return {
+        "runs": len(runs),
+        "compared": len(expected),
+        "different": len(differing),
+        "differing": differing,
+    }
+
+
+def train_twice(config_file: Path, expected: dict[str, bytes]) -> dict[str, Any]:
+    """Starts a second training in the work directory of another; returns the row."""
+    runs, refused = [], 0
+    for number in range(FLAGS.others):
+        workdir = config_file.parent / f"twice_{number}"
+        first = Training(config_file, workdir)
+        first.wait_until(first.trains if number % 2 else (workdir / "lock").exists)
+        second = Training(config_file, workdir, log=".second.log")
+        in_use = f"in use by process {first.process.pid} on "
+        refused += second.end() == 1 and in_use in second.tail()
+        first.end_well()
+        runs.append(workdir)
+    return {"run": "twice", "refused": refused, **comparison(runs, expected)}
+
+
+def evaluate_beside(config_file: Path, expected: dict[str, bytes]) -> dict[str, Any]:
+    """Evaluates the latest checkpoint beside a training, until that ends; returns the row."""
+    runs, evaluated, tables = [], 0, 0
+    for number in range(FLAGS.others):
+        workdir = config_file.parent / f"beside_{number}"
+        training = Training(config_file, workdir)
+        while training.wait_until(functools.partial(checkpoints, workdir)):
+            flags_ = "--eval_only", "--step=latest"
+            evaluation = Training(config_file, workdir, *flags_, log=".evaluation.log")
+            tables += evaluation.end() == 0 and "AP     @[ IoU=0.50:0.95" in evaluation.output()
+            evaluated += 1
+        training.end_well()
+        runs.append(workdir)
+    row = {"run": "beside", "evaluations": evaluated, "tables": tables}
+    return row | comparison(runs, expected)
+
+
+_ON_SMALL_DISK = """
+mount -t tmpfs -o size=$1 none "$2" || exit 77
+shift; disk=$1; copy=$2; shift 2
+"$@"; status=$?
+echo "status $status, saved: $(ls "$disk"/run/checkpoints | tr '\\n' ' ')"
+mount -o remount,size=1g "$disk"
+"$@" || exit 78
+cp -r "$disk"/run "$copy"
+exit $status
+"""
+
+
+def fill_disks(config_file: Path, expected: dict[str, bytes]) -> dict[str, Any]:
+    """Trains on file systems of random sizes, then again with space; returns the row."""
+    folder = config_file.parent
+    undisturbed = [p.stat().st_size for p in (folder / "undisturbed").rglob("*") if p.is_file()]
+    generator = random.Random(f"{FLAGS.seed} full disk")
+    runs, full, told = [], 0, 0
+    for number in range(FLAGS.others):
+        disk, copy = folder / f"disk_{number}", folder / f"full_{number}"
+        log = folder / f"full_{number}.log"
+        disk.mkdir()
+        size = int(generator.uniform(0.1, 0.9) * sum(undisturbed))
+        command = ["unshare", "-rm", "sh", "-c", _ON_SMALL_DISK, "sh", str(size), str(disk)]
+        command += [str(copy), sys.executable, str(common.ROOT / "train.py")]
+        command += [f"--config={config_file}", f"--workdir={disk / 'run'}"]
+        with log.open("w") as file:
+            status = subprocess.run(
+                command, stdout=file, stderr=file, env=environment(), timeout=PATIENCE, check=False
+            ).returncode
+        if status == 77:
+            return {"run": "full disk", "skipped": "a tmpfs can't be mounted here", "different": 0}
+        first = log.read_text(errors="replace").split("\nstatus ")[0].splitlines()[-1]
+        full += status == 1
+        told += first.startswith("error: ") and "no space left on" in first.lower()
+        if status == 78 or not copy.exists():
+            return {"run": "full disk", "different": 1, "differing": [f"{log}: not continued"]}
+        runs.append(copy)
+    return {"run": "full disk", "full": full, "told": told, **comparison(runs, expected)}
+
+
+def is_good(row: dict[str, Any]) -> bool:
+    """Whether the runs of a row ended as they must."""
+    if row["different"]:
+        return False
+    if row["run"] in ("under SIGTERM", "under SIGINT"):
+        return row["statuses"] == "0"
+    asked = {"twice": "refused", "full disk": "told"}.get(row["run"])
+    expected = {"twice": row.get("runs"), "full disk": row.get("full")}.get(row["run"])
+    if row["run"] == "beside":
+        asked, expected = "tables", row["evaluations"]
+    return asked is None or row.get(asked) == expected
+
+
 def measure(folder: Path) -> bool:
-    """All runs in a folder; whether all is as it should be."""
-    config_file = write_config(FLAGS.config, folder)
+    """Makes all runs in a folder; whether all ended as they must."""
+    config = FLAGS.config
+    config.data.packed_dir = str(folder / _PACKED)
+    config_file = write_config(config, folder)
+    write_coco_data(folder / "data")
     report = common.Report("survival")
-    # The first run prepares the data and fills the cache of compiled programs: its durations are
-    # not those of the others.
+    # The first run fills the cache of compiled programs: its durations are not typical.
     Training(config_file, folder / "first").end_well()
+    shutil.rmtree(folder / _PACKED)
     durations = Durations(Training(config_file, folder / "undisturbed"))
     expected = contents(folder / "undisturbed")
     unequal = len(differences(expected, contents(folder / "first")))
     row = {"run": "undisturbed, twice"} | durations.as_row()
     report.add(row | {"compared": len(expected), "different": unequal})
-    for name in FLAGS.kind:
+    if FLAGS.others:
+        for disturb in (train_twice, evaluate_beside, fill_disks):
+            report.add(disturb(config_file, expected))
+    for name in FLAGS.kind if FLAGS.signals else ():
         signals = Signals(name, config_file, durations)
         signals.run()
-        report.add(account(signals, expected))
+        report.add(signals_row(signals, expected))
     report.show(split_by="run")
     for row in report.rows():
         for name in row.get("differing", [])[:5]:
             print(f"differs from the undisturbed run: {name}")
-    left_well = all(r["statuses"] == "0" for r in report.rows() if r["run"] == "under SIGTERM")
-    return left_well and not any(row["different"] for row in report.rows())
+    return all(is_good(row) for row in report.rows())
 
 
 def main(argv: Sequence[str]) -> None:

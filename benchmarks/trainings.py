@@ -14,7 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
+from PIL import Image
 
 from benchmarks import common
 from dn_detr_jax.config import base_config, validate
@@ -85,21 +87,24 @@ class Training:
       began: value of `time.monotonic` at its start.
     """
 
-    def __init__(self, config_file: Path, workdir: Path):
-        """Starts it; what it prints is added to a file beside the work directory, `.log`.
+    def __init__(self, config_file: Path, workdir: Path, *arguments: str, log: str = ".log"):
+        """Starts it; its output is added to a file beside the work directory.
 
         Args:
           config_file: of `write_config`.
           workdir: of the run.
+          arguments: further ones of train.py.
+          log: suffix of that file.
         """
         self.workdir, self.began, self._began_at = workdir, time.monotonic(), time.time()
-        self._log = workdir.with_suffix(".log")
+        self._log = workdir.with_suffix(log)
         command = [sys.executable, str(common.ROOT / "train.py")]
-        command += [f"--config={config_file}", f"--workdir={workdir}"]
-        with self._log.open("a") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment())
+        command += [f"--config={config_file}", f"--workdir={workdir}", *arguments]
+        with self._log.open("a") as file:
+            self._log_start = file.tell()
+            self.process = subprocess.Popen(command, stdout=file, stderr=file, env=environment())
 
-    def wait_until(self, happened: Callable[[], bool]) -> bool:
+    def wait_until(self, happened: Callable[[], Any]) -> bool:
         """Waits for something; False if the process has ended before.
 
         Raises:
@@ -135,10 +140,46 @@ class Training:
         if self.end():
             raise RuntimeError(f"{self.workdir}: ended with an error: {self.tail()}")
 
+    def output(self) -> str:
+        """Returns the output of this start."""
+        with self._log.open("rb") as file:
+            file.seek(self._log_start)
+            return file.read().decode("utf-8", "replace")
+
     def tail(self) -> str:
-        """The last line that it printed."""
-        lines = self._log.read_text(errors="replace").strip().splitlines()
-        return lines[-1] if lines else "it printed nothing"
+        """Returns the last line of the output."""
+        lines = self.output().strip().splitlines()
+        return lines[-1] if lines else "no output"
+
+
+def write_coco_data(folder: Path, images: int = 200, seed: int = 0) -> None:
+    """Writes data in COCO's format: images of noise with rectangles of ten brightnesses.
+
+    Args:
+      folder: for `annotations`, `train` and `val`.
+      images: of the training split; a tenth of them for validation.
+      seed: of the images.
+    """
+    rng = np.random.default_rng(seed)
+    categories = [{"id": i + 1, "name": f"brightness {i}"} for i in range(10)]
+    for split, count in (("train", images), ("val", images // 10)):
+        (folder / split).mkdir(parents=True)
+        listed, objects = [], []
+        for number in range(1, count + 1):
+            pixels = rng.integers(0, 60, (80, 96, 3), np.uint8)
+            for _ in range(rng.integers(1, 4)):
+                label, (w, h) = int(rng.integers(10)), rng.integers(10, 40, 2).tolist()
+                x, y = int(rng.integers(96 - w)), int(rng.integers(80 - h))
+                pixels[y : y + h, x : x + w] = 60 + 19 * label
+                box = {"id": len(objects) + 1, "image_id": number, "category_id": label + 1}
+                objects.append(box | {"bbox": [x, y, w, h], "area": w * h, "iscrowd": 0})
+            name = f"{number:04d}.png"
+            Image.fromarray(pixels).save(folder / split / name)
+            listed.append({"id": number, "file_name": name, "width": 96, "height": 80})
+        document = {"images": listed, "annotations": objects, "categories": categories}
+        path = folder / "annotations" / f"instances_{split}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(document))
 
 
 def environment() -> dict[str, str]:

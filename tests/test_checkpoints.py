@@ -1,11 +1,13 @@
 """Checkpoints: bit-exact, atomic, and every failure is one line that names path and cause."""
 
+import dataclasses
 import errno
 import json
 import logging
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,10 +22,13 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
+from dn_detr_jax.checkpoints import lock
+from dn_detr_jax.checkpoints.categories import match_labels, matched_categories
 from dn_detr_jax.checkpoints.manager import Checkpoints
+from dn_detr_jax.checkpoints.params import read_params
 from dn_detr_jax.checkpoints.run_config import read_config
 from dn_detr_jax.config import base_config
-from dn_detr_jax.data.coco_classes import Category
+from dn_detr_jax.data.coco_classes import Category, assumed_categories
 from dn_detr_jax.errors import CheckpointError
 
 
@@ -321,6 +326,98 @@ def test_a_damaged_config_is_named(copied, content):
     with pytest.raises(CheckpointError, match=r"config\.json: can't be read") as error:
         Checkpoints(copied, base_config())
     one_line(error)
+
+
+# The lock
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from dn_detr_jax.checkpoints.lock import WorkdirLock
+lock = WorkdirLock(Path(sys.argv[1]))
+print("locked", flush=True)
+time.sleep(60)
+"""
+
+
+def test_one_process_at_a_time_writes_and_its_death_unlocks(copied):
+    """Catches a lock that outlives a killed process, or that keeps readers out."""
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(copied)], stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout.readline() == "locked\n"
+        config = (copied / "config.json").read_bytes()
+        for _ in range(2):  # a refusal leaves the lock with its owner
+            with pytest.raises(CheckpointError, match="in use by process") as error:
+                Checkpoints(copied, base_config(), categories=CATEGORIES)
+            assert f"process {holder.pid} on {socket.gethostname()}, since" in one_line(error)
+        assert (copied / "config.json").read_bytes() == config
+        with Checkpoints(copied, None, read_only=True) as checkpoints:
+            assert checkpoints.latest_step() == 2
+        holder.kill()
+    Checkpoints(copied, base_config(), categories=CATEGORIES).close()
+
+
+def test_a_process_does_not_share_its_own_lock_and_releases_it(copied):
+    """Catches two trainings in one notebook: to a lock of the system they are one process."""
+    with (
+        Checkpoints(copied, None),
+        pytest.raises(CheckpointError, match=rf"this process \({os.getpid()}\)"),
+    ):
+        Checkpoints(copied, None)
+    with pytest.raises(CheckpointError, match="class 0"):  # after it was locked
+        Checkpoints(copied, base_config(), categories=CATEGORIES[::-1])
+    Checkpoints(copied, None).close()
+
+
+def test_a_file_system_without_locks_is_a_warning(copied, monkeypatch, caplog):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "lockf", no_locks)
+    Checkpoints(copied, None).close()
+    assert "No locks available" in caplog.text
+
+
+def test_parameters_are_read_while_a_training_removes_checkpoints(copied, monkeypatch):
+    """Catches an evaluation that takes the removal of a checkpoint for damage."""
+    restore, calls = Checkpoints.restore_params, []
+
+    def removed_first(self, shapes, step):
+        calls.append(step)
+        if len(calls) == 1:
+            shutil.copytree(copied / "checkpoints" / "2", copied / "checkpoints" / "3")
+            shutil.rmtree(copied / "checkpoints" / "2")
+        return restore(self, shapes, step)
+
+    monkeypatch.setattr(Checkpoints, "restore_params", removed_first)
+    found = read_params(copied, abstract(make_state().params), "latest")
+    assert (found.step, calls) == (3, [2, 3])
+    assert_same_bits(found.params, make_state(2).params)
+
+
+# Classes
+
+
+def test_labels_are_matched_by_name_where_the_sets_agree():
+    """Catches labels taken by position, and classes that share a name or are unused."""
+    run = (Category(1, "square"), Category(2, "disc"), Category(3, "bar"))
+    other_ids = tuple(dataclasses.replace(c, id=5 * c.id) for c in run)
+    assert match_labels(run, other_ids, "run", "data") == (0, 1, 2)
+    assert match_labels(run, run[::-1], "run", "data") == (2, 1, 0)
+    holes = (Category(0, ""), Category(1, "bar"), Category(2, ""), *run[:2])
+    labels = match_labels(run, holes, "run", "data")
+    assert [labels[i] for i in (1, 3, 4)] == [2, 0, 1]
+    assert matched_categories(run, holes, labels) == (run[0], run[1], holes[1])
+    unknown = assumed_categories(3)
+    assert match_labels(unknown, run, "run", "data") == (0, 1, 2)
+    assert matched_categories(unknown, run, (0, 1, 2)) == run
+    with pytest.raises(CheckpointError, match=r"only in run: 'bar'; only in data: 'rod'"):
+        match_labels(run, (*run[:2], Category(3, "rod")), "run", "data")
+    twice = (*run, Category(4, "disc"))
+    assert match_labels(twice, twice, "run", "data") == (0, 1, 2, 3)
+    with pytest.raises(CheckpointError, match=r"'disc' is the name of several classes"):
+        match_labels(twice, twice[::-1], "run", "data")
 
 
 # Damage

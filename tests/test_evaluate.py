@@ -6,8 +6,11 @@ import logging
 import numpy as np
 import pytest
 
+from dn_detr_jax.data.coco_classes import Category
 from dn_detr_jax.data.datasets import open_dataset
+from dn_detr_jax.errors import CheckpointError
 from dn_detr_jax.evaluation.evaluator import Evaluator
+from dn_detr_jax.evaluation.labels import with_labels_of_run
 from dn_detr_jax.models.registry import num_matching_queries
 from dn_detr_jax.sharding import make_mesh
 
@@ -58,6 +61,31 @@ def test_finding_everything_is_an_ap_of_one(validation, digits_config):
     assert metrics["AP"] == 1.0 and metrics["instability"] == 0.0
 
 
+def test_labels_of_a_run_are_matched_by_name(validation, digits_config):
+    """Catches classes mixed up where a run numbers them differently from the data.
+
+    The detections have the labels of the run, whatever the data says; category ids with holes.
+    """
+    order = np.random.default_rng(0).permutation(10)
+    run = [Category(7 * i + 1, validation.categories[label].name) for i, label in enumerate(order)]
+    relabeled = with_labels_of_run(validation, run, "the run")
+    assert [c.name for c in relabeled.categories] == [c.name for c in run]
+    for position in range(len(validation)):
+        labels = relabeled.source[position].labels
+        np.testing.assert_array_equal(order[labels], validation.source[position].labels)
+    evaluator = Evaluator(relabeled, digits_config, finds_everything(digits_config), make_mesh(1))
+    evaluation = evaluator({})
+    assert evaluation.metrics["AP"] == 1.0
+    assert set(evaluation.per_class) == {category.name for category in run}
+    assert with_labels_of_run(validation, validation.categories, "the run") is validation
+
+
+def test_other_classes_than_the_run_are_named(validation):
+    run = [*validation.categories[:-1], Category(9, "ten")]
+    with pytest.raises(CheckpointError, match=r"only in the run: 'ten'; only in .*: 'nine'"):
+        with_labels_of_run(validation, run, "the run")
+
+
 def test_an_unreadable_picture_counts_as_one_without_detections(validation, digits_config, caplog):
     """Against leaving its detections out; its objects must not be left out of the recall."""
     digits_config.data.skip_bad = True
@@ -66,7 +94,7 @@ def test_an_unreadable_picture_counts_as_one_without_detections(validation, digi
     broken = dataclasses.replace(validation, source=Damaged(validation.source, [position]))
     with caplog.at_level(logging.WARNING):
         metrics = evaluate(broken, digits_config, times=2)
-    assert "1 pictures can't be read" in caplog.text
+    assert "1 images can't be read" in caplog.text
     labels = validation.annotations.category_ids
     lost = np.bincount(labels[validation.annotations.rows == position], minlength=10)
     recall = 1 - lost / np.bincount(labels, minlength=10)

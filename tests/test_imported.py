@@ -53,16 +53,28 @@ def stored(workdir, config, step):
         return flat(jax.device_get(checkpoints.restore_params(shapes, step)))
 
 
-def test_evaluation_of_an_import(tmp_path, digits_dir, capsys):
-    """Catches a step "best" that an import does not have, and parts that only trainings leave."""
+def test_evaluation_of_an_import(tmp_path, digits_dir, capsys, monkeypatch):
+    """Catches a step "best" that an import does not have, and parts that only trainings leave.
+
+    The training split can't be opened, and only `evaluations` is written.
+    """
     config = official_like(digits_dir)
+    config.train.batch_size = 10_000  # more than there are images
     workdir, _ = imported(tmp_path, config)
+    monkeypatch.setattr(report, "open_dataset", None)
+    before = {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
     evaluation = report.evaluate(config, workdir)
     assert 0 <= evaluation.metrics["AP"] < 0.2  # random weights
     printed = capsys.readouterr().out
     assert re.search(r"^AP .*IoU=0.50:0.95", printed, re.MULTILINE)
     assert f"checkpoint  {workdir / 'checkpoints' / '0'}" in printed
-    assert (workdir / "pictures" / "detections.png").stat().st_size > 1000
+    written = {p for p in workdir.rglob("*") if p.is_file()} - before.keys()
+    folder = workdir / "evaluations"
+    assert written == {folder / "step_0.json", folder / "step_0" / "detections.png"}
+    assert all(p.read_bytes() == content for p, content in before.items())
+    record = json.loads((folder / "step_0.json").read_text())
+    assert record["step"] == 0 and record["metrics"]["AP"] == evaluation.metrics["AP"]
+    assert record["per_class"].keys() == evaluation.per_class.keys()
 
 
 @pytest.mark.slow

@@ -17,6 +17,8 @@ import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
+from dn_detr_jax.checkpoints.lock import WorkdirLock
+
 _ROOT = Path(__file__).parent.parent
 _CONFIG = _ROOT / "tests" / "data" / "tiny.py"
 # Optimising the tiny programs takes longer than running them.
@@ -96,18 +98,23 @@ def finished(tmp_path_factory, digits_dir):
 def test_killed_and_terminated_run_ends_like_an_undisturbed_one(
     finished, tmp_path_factory, digits_dir
 ):
-    """Catches state outside the checkpoint: data order, noise, schedule, matching of last epoch."""
+    """Catches state outside the checkpoint: data order, noise, schedule, matching of last epoch.
+
+    The last stretch is profiled, which must change nothing.
+    """
     workdir = tmp_path_factory.mktemp("interrupted")
     status, _ = _interrupt(workdir, digits_dir, signal.SIGKILL, at_step=3)
     assert status == -signal.SIGKILL
-    status, stderr = _interrupt(workdir, digits_dir, signal.SIGTERM, at_step=4)
+    status, stderr = _interrupt(workdir, digits_dir, signal.SIGINT, at_step=4)
     assert status == 0, stderr
     stopped = max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
     assert 4 <= stopped < 8, stderr
-    assert "SIGTERM" in stderr
-    done = _run(workdir, digits_dir)
+    assert f"Ctrl-C: saved step {stopped}; the same command continues" in stderr
+    done = _run(workdir, digits_dir, "--config.train.profile=1 steps")
     assert done.returncode == 0, done.stderr
     assert f"continuing from step {stopped}" in done.stderr
+    assert "steps 8 to 8 profiled" in done.stderr
+    assert [path.stat().st_size > 0 for path in workdir.glob("profile/**/*.xplane.pb")] == [True]
 
     expected, got = _arrays(finished[0], 8), _arrays(workdir, 8)
     assert jax.tree.structure(expected) == jax.tree.structure(got)
@@ -124,20 +131,22 @@ def test_killed_and_terminated_run_ends_like_an_undisturbed_one(
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks at the process in /proc")
-def test_sigterm_during_start_up_leaves_at_once_with_status_0(tmp_path, digits_dir):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_during_start_up_ends_at_once_with_status_0(tmp_path, digits_dir, number):
     """Catches a pre-empted job that counts as failed because it had not come to its first step."""
     command = _command(tmp_path, digits_dir)
     with subprocess.Popen(command, env=_ENV, stderr=subprocess.PIPE, text=True) as process:
         status, deadline = Path(f"/proc/{process.pid}/status"), time.monotonic() + 60
         handled = 0
-        while not handled >> (signal.SIGTERM - 1) & 1:
+        while not handled >> (signal.SIGTERM - 1) & 1:  # the last one to get its handler
             assert time.monotonic() < deadline
             time.sleep(0.01)
             handled = int(re.search(r"SigCgt:\s*(\w+)", status.read_text())[1], 16)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         _, stderr = process.communicate(timeout=30)
     assert process.returncode == 0, stderr
-    assert "SIGTERM" in stderr and "the same command continues" in stderr
+    name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+    assert stderr == f"{name}: ended; nothing was to be saved; the same command continues\n"
     assert not (tmp_path / "checkpoints").exists()
 
 
@@ -183,12 +192,38 @@ def test_metrics_file_holds_every_term_and_is_finite(finished):
 @pytest.mark.smoke
 @pytest.mark.slow
 def test_eval_only_prints_the_table_of_the_training(finished, digits_dir):
+    """Catches another result, a file of the run that is rewritten, and a lock that keeps it out.
+
+    A file stands where the results would go: the table must come all the same.
+    """
     workdir, trained = finished
-    before = (workdir / "metrics.jsonl").read_text()
+    (workdir / "evaluations").write_text("")
+    before = {p: (p.stat().st_ino, p.read_bytes()) for p in workdir.rglob("*") if p.is_file()}
+    lock = WorkdirLock(workdir)  # as of a training that goes on
     done = _run(workdir, digits_dir, "--eval_only")
+    lock.release()
     assert done.returncode == 0, done.stderr
-    assert done.stdout == trained.stdout
-    assert (workdir / "metrics.jsonl").read_text() == before
+    table, _ = trained.stdout.split("pictures")
+    assert done.stdout == table
+    after = {p: (p.stat().st_ino, p.read_bytes()) for p in workdir.rglob("*") if p.is_file()}
+    lock_file = workdir / "lock"
+    assert after | {lock_file: None} == before | {lock_file: None}
+    for warning in ("the evaluation is not recorded", "the figures are not complete"):
+        assert f"{warning}: " in done.stderr
+
+
+def test_a_second_training_in_a_work_directory_is_refused(tmp_path, digits_dir):
+    """Catches two trainings that delete each other's unfinished checkpoints."""
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    lock = WorkdirLock(workdir)
+    done = _run(workdir, digits_dir)
+    lock.release()
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"error: {workdir}: in use by process {os.getpid()} on ")
+    assert "compiled" not in done.stderr
+    assert sorted(path.name for path in workdir.iterdir()) == ["checkpoints", "lock"]
 
 
 def test_loss_that_is_not_finite_ends_the_run(tmp_path, digits_dir):

@@ -51,6 +51,7 @@ from dn_detr_jax.checkpoints.run_config import (
 from dn_detr_jax.data.coco_classes import Category
 from dn_detr_jax.distributed.consistency import barrier
 from dn_detr_jax.errors import CheckpointError
+from dn_detr_jax.files import write_json_atomically
 
 PyTree = Any
 
@@ -112,7 +113,7 @@ class Checkpoints:
             if self._lock is not None:
                 self._empty_trash()
                 if self._document is not None:
-                    _write_json(self.workdir / CONFIG_FILE, self._document)
+                    write_json_atomically(self.workdir / CONFIG_FILE, self._document)
             if not read_only:
                 barrier("directory of checkpoints")
             self._check_files()
@@ -256,7 +257,7 @@ class Checkpoints:
         if jax.process_index() != 0:
             return
         folder = next(self.directory.glob(f"{self._saving}.*"))
-        _write_json(folder / CHECKSUMS, compute_checksums(folder))
+        write_json_atomically(folder / CHECKSUMS, compute_checksums(folder))
 
     def _empty_trash(self) -> None:
         if not self._read_only and jax.process_index() == 0:
@@ -451,13 +452,6 @@ def _ranked(steps: Sequence[int], scores: Mapping[int, float]) -> list[int]:
     """The steps that have a score, the best last."""
     scored = [step for step in steps if step in scores and not math.isnan(scores[step])]
     return sorted(scored, key=lambda step: (scores[step], step))
-
-
-def _write_json(path: Path, value: Any) -> None:
-    """Writes a file as a whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    temporary.replace(path)
 
 
 def _listed(steps: Sequence[int]) -> str:

@@ -82,7 +82,7 @@ class CocoEvaluator:
     ) -> None:
         """Takes the detections of a batch.
 
-        An image that was added before is left as it was, so that a picture which two processes
+        An image that was added before is left as it was, so that an image that two processes
         evaluate counts once. Detections need no order and no threshold.
 
         Args:

@@ -1,4 +1,4 @@
-"""One evaluation of a detector: all pictures of a split, COCO metrics, instability of matching."""
+"""One evaluation of a detector: all images of a split, COCO metrics, instability of matching."""
 
 import dataclasses
 import logging
@@ -24,11 +24,11 @@ Detect = Callable[[dict, dict], dict[str, jax.Array]]
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What one evaluation found.
+    """The result of one evaluation.
 
     Attributes:
       metrics: COCO metrics by name (`AP`, `AP50`, ..., `ARl`), 0 to 1, NaN where nothing counts;
-        and `instability`, entries per picture, once two evaluations can be compared.
+        and `instability`, entries per image, once two evaluations can be compared.
       per_class: AP by class name.
     """
 
@@ -36,12 +36,16 @@ class Evaluation:
     per_class: dict[str, float]
 
     def table(self) -> str:
-        """The COCO summary, with AP per class below."""
+        """Returns the COCO summary, with AP per class below."""
         return format_table(self.metrics, self.per_class)
 
 
 class Evaluator:
-    """Evaluates parameters on a split, and remembers the matching of the evaluation before."""
+    """Evaluates parameters on a split, and compares their matching with the evaluation before.
+
+    Attributes:
+      instability: of the matching; None with `eval.instability_images` of 0.
+    """
 
     def __init__(self, dataset: Dataset, config: ConfigDict, detect: Detect, mesh: Mesh):
         """Prepares evaluations.
@@ -64,7 +68,7 @@ class Evaluator:
         """Evaluates; every process takes part and gets the result."""
         category_ids = [category.id for category in self._dataset.categories]
         coco = CocoEvaluator(self._ground_truth, category_ids)
-        # The devices work on a batch while the host takes in the one before.
+        # The devices compute a batch while the host processes the previous one.
         pending = None
         batches = eval_batches(
             self._dataset, self._config, jax.process_index(), jax.process_count()
@@ -78,10 +82,10 @@ class Evaluator:
         if pending is not None:
             self._take(coco, pending)
         if coco.missing() and not self._config.data.skip_bad:
-            raise RuntimeError(f"{coco.missing()} pictures of the split were not evaluated")
+            raise RuntimeError(f"{coco.missing()} images of the split were not evaluated")
         if coco.missing():
             logger.warning(
-                "%d pictures can't be read: they count as pictures without any detection",
+                "%d images can't be read: they count as images without any detection",
                 coco.missing(),
             )
         return self._result(coco)
@@ -94,7 +98,7 @@ class Evaluator:
             self.instability.update(found["image_id"], vectors)
 
     def _result(self, coco: CocoEvaluator) -> Evaluation:
-        # The metrics are the same wherever they are computed; the first process does it for all.
+        # The first process computes the metrics for all.
         names = list(CocoEvaluator.METRICS)
         classes = [category["name"] for category in self._ground_truth["categories"]]
         values = np.zeros(len(names) + len(classes))
@@ -104,11 +108,8 @@ class Evaluator:
         values = gather(values)[0]
         metrics = dict(zip(names, map(float, values), strict=False))
         per_class = dict(zip(classes, map(float, values[len(names) :]), strict=True))
-        instability = (
-            self.instability.finish(self._config.data.skip_bad)
-            if self.instability is not None
-            else None
-        )
-        if instability is not None:
-            metrics["instability"] = instability
+        if self.instability is not None:
+            changed = self.instability.finish(self._config.data.skip_bad)
+            if changed is not None:
+                metrics["instability"] = changed
         return Evaluation(metrics, per_class)

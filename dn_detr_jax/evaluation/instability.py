@@ -1,8 +1,8 @@
 """Instability of the bipartite matching from one epoch to the next (IS).
 
-For a picture, V[n] is the object that prediction n of the last decoder layer is matched to, -1 for
+For an image, V[n] is the object that prediction n of the last decoder layer is matched to, -1 for
 none. The instability of an epoch is the number of entries of V that differ from the epoch before,
-averaged over a fixed set of pictures: its unit is entries per picture. A prediction that exchanges
+averaged over a fixed set of images: its unit is entries per image. A prediction that exchanges
 one object for another counts once; an object that moves from one prediction to another counts
 twice, once where it left and once where it arrived.
 
@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-_NEVER = -2  # not a value of V: no vector of this picture yet
+_NEVER = -2  # not a value of V: this image has no vector yet
 
 
 def match_vectors(assignment: np.ndarray, num_queries: int) -> np.ndarray:
-    """Turns "which query has this object" into "which object has this query".
+    """Inverts an assignment: from the query of each object to the object of each query.
 
     >>> match_vectors(np.array([[3, 0, -1]]), num_queries=5)
     array([[ 1, -1, -1,  0, -1]], dtype=int32)
@@ -43,24 +43,24 @@ def match_vectors(assignment: np.ndarray, num_queries: int) -> np.ndarray:
             f"{assignment.min()}..{assignment.max()}"
         )
     vectors = np.full((len(assignment), num_queries), -1, np.int32)
-    picture, slot = np.nonzero(assignment >= 0)
-    vectors[picture, assignment[picture, slot]] = slot
+    image, slot = np.nonzero(assignment >= 0)
+    vectors[image, assignment[image, slot]] = slot
     return vectors
 
 
 class MatchingInstability:
     """Compares the match vectors of each epoch with those of the epoch before.
 
-    The pictures must come with the same transforms and the same order of objects in every epoch.
-    Between epochs, `state_dict` holds everything; its shapes are known from the start, so that it
-    fits into a checkpoint, and a resumed run reports what the uninterrupted one would have.
+    The images must come with the same transforms and the same order of objects in every epoch.
+    Between epochs, `state_dict` is the whole state, with shapes that are known from the start, so
+    that a run resumed from a checkpoint reports the values of an uninterrupted one.
 
     Args:
-      image_ids: ids of the pictures to measure on, each once.
+      image_ids: ids of the images to measure on, each once.
       num_queries: N, the length of a match vector.
 
     Raises:
-      ValueError: no picture, or an id that comes twice.
+      ValueError: no image, or a duplicate id.
     """
 
     def __init__(self, image_ids: Sequence[int], num_queries: int) -> None:
@@ -75,14 +75,14 @@ class MatchingInstability:
         self._current = self._previous.copy()
 
     def update(self, image_ids: np.ndarray, vectors: np.ndarray) -> None:
-        """Takes the match vectors of a batch; any order, any batches.
+        """Adds the match vectors of a batch, in any order.
 
         Args:
-          image_ids: int [B]; pictures outside the measured set, and -1 for padding, are ignored.
+          image_ids: int [B]; images outside the measured set, and -1 for padding, are ignored.
           vectors: int32 [B, N] from `match_vectors`.
 
         Raises:
-          ValueError: shapes that don't fit.
+          ValueError: wrong shapes.
         """
         image_ids, vectors = np.asarray(image_ids), np.asarray(vectors)
         expected = (len(image_ids), self._previous.shape[1])
@@ -94,13 +94,13 @@ class MatchingInstability:
                 self._current[row] = vector
 
     def finish(self, absent_unchanged: bool = False) -> float | None:
-        """Ends the epoch: its instability in entries per picture, None in the first epoch.
+        """Ends the epoch and returns its instability in entries per image, None in the first.
 
         Args:
-          absent_unchanged: pictures without an update count as unchanged.
+          absent_unchanged: images without an update count as unchanged.
 
         Raises:
-          ValueError: a picture of the set had no update in this epoch, and may not be absent.
+          ValueError: an image of the set had no update in this epoch, and may not be absent.
         """
         is_absent = self._current[:, 0] == _NEVER
         absent = self._ids[is_absent]
@@ -108,7 +108,7 @@ class MatchingInstability:
             self._current[is_absent] = self._previous[is_absent]
         elif absent.size:
             raise ValueError(
-                f"{absent.size} of {len(self._ids)} pictures got no match vector in this epoch, "
+                f"{absent.size} of {len(self._ids)} images got no match vector in this epoch, "
                 f"the first of them image {absent[0]}"
             )
         first = (self._previous[:, 0] == _NEVER).all()
@@ -118,7 +118,7 @@ class MatchingInstability:
         return None if first else changed / len(self._ids)
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """What the next epoch is compared with; to be taken between epochs.
+        """Returns the match vectors that the next epoch is compared with; call it between epochs.
 
         Returns:
           `image_ids` int32 [I] and `previous` int32 [I, N] (-2 everywhere before the first
@@ -127,21 +127,21 @@ class MatchingInstability:
         return {"image_ids": self._ids.astype(np.int32), "previous": self._previous.copy()}
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
-        """Continues from a `state_dict`; an epoch under way is given up.
+        """Continues from a `state_dict`; an unfinished epoch is discarded.
 
         Raises:
-          ValueError: the state is of other pictures or of another number of queries.
+          ValueError: the state is of other images or of another number of queries.
         """
         image_ids, previous = np.asarray(state["image_ids"]), np.asarray(state["previous"])
         if previous.shape != self._previous.shape:
             raise ValueError(
                 f"the stored match vectors have shape {previous.shape}, this run measures "
-                f"{self._previous.shape} (pictures, queries)"
+                f"{self._previous.shape} (images, queries)"
             )
         if not np.array_equal(image_ids, self._ids):
             first = int(np.flatnonzero(image_ids != self._ids)[0])
             raise ValueError(
-                "the stored match vectors are of other pictures: the first that differs is image "
+                "the stored match vectors are of other images: the first that differs is image "
                 f"{image_ids[first]}, where this run measures image {self._ids[first]}"
             )
         self._previous = previous.astype(np.int32)

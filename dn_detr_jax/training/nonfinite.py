@@ -1,8 +1,8 @@
-"""Steps whose loss, gradients or matching costs are not finite: found, told, and skipped or not.
+"""Steps whose loss, gradients or matching costs are not finite: detected, reported, skipped.
 
-The rule is the same for the compiled step, which acts on it with `config.on_nonfinite` of "skip",
-and for the host, which reads the metrics of every step before anything is logged, evaluated or
-saved: a metric that is not finite, or a matching cost that had to be replaced.
+The compiled step and the host apply the same rule: a step is bad if a metric is not finite or a
+matching cost had to be replaced. With `config.on_nonfinite` of "skip" the compiled step leaves its
+update out. The host reads the metrics of every step before anything is logged, evaluated or saved.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,10 +22,11 @@ _MOST_TERMS, _MOST_IMAGES = 6, 64  # named in a message
 def unless_nonfinite(
     new: TrainState, old: TrainState, metrics: dict[str, jax.Array]
 ) -> tuple[TrainState, jax.Array]:
-    """The new state if the metrics before the update are finite, else the old one, a step further.
+    """Returns the new state if the metrics before the update are finite, else the old one.
 
-    What an update does to finite gradients is left to the host: a rule that waited for the norm of
-    the update would need a second copy of the whole state.
+    The step number advances in both cases. An update that overflows although the gradients are
+    finite is left to the host: a rule that waited for the norm of the update would need a second
+    copy of the whole state.
 
     Args:
       new: after the update.
@@ -43,7 +44,7 @@ def unless_nonfinite(
 
 
 class NonFiniteGuard:
-    """The host's side: looks at the metrics of every step, tells, counts and stops.
+    """Checks the metrics of every step on the host: reports and counts skipped steps, or raises.
 
     Attributes:
       skipped: updates of the whole run that were skipped.
@@ -56,7 +57,7 @@ class NonFiniteGuard:
         image_ids: Callable[[int], np.ndarray],
         skipped: int = 0,
     ):
-        """Starts to count.
+        """Starts to count skipped steps.
 
         Args:
           config: of which `max_skipped_steps` is read.
@@ -69,14 +70,14 @@ class NonFiniteGuard:
         self._column = {name: i for i, name in enumerate(names)}
 
     def means(
-        self, first_step: int, rows: np.ndarray, tell: Callable[[str], None]
+        self, first_step: int, rows: np.ndarray, show: Callable[[str], None]
     ) -> dict[str, float]:
-        """The means of the metrics over the steps that were not skipped.
+        """Returns the means of the metrics over the steps that were not skipped.
 
         Args:
           first_step: step of the first row, counted from 1.
           rows: float32 [steps, K].
-          tell: is called with a line for each update that was skipped.
+          show: is called with a line for each update that was skipped.
 
         Returns:
           Means by name, without `skipped`; nothing if every step was skipped.
@@ -93,7 +94,7 @@ class NonFiniteGuard:
             text += f"; skipped {self.skipped}, config.max_skipped_steps = {self._limit}"
             if self.skipped > self._limit:
                 raise TrainingError(text)
-            tell(text)
+            show(text)
         if bad.all():
             return {}
         means = dict(zip(self._names, map(float, rows[~bad].mean(axis=0)), strict=True))
@@ -101,7 +102,7 @@ class NonFiniteGuard:
         return means
 
     def _describe(self, step: int, row: np.ndarray) -> str:
-        """One line: the step, what was not finite, and the pictures of its batch."""
+        """Returns one line: the step, the terms that are not finite, the images of its batch."""
         terms = [self._names[i] for i in np.flatnonzero(~np.isfinite(row))]
         # The total and the norms follow from the others.
         terms.sort(key=lambda name: name == "loss" or name.endswith("_norm"))
@@ -114,7 +115,7 @@ class NonFiniteGuard:
 
 
 def _first(names: Sequence, most: int) -> str:
-    """The names in a line, the first of them if there are many.
+    """Returns the names in a line, only the first if there are many.
 
     Examples:
       >>> _first(["a", "b", "c", "d"], 2), _first([7], 2)

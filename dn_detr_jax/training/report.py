@@ -6,7 +6,6 @@ into `evaluations/step_N/`.
 """
 
 import contextlib
-import json
 import logging
 import math
 import time
@@ -26,6 +25,7 @@ from dn_detr_jax.distributed.consistency import agreed_config, check_agreement
 from dn_detr_jax.errors import Error, one_line
 from dn_detr_jax.evaluation import figures
 from dn_detr_jax.evaluation.evaluator import Evaluation, Evaluator
+from dn_detr_jax.files import write_json_atomically
 from dn_detr_jax.models.registry import abstract_params
 from dn_detr_jax.sharding import replicated, with_sharding
 from dn_detr_jax.training.setup import Setup, compile_programs, set_up
@@ -161,11 +161,7 @@ def _write_record(
         "metrics": finite(evaluation.metrics),
         "per_class": finite(evaluation.per_class),
     }
-    path = workdir / "evaluations" / f"step_{found.step}.json"
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_json_atomically(workdir / "evaluations" / f"step_{found.step}.json", record)
 
 
 def _detections(setup: Setup, detect: Callable, params: PyTree) -> dict[str, np.ndarray]:

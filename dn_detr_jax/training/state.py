@@ -1,8 +1,8 @@
-"""The train state: parameters, optimizer, moving average, and how they lie on the devices.
+"""The train state: parameters, optimizer state, moving average, and their shardings.
 
-Parameters have a copy on every device. What is only updated, the optimizer's moments and the moving
-average, may be split over the devices instead (Rajbhandari et al., "ZeRO", SC 2020, stage 1): every
-device then updates its part, and the new parameters are gathered once per step.
+Every device has a copy of the parameters. The optimizer's moments and the moving average may be
+split over the devices instead (Rajbhandari et al., "ZeRO", SC 2020, stage 1): every device then
+updates its part, and the new parameters are gathered once per step.
 """
 
 import functools
@@ -25,7 +25,7 @@ PyTree = Any
 
 @flax.struct.dataclass
 class TrainState:
-    """What a training step maps to its successor.
+    """The state that a training step updates.
 
     Attributes:
       step: int32 scalar, steps done.
@@ -60,7 +60,7 @@ def abstract_state(
 def init_state(
     model: nn.Module, optimizer: optax.GradientTransformation, config: ConfigDict, mesh: Mesh
 ) -> TrainState:
-    """Initialises the state on the mesh.
+    """Initializes the state on the mesh.
 
     Args:
       model: detector.
@@ -68,7 +68,7 @@ def init_state(
       config: whole configuration.
       mesh: with an axis `data`.
     """
-    # It runs once: all that counts is the time to compile it.
+    # It runs once, so that only its compile time matters.
     device = mesh.local_devices[0]
     options = known_options({"xla_backend_optimization_level": 0}, device)
     init = jax.jit(
@@ -83,7 +83,7 @@ def _init_function(
     model: nn.Module, optimizer: optax.GradientTransformation, config: ConfigDict
 ) -> Callable[[jax.Array], TrainState]:
     def init(key):
-        # Parameters do not depend on the size of the picture.
+        # Parameters do not depend on the size of the image.
         variables = model.init(key, jnp.zeros((1, 64, 64, 3)), jnp.full((1, 2), 64))
         params = variables["params"]
         ema = params if config.train.ema_decay else None
@@ -93,21 +93,21 @@ def _init_function(
 
 
 def shardings(state: TrainState) -> TrainState:
-    """The shardings of a state, or of what `abstract_state` says of it."""
+    """Returns the shardings of a state, or of the result of `abstract_state`."""
     return jax.tree.map(lambda x: x.sharding, state)
 
 
 def start_from(state: TrainState, params: PyTree) -> TrainState:
-    """A fresh state with other parameters; the moving average starts at them too."""
+    """Returns a fresh state with other parameters; the moving average starts at them too."""
     if state.ema is None:
         return state.replace(params=params)
-    # A copy: the step takes over all buffers of a state, so that none may be there twice.
+    # A copy: the step donates all buffers of a state, so that none may occur twice.
     copy = jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=shardings(state.ema))
     return state.replace(params=params, ema=copy(params))
 
 
 def evaluation_params(state: TrainState, mesh: Mesh) -> PyTree:
-    """What is evaluated: the moving average where there is one, with a copy on every device."""
+    """Returns the moving average, or the parameters if there is none, replicated over devices."""
     if state.ema is None:
         return state.params
     return _gather(mesh)(state.ema)
@@ -119,10 +119,10 @@ def _gather(mesh: Mesh) -> Callable[[PyTree], PyTree]:
 
 
 def moving_average(ema: PyTree, params: PyTree, step: jax.Array, decay: float) -> PyTree:
-    """The exponential moving average, with the new parameters taken in.
+    """Returns the exponential moving average updated by new parameters.
 
-    `ema <- ema + (1 - d) * (params - ema)` with `d = min(decay, (1 + step) / (10 + step))`: early
-    on the average is short, so that it does not hold on to the start.
+    `ema <- ema + (1 - d) * (params - ema)` with `d = min(decay, (1 + step) / (10 + step))`. The
+    early averages are short, so that the initial values fade quickly.
 
     Args:
       ema: average so far.

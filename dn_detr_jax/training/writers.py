@@ -1,4 +1,4 @@
-"""What a run tells about itself: `metrics.jsonl`, TensorBoard, and progress on the terminal.
+"""The logs of a run: `metrics.jsonl`, TensorBoard, and progress on the terminal.
 
 `metrics.jsonl` in the work directory has one JSON object per line, `{"step": 50, "time": ..., ...}`
 with the time in seconds since 1970; a value that is not finite is `null`. A resumed run continues
@@ -23,12 +23,15 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import RecordWriter
 from tqdm import tqdm
 
-_FLUSH_SECONDS = 30.0  # TensorBoard's files are written to the disk that often
+from dn_detr_jax.files import read_json_lines, write_text_atomically
+
+_METRICS = "metrics.jsonl"
+_FLUSH_SECONDS = 30.0  # between writes of TensorBoard's files to the disk
 
 
 @contextlib.contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Adds the file's name to an error of the disk, where writing has none."""
+    """Adds the file's name to an OSError, which has none when writing fails."""
     try:
         yield
     except OSError as error:
@@ -38,8 +41,8 @@ def _named(path: Path) -> Iterator[None]:
 class _EventFile:
     """A file of TensorBoard's events.
 
-    tensorboardX's `SummaryWriter` writes in a thread, which a full disk ends; whoever adds to its
-    queue then waits for ever. Here the error reaches the training.
+    tensorboardX's `SummaryWriter` writes in a thread, which a full disk ends; adding to its queue
+    then blocks for ever. Here the caller writes, so that the error reaches the training.
     """
 
     _count = itertools.count()
@@ -49,7 +52,7 @@ class _EventFile:
 
         Args:
           folder: made if necessary.
-          purge_step: TensorBoard hides what earlier files have of this step and later ones.
+          purge_step: TensorBoard hides this step and later ones of earlier files.
         """
         folder.mkdir(parents=True, exist_ok=True)
         unique = f"{int(time.time())}.{socket.gethostname()}.{os.getpid()}.{next(self._count)}"
@@ -72,19 +75,19 @@ class _EventFile:
             self.flush()
 
     def flush(self) -> None:
-        """Returns when all is on the disk."""
+        """Writes everything added so far to the disk."""
         with _named(self._path):
             self._file.flush()
         self._flushed = time.monotonic()
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Writes the rest and closes the file."""
         with _named(self._path):
             self._file.close()
 
 
 class MetricWriter:
-    """Writes scalars, pictures and texts of a run; a context manager."""
+    """Writes scalars, images and texts of a run; a context manager."""
 
     def __init__(self, workdir: str | os.PathLike, enabled: bool = True, start_step: int = 0):
         """Opens the files for appending.
@@ -92,8 +95,8 @@ class MetricWriter:
         Args:
           workdir: the run's directory, made if necessary.
           enabled: False on all processes but the first: nothing is written.
-          start_step: the step that the run starts or resumes from; what an interrupted run
-            wrote about later steps is removed.
+          start_step: the step that the run starts or resumes from; lines of later steps, from an
+            interrupted run, are removed.
         """
         self._file: TextIO | None = None
         self._tensorboard: _EventFile | None = None
@@ -101,8 +104,8 @@ class MetricWriter:
             return
         workdir = Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
-        self._path = workdir / "metrics.jsonl"
-        _remove_after(self._path, start_step)
+        self._path = workdir / _METRICS
+        _remove_after(workdir, start_step)
         self._file = self._path.open("a", encoding="utf-8")
         self._tensorboard = _EventFile(workdir / "tensorboard", purge_step=start_step + 1)
 
@@ -127,16 +130,16 @@ class MetricWriter:
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
             self._file.flush()
         for name, number in numbers.items():
-            if math.isfinite(number):  # TensorBoard has no place for others
+            if math.isfinite(number):  # TensorBoard shows no others
                 self._tensorboard.add(summary.scalar(name, number), int(step), now)
 
-    def images(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
-        """Writes pictures, uint8 [H, W, 3], by name to TensorBoard."""
+    def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        """Writes images, uint8 [H, W, 3], by name to TensorBoard."""
         if self._tensorboard is None:
             return
-        for name, picture in pictures.items():
-            image = summary.image(name, np.asarray(picture), dataformats="HWC")
-            self._tensorboard.add(image, int(step))
+        for name, image in images.items():
+            value = summary.image(name, np.asarray(image), dataformats="HWC")
+            self._tensorboard.add(value, int(step))
         self._tensorboard.flush()
 
     def text(self, name: str, text: str, step: int = 0) -> None:
@@ -160,43 +163,26 @@ class MetricWriter:
         return self
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
-        # What ended the run says more than that the rest can't be written either.
+        # The error that ended the run must not be replaced by one of closing the files.
         with contextlib.nullcontext() if error is None else contextlib.suppress(OSError):
             self.close()
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """The lines of a work directory's `metrics.jsonl`, in their order; [] without the file.
+    """Returns the lines of a work directory's `metrics.jsonl` in their order; [] without the file.
 
     A last line that a killed run did not complete is left out.
     """
-    path = Path(workdir) / "metrics.jsonl"
-    return [values for values, _ in _read_lines(path)]
+    lines = read_json_lines(Path(workdir) / _METRICS)
+    return [line for line in lines if isinstance(line.get("step"), int)]
 
 
-def _read_lines(path: Path) -> list[tuple[dict[str, Any], str]]:
-    if not path.exists():
-        return []
-    lines = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError):
-            continue  # cut short by a kill
-        complete = isinstance(values, dict) and line.endswith("\n")
-        if complete and isinstance(values.get("step"), int):
-            lines.append((values, line))
-    return lines
-
-
-def _remove_after(path: Path, step: int) -> None:
-    """Removes the lines about later steps, in a way that a kill can't lose the others."""
-    if not path.exists():
-        return
-    kept = [line for values, line in _read_lines(path) if values["step"] <= step]
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+def _remove_after(workdir: Path, step: int) -> None:
+    """Removes the lines of later steps from `metrics.jsonl`, atomically."""
+    if (workdir / _METRICS).exists():
+        kept = [line for line in read_metrics(workdir) if line["step"] <= step]
+        text = "".join(f"{json.dumps(line)}\n" for line in kept)
+        write_text_atomically(workdir / _METRICS, text)
 
 
 def _number(value: Any) -> int | float:
@@ -205,7 +191,7 @@ def _number(value: Any) -> int | float:
 
 
 class Progress:
-    """Shows how far the training is: a bar with the time left, or lines where there is no terminal.
+    """Shows the progress of a training: a bar with the time left, or lines without a terminal.
 
     Every process may make one; those that are not `enabled` show nothing.
     """
@@ -241,7 +227,7 @@ class Progress:
             )
 
     def update(self, step: int) -> None:
-        """Moves the bar to `step`; costs nothing elsewhere."""
+        """Moves the bar to `step`; does nothing without a bar."""
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
 
@@ -281,7 +267,7 @@ class Progress:
 
 
 def format_seconds(seconds: float) -> str:
-    """A duration for people.
+    """Returns a duration in its two largest units.
 
     Examples:
       >>> format_seconds(42.4), format_seconds(754), format_seconds(9000), format_seconds(200000)
