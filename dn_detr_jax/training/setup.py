@@ -70,7 +70,7 @@ def set_up(
     """Checks the config against itself, the devices and the data; compiles nothing.
 
     Args:
-      config: whole configuration; is not changed.
+      config: whole configuration, validated; is not changed.
       training: the training split; None: there is only an evaluation, and no key of the training
         has to fit.
       run_categories: of the run to evaluate, by label; the labels of the validation data become
@@ -81,7 +81,6 @@ def set_up(
       ConfigError, DataError: something does not fit.
       CheckpointError: the validation data has other classes than the run.
     """
-    validate(config)
     use_compile_cache(config.compile.cache_dir)
     mesh = make_mesh(config.mesh.data)
     accepted_options(config, mesh.local_devices[0])  # raises for one that is refused
