@@ -53,7 +53,7 @@ class Expected:
 EXPECTED = {
     "all_objects_crowd": Expected(("crowd",), (_TRAINABLE,), None),
     "bom": Expected((r"\b0 errors",), status=0),
-    "bucket_as_workdir": Expected((r"^error: .*mounted",), ("compiled",), 1),
+    "bucket_as_workdir": Expected((r"^error: .*\bmount",), ("compiled",), 1),
     "ctrl_c": Expected((r"saved step \d+; the same command continues",)),
     "cvat_default_layout": Expected(("instances_default.json",), status=1),
     "empty_bbox": Expected((r"bbox.*\[\]",), (_TRAINABLE,), 1),

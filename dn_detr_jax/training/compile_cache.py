@@ -1,4 +1,4 @@
-"""Compiled programs kept on disk for the next run, and a log of what compiling took.
+"""Compiled programs kept on disk for the next run, and a log of compile times.
 
 The cache is JAX's persistent compilation cache. The training step calls the host for its matching,
 and JAX keeps such programs from version 0.11 on (https://github.com/jax-ml/jax/pull/38405): with
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 def use_compile_cache(cache_dir: str) -> None:
-    """Keeps on disk what this process compiles from now on, and finds what others have kept.
+    """Starts to store compiled programs on disk, and to load those that are there.
 
     Args:
       cache_dir: `config.compile.cache_dir`; empty: no cache. A folder that can't be written, or a
@@ -52,10 +52,9 @@ def use_compile_cache(cache_dir: str) -> None:
 
 
 def _host() -> str:
-    """A name for machines with the same processor features.
+    """Returns a name for machines with the same processor features.
 
-    Programs for CPUs use all the features there are, and several machines may share a home
-    directory.
+    Programs for CPUs use all available features, and several machines may share a home directory.
     """
     features = set()
     with contextlib.suppress(OSError):
@@ -68,7 +67,7 @@ def _host() -> str:
 
 
 class _CacheHits(threading.local):
-    """Counts the programs that each thread takes from the cache."""
+    """Counts the programs that each thread loads from the cache."""
 
     count = 0
 
@@ -84,7 +83,7 @@ jax.monitoring.register_event_listener(_cache_hits)
 def compile_and_log(
     lowered: jax.stages.Lowered, name: str, options: dict[str, Any] | None = None
 ) -> jax.stages.Compiled:
-    """Compiles a program, and logs how long that took and whether it came from the cache.
+    """Compiles a program, and logs the time and whether it came from the cache.
 
     Args:
       lowered: program.
