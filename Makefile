@@ -10,7 +10,7 @@ INSTALL = $(VENV)/bin/python -m pip install --quiet --no-compile --prefer-binary
   --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help train eval test test-all test-newest lint format clean distclean
+.PHONY: help train eval test test-all test-newest lint format docs clean distclean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -39,6 +39,10 @@ lint: $(VENV)/.installed-dev  ## what a change must pass besides the tests
 format: $(VENV)/.installed-dev  ## let ruff put the code into shape
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+docs: $(VENV)/.installed  ## documents and API reference as static pages, into build/docs
+	@$(INSTALL) "$$(sed -n 's/^docs = \["\(.*\)"\].*/\1/p' pyproject.toml)"
+	$(VENV)/bin/python docs/build.py build/docs
 
 clean:  ## remove caches
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
