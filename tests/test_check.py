@@ -17,7 +17,8 @@ from PIL import ExifTags, Image
 
 from dn_detr_jax.config import base_config
 from dn_detr_jax.data import findings, images
-from dn_detr_jax.data.check import check, check_split, report
+from dn_detr_jax.data.check import check, check_split
+from dn_detr_jax.data.check_report import report
 from dn_detr_jax.data.datasets import open_dataset, too_many_objects
 from dn_detr_jax.errors import DataError
 
@@ -417,7 +418,8 @@ def rewrite(directory, change, name=TRAIN):
 
 def as_shares(annotation, image):
     x, y, w, h = annotation["bbox"]
-    annotation["bbox"] = [x / image["width"], y / image["height"], w / image["width"], h / image["height"]]
+    width, height = image["width"], image["height"]
+    annotation["bbox"] = [x / width, y / height, w / width, h / height]
 
 
 def as_corners(annotation, _):

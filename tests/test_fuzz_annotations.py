@@ -24,7 +24,8 @@ from hypothesis import strategies as st
 from dn_detr_jax.config import base_config
 from dn_detr_jax.data import coco, images, records, tfrecord
 from dn_detr_jax.data.annotations import label_categories, load_table, save_table
-from dn_detr_jax.data.check import check_split, report
+from dn_detr_jax.data.check import check_split
+from dn_detr_jax.data.check_report import report
 from dn_detr_jax.data.datasets import open_dataset
 from dn_detr_jax.data.layout import find_split
 from dn_detr_jax.data.plan import TrainPlan, plan_eval

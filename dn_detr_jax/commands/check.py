@@ -44,8 +44,10 @@ def main(argv: Sequence[str]) -> None:
     if config.data.name != "coco":
         raise ConfigError("data.name", config.data.name, "'coco', the only kind that is checked")
     config.data.dir = os.fspath(local_path(argv[1]))
-    from dn_detr_jax.data.check import check, report
+    from dn_detr_jax.data.check import check
+    from dn_detr_jax.data.check_report import report
+    from dn_detr_jax.models.registry import num_matching_queries
 
-    splits = check(config.data, FLAGS.decode)
+    splits = check(config.data, FLAGS.decode, num_matching_queries(config.model))
     print(report(splits))
     sys.exit(1 if any(split.findings.errors for split in splits) else 0)

@@ -9,6 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
