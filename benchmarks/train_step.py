@@ -38,8 +38,8 @@ from dn_detr_jax.models.registry import abstract_params, build_model, trainable
 from dn_detr_jax.sharding import make_mesh, put_batch
 from dn_detr_jax.training.compile_options import accepted_options
 from dn_detr_jax.training.optimizer import make_optimizer
-from dn_detr_jax.training.state import init_state
-from dn_detr_jax.training.step import jit_train_step
+from dn_detr_jax.training.state import abstract_state, init_state
+from dn_detr_jax.training.step import abstract_batch, jit_train_step
 
 FLAGS = flags.FLAGS
 
@@ -108,17 +108,19 @@ class Step:
         """Of the model in one step, over all devices, see the module's text."""
         kept = not self.config.model.remat and self.config.compile.attention == "xla"
         if kept and self.config.train.accumulate_steps == 1:
-            return self.lowered.cost_analysis()["flops"]
+            cost = self.lowered.cost_analysis()
+            if cost is not None:
+                return cost["flops"]
+        # For a GPU jax counts nothing, and of a fused attention nowhere: the same step for a CPU.
         config = copy.deepcopy(self.config)
         config.model.remat, config.train.accumulate_steps = (), 1  # loops are counted once
+        mesh, model = make_mesh(1, jax.devices("cpu")), build_model(config.model)
         step, _ = jit_train_step(
-            model=build_model(config.model),  # of a fused attention nothing is counted
-            optimizer=self.optimizer,
-            trainable=self.mask,
-            config=config,
-            mesh=self.mesh,
+            model=model, optimizer=self.optimizer, trainable=self.mask, config=config, mesh=mesh
         )
-        return step.lower(self.state, self.batch).cost_analysis()["flops"]
+        state = abstract_state(model, self.optimizer, config, mesh)
+        batch = abstract_batch(config, "train", mesh)
+        return step.lower(state, batch).cost_analysis()["flops"]
 
     def planned_bytes(self) -> int:
         """Memory of a device that the program needs, as the compiler planned it."""

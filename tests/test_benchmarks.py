@@ -15,12 +15,16 @@ import jax
 import numpy as np
 import pytest
 from fast_jit import XLA_FLAGS, fast_jit
-from tiny_detector import denoising_queries, image_batch, object_noise
+from tiny_detector import denoising_queries, image_batch, object_noise, tiny_config
 
-from benchmarks import common, gpu_plan, matching, peer, step_parts
+from benchmarks import common, gpu_plan, matching, peer, step_parts, train_step
 from dn_detr_jax import denoising
 from dn_detr_jax.config import base_config
 from dn_detr_jax.models.registry import abstract_params, build_model
+from dn_detr_jax.sharding import make_mesh
+from dn_detr_jax.training.optimizer import make_optimizer
+from dn_detr_jax.training.state import abstract_state
+from dn_detr_jax.training.step import abstract_batch, jit_train_step
 
 _ROOT = Path(__file__).parent.parent
 _ENV = os.environ | {
@@ -235,6 +239,28 @@ def test_the_peer_is_the_same_architecture():
     assert torch_peer.count_parameters(model) == counted
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     assert frozen and all("embedder" in name or "stages.0" in name for name in frozen)
+
+
+def test_flops_are_counted_where_jax_counts_none(monkeypatch):
+    """Catches a row that a GPU has no flops for, as jax counts none there, and another count."""
+    config = tiny_config()
+    config.model.update(encoder_layers=0, decoder_layers=1)
+    config.model.backbone.stages, config.dn.groups = 1, 0
+    model, mesh = build_model(config.model), make_mesh(1, jax.devices("cpu"))
+    shapes = abstract_params(model)
+    step = object.__new__(train_step.Step)  # without what compiles it
+    step.config, step.mask = config, jax.tree.map(lambda _: True, shapes)
+    step.optimizer, _ = make_optimizer(config, shapes, 10, 100)
+    made = jit_train_step(
+        model=model, optimizer=step.optimizer, trainable=step.mask, config=config, mesh=mesh
+    )
+    monkeypatch.setattr(train_step, "jit_train_step", lambda **_: made)  # is traced only once
+    state = abstract_state(model, step.optimizer, config, mesh)
+    step.lowered = made[0].lower(state, abstract_batch(config, "train", mesh))
+    counted = step.flops()
+    assert counted == step.lowered.cost_analysis()["flops"] > 1e6
+    step.lowered = SimpleNamespace(cost_analysis=lambda: None)
+    assert step.flops() == counted
 
 
 # --- what the compiler plans for a GPU ------------------------------------------------------------
