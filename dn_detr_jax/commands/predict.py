@@ -56,10 +56,10 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> None:
     """Predicts and writes the results."""
     stop.end_on_signals("the results were not written", stop.INTERRUPTED)
+    log_to_terminal()
     from dn_detr_jax.inference import image_files
     from dn_detr_jax.inference.predictor import predictor_of, read_run
 
-    log_to_terminal()
     paths = image_files.find_images(map(local_path, argv[1:]))
     run = read_run(FLAGS.workdir, FLAGS.step)
     if FLAGS.annotations is None:

@@ -21,7 +21,7 @@ import jax
 import jax.monitoring
 
 from dn_detr_jax.config import expand_user
-from dn_detr_jax.errors import ConfigError
+from dn_detr_jax.errors import ConfigError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +43,10 @@ def use_compile_cache(cache_dir: str) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except (ConfigError, OSError) as error:
-        reason = error.expected if isinstance(error, ConfigError) else error
-        logger.warning(
-            "config.compile.cache_dir = %r: compiled programs are not kept: %s", cache_dir, reason
-        )
+        reason = ConfigError("compile.cache_dir", cache_dir, one_line(error))
+        if isinstance(error, ConfigError):
+            reason = error
+        logger.warning("compiled programs are not kept: %s", reason)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
 
