@@ -308,7 +308,7 @@ def evaluate_beside(config_file: Path, expected: dict[str, bytes]) -> dict[str, 
         while training.wait_until(functools.partial(checkpoints, workdir)):
             flags_ = "--eval_only", "--step=latest"
             evaluation = Training(config_file, workdir, *flags_, log=".evaluation.log")
-            tables += evaluation.end() == 0 and "AP     @[ IoU=0.50:0.95" in evaluation.output()
+            tables += evaluation.end() == 0 and "AP    @[ IoU=0.50:0.95" in evaluation.output()
             evaluated += 1
         training.end_well()
         runs.append(workdir)

@@ -98,12 +98,12 @@ def test_resuming_changes_nothing(done):
     assert before + [run_epoch(second, epoch) for epoch in epochs[done:]] == expected
 
 
-def test_a_missing_picture_is_an_error():
+def test_a_missing_image_is_an_error():
     measure = MatchingInstability(IDS, N)
     for epoch in random_assignments(0)[:2]:
         assignment = np.stack([epoch[i] for i in IDS if i != 23])
         measure.update([i for i in IDS if i != 23], match_vectors(assignment, N))
-        with pytest.raises(ValueError, match=r"1 of 5 pictures .* image 23"):
+        with pytest.raises(ValueError, match=r"1 of 5 images .* image 23"):
             measure.finish()
         measure.update([23], match_vectors(epoch[23][None], N))
         measure.finish()

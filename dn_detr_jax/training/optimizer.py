@@ -1,7 +1,7 @@
 """AdamW as in the official DN-DETR training: clipping, rates by parameter path, frozen parameters.
 
 Decoupled weight decay (Loshchilov & Hutter, "Decoupled Weight Decay Regularization", 2019) acts on
-every trained parameter, normalisation and biases included, as in the official code. Three steps
+every trained parameter, normalization and biases included, as in the official code. Three steps
 with clipping and two rates equal PyTorch's `clip_grad_norm_` followed by `AdamW`.
 """
 
@@ -44,7 +44,7 @@ def _path(keys: tuple) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Rates:
-    """What the patterns of the config decide: for each parameter its rule and its factor."""
+    """Rule and learning-rate factor of each parameter, from the patterns of the config."""
 
     rules: dict[str, int]  # path -> index into lr_multipliers, -1: none matches
     factors: dict[str, float]  # path -> learning-rate factor, 0: frozen
@@ -62,7 +62,7 @@ def _assign_rates(
     taken = set(rules.values())
     defaults = [pattern for pattern, _ in base_config().optimizer.lr_multipliers]
     for i, (pattern, _) in enumerate(multipliers):
-        # The default patterns are there for every model, also for one without such a part.
+        # The default patterns may match nothing: not every model has such a part.
         if i in taken or pattern in defaults:
             continue
         if any(re.search(pattern, path) for path in paths):
@@ -81,15 +81,17 @@ def _assign_rates(
 
 
 def global_norm(tree: PyTree, *, split: bool = False) -> jax.Array:
-    """The root of the sum of the squares of all numbers in a tree of arrays, a scalar.
+    """Returns the root of the sum of the squares of all numbers in a tree of arrays, a scalar.
 
-    Small arrays are put together before they are summed. One sum for each of them, as of
-    `optax.tree.norm`, makes a third of all the kernels of a training step on a GPU. On a TPU, where
-    arrays lie in tiles, putting them together costs more than it saves (docs/performance.md).
+    Small arrays are concatenated before they are summed. With one sum for each array, as
+    `optax.tree.norm` has, these sums are a third of all the kernels of a training step on a GPU. On
+    a TPU, which stores arrays in tiles, concatenation costs more than it saves
+    (docs/performance.md).
 
     Args:
       tree: float arrays.
-      split: they are split over devices, which would have to exchange them: sums each for itself.
+      split: the arrays are split over devices, which would have to exchange them to concatenate
+        them: each is summed alone.
     """
 
     def norm(*arrays):
@@ -147,7 +149,7 @@ def make_optimizer(
     total_steps: int,
     trainable: Mapping[str, bool] | None = None,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The optimizer of a run.
+    """Makes the optimizer of a run.
 
     For a parameter p with clipped gradient g, learning-rate factor f and rate r of the step,
     `p <- p - f * r * (m / (sqrt(v) + eps) + weight_decay * p)` with the bias-corrected moments
@@ -167,7 +169,7 @@ def make_optimizer(
       the learning rate by step for a factor of 1.
 
     Raises:
-      ConfigError: a pattern that takes no parameter (the default patterns may), nothing left
+      ConfigError: a pattern that matches no parameter (the default patterns may), no parameter
         to train, or a wrong duration.
     """
     rates = _assign_rates(params_shapes, config, trainable)
@@ -190,7 +192,7 @@ def make_optimizer(
 def describe(
     params_shapes: PyTree, config: ConfigDict, trainable: Mapping[str, bool] | None = None
 ) -> str:
-    """A table for the log: which parameters each learning-rate pattern took.
+    """Returns a table for the log: the parameters that each learning-rate pattern matched.
 
     Args:
       params_shapes, config, trainable: as for `make_optimizer`.

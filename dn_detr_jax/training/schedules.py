@@ -16,7 +16,7 @@ from dn_detr_jax.errors import ConfigError
 
 
 def steps(duration: str, steps_per_epoch: int, total_steps: int | None, *, key: str) -> int:
-    """A duration in optimizer steps.
+    """Returns a duration in optimizer steps.
 
     Args:
       duration: for example "300 steps", "1.5 epochs" or "5%".
