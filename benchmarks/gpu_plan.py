@@ -39,7 +39,9 @@ from benchmarks import common
 from dn_detr_jax import matching
 from dn_detr_jax.commands.command_line import run_main
 from dn_detr_jax.preflight.accelerators import CHIPS
-from dn_detr_jax.preflight.preflight import GIB, Cost, compile_step
+from dn_detr_jax.preflight.compilation import compile_step
+from dn_detr_jax.preflight.cost import Cost
+from dn_detr_jax.preflight.report import GIB
 from dn_detr_jax.sharding import make_mesh
 
 FLAGS = flags.FLAGS

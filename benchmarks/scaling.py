@@ -3,7 +3,7 @@
     python -m benchmarks.scaling --config configs/coco_r50.py --config.model.dtype=bfloat16 \\
         --json scaling.json --plot docs/images/scaling.png
 
-Compiles the training step for each of `--topologies` (see dn_detr_jax/preflight.py: no TPU is
+Compiles the training step for each of `--topologies` (see dn_detr_jax/preflight: no TPU is
 needed, but `pip install "jax[tpu]"`), with the same number of pictures per device. Prints a table
 in Markdown; the JSON has everything that the preflight knows, and is written after each topology.
 Each takes minutes; `--resume` takes those that the JSON has already.
@@ -22,12 +22,8 @@ from ml_collections import config_flags
 
 from dn_detr_jax.commands.command_line import run_main
 from dn_detr_jax.errors import PreflightError
-from dn_detr_jax.preflight.preflight import (
-    memory_text,
-    quantity,
-    run_preflight,
-    versions,
-)
+from dn_detr_jax.preflight.preflight import run_preflight, versions
+from dn_detr_jax.preflight.report import memory_text, quantity
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "The experiment, a file in configs/.")

@@ -14,16 +14,17 @@ import pytest
 from absl.flags import FlagValues
 from ml_collections import config_flags
 
-from dn_detr_jax.config import (
-    base_config,
-)
+from dn_detr_jax.config import base_config
 from dn_detr_jax.errors import ConfigError, PreflightError
-from dn_detr_jax.preflight import preflight
 from dn_detr_jax.preflight.accelerators import CHIPS
-from dn_detr_jax.preflight.preflight import (
-    Outcome,
-    Proposal,
+from dn_detr_jax.preflight.compilation import (
+    OutOfMemory,
+    abstract_step,
+    compile_or_explain,
+    usable_memory,
 )
+from dn_detr_jax.preflight.suggestions import Outcome, Proposal, suggest
+from dn_detr_jax.preflight.topologies import topology_devices
 from dn_detr_jax.sharding import make_mesh
 
 _ROOT = Path(__file__).parent.parent
@@ -62,7 +63,7 @@ def test_the_training_step_compiles_for_a_tpu_and_its_cost_is_told(tmp_path):
     assert (record["devices"], record["device"], record["fits"]) == (4, "TPU v5 lite", True)
     assert 15 * 2**30 < record["bytes_usable"] < 16 * 2**30
     cost = record["cost"]
-    # Parameters and two moments, in float32, are the state; a device has two of the pictures.
+    # Parameters and two moments, in float32, are the state; a device has two of the images.
     state = 3 * 4 * record["parameters"]
     assert state + 2 * 32 * 48 * 3 < cost["arguments"]
     assert cost["arguments"] + cost["temporaries"] < record["bytes_needed"] < 2**30
@@ -79,7 +80,7 @@ def test_the_training_step_compiles_for_a_tpu_and_its_cost_is_told(tmp_path):
     assert least["bound"] in ("compute", "memory", "collectives")
     for words in (
         "4 x TPU v5e",
-        "8 pictures of 32 x 48",
+        "8 images of 32 x 48",
         "all-reduce",
         f"{record['parameters']:,}",
     ):
@@ -115,22 +116,22 @@ def test_the_devices_present_are_a_topology_too(tmp_path):
 )
 def test_topologies_and_the_memory_that_programs_may_use(topology, devices, usable):
     """Catches cores taken for chips, chips that the table does not know, units."""
-    found = preflight.topology_devices(topology)
+    found = topology_devices(topology)
     assert len(found) == devices
     assert found[0].device_kind in CHIPS
-    memory = preflight.usable_memory(make_mesh(devices=found)) / 2**30
+    memory = usable_memory(make_mesh(devices=found)) / 2**30
     assert usable * 0.95 <= memory <= usable
 
 
 @needs_libtpu
 def test_the_compilers_message_about_memory_is_understood():
     """Catches a message of another form: the preflight would end with a traceback."""
-    mesh = make_mesh(devices=preflight.topology_devices("v5e:2x2"))
+    mesh = make_mesh(devices=topology_devices("v5e:2x2"))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     huge = jax.ShapeDtypeStruct((5 * 2**28,), jnp.float32, sharding=sharding)  # 5 GiB
     lowered = jax.jit(lambda x: (jnp.sort(x), jnp.flip(x), x + 1)).lower(huge)
-    with pytest.raises(preflight.OutOfMemory) as caught:
-        preflight.compile_or_explain(lowered)
+    with pytest.raises(OutOfMemory) as caught:
+        compile_or_explain(lowered)
     assert caught.value.needed >= 4 * 5 * 2**30
     assert caught.value.available < 16 * 2**30
 
@@ -148,7 +149,7 @@ def test_the_compilers_message_about_memory_is_understood():
 def test_unknown_topologies_are_named_with_examples(topology, words):
     """Catches the compiler's own messages, which give none."""
     with pytest.raises(PreflightError) as caught:
-        preflight.topology_devices(topology)
+        topology_devices(topology)
     assert all(word in str(caught.value) for word in words), caught.value
     assert "\n" not in str(caught.value)
 
@@ -157,7 +158,7 @@ def test_without_the_compiler_the_message_says_how_to_get_it(monkeypatch):
     """Catches jax's own message, which points to a page."""
     monkeypatch.setitem(sys.modules, "libtpu", None)
     with pytest.raises(PreflightError, match=r'pip install "jax\[tpu\]"'):
-        preflight.topology_devices("v5e:2x2")
+        topology_devices("v5e:2x2")
 
 
 def test_what_only_the_data_knows_must_be_given():
@@ -165,11 +166,11 @@ def test_what_only_the_data_knows_must_be_given():
     config = base_config()
     config.data.max_objects = 0
     with pytest.raises(ConfigError, match=r"data\.max_objects"):
-        preflight.abstract_step(config, make_mesh(1))
+        abstract_step(config, make_mesh(1))
 
 
 def _suggestions(config, batch, available, fixed, each):
-    """Outcomes where a picture costs `each`: for float32, bfloat16, and those recomputed."""
+    """Outcomes where an image costs `each`: for float32, bfloat16, and those recomputed."""
 
     def bytes_of(proposal):
         dtype = proposal.options.get("model.dtype", config.model.dtype)
@@ -180,7 +181,7 @@ def _suggestions(config, batch, available, fixed, each):
         return Outcome(proposal, bytes_of(proposal), bytes_of(proposal) <= available)
 
     needed = bytes_of(Proposal({}, batch))
-    return list(preflight.suggest(config, batch, needed, fixed, available, attempt)), attempt
+    return list(suggest(config, batch, needed, fixed, available, attempt)), attempt
 
 
 @pytest.mark.parametrize("available", [4.1, 7.0, 9.0, 18.9, 23.5, 34.9])

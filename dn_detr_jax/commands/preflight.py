@@ -13,10 +13,8 @@ such chips. If a step does not fit in memory, options that make it fit are compi
 (not with `--nosuggest`), and the exit status is 1.
 """
 
-import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from absl import flags
 
@@ -25,6 +23,7 @@ from dn_detr_jax.commands.command_line import (
     define_config_flag,
     define_path_flag,
 )
+from dn_detr_jax.files import write_json_atomically
 from dn_detr_jax.training import stop
 
 FLAGS = flags.FLAGS
@@ -51,12 +50,11 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> None:
     """Prints the report; exit status 1 if the step does not fit."""
     del argv
-    stop.end_on_signals(
-        "the preflight was not finished", stop.INTERRUPTED
-    )  # compiling takes minutes
+    stop.end_on_signals("the preflight was not finished", stop.INTERRUPTED)
     import jax
 
-    from dn_detr_jax.preflight.preflight import print_suggestions, run_preflight, table
+    from dn_detr_jax.preflight.preflight import run_preflight
+    from dn_detr_jax.preflight.report import print_suggestions, table
 
     if FLAGS.topology != "local":
         jax.config.update("jax_platforms", "cpu")  # leaves a TPU of this machine to others
@@ -69,6 +67,6 @@ def main(argv: Sequence[str]) -> None:
             for o in print_suggestions(result)
         ]
     if FLAGS.json:
-        Path(FLAGS.json).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_json_atomically(FLAGS.json, record, indent=2)
     if not result.fits:
         sys.exit(1)

@@ -1,6 +1,8 @@
 """The reference of all keys: of one config on the terminal, and of all variants as a document.
 
-python -m dn_detr_jax.config.reference > docs/config.md
+    python -m dn_detr_jax.config.reference > docs/config.md
+
+writes the document.
 """
 
 import textwrap
