@@ -22,6 +22,7 @@ import jax, numpy as np
 from dn_detr_jax import matching
 from dn_detr_jax.distributed import consistency
 from dn_detr_jax.distributed import launch
+from dn_detr_jax.errors import DistributedError
 from dn_detr_jax.data.plan import process_rows
 from dn_detr_jax.sharding import make_mesh, put_batch
 from dn_detr_jax.evaluation.detect import jit_match
@@ -42,7 +43,7 @@ def error(function, *arguments):
     except DistributedError as error:
         return str(error)
 
-with launch.working_together(launch.Membership(address, 2, index)):
+with launch.process_group(launch.ProcessInfo(address, 2, index)):
     consistency._SHARED_SECONDS = 0.5
     mesh = make_mesh()
     facts["processes"] = [d.process_index for d in mesh.devices.flat]
@@ -55,7 +56,7 @@ with launch.working_together(launch.Membership(address, 2, index)):
     facts["rows"] = sorted(int(s.data[0, 0, 0, 0]) for s in put["cost"].addressable_shards)
     matching.solve_on_host = record
     facts["assignment"] = np.asarray(jit_match(mesh)(put["cost"], put["valid"])).tolist()
-    facts["gathered"] = consistency.gather(np.array([0.1, 1e300]) + index).tolist()
+    facts["gathered"] = consistency.all_gather(np.array([0.1, 1e300]) + index).tolist()
     facts["same"] = error(consistency.check_agreement, {"a": 1, "b": (2, "x")})
     facts["value"] = error(consistency.check_agreement, {"a": 1, "config.seed": index})
     facts["names"] = error(consistency.check_agreement, {"a": 1, f"new{index}": 0})
@@ -85,7 +86,7 @@ def facts(tmp_path_factory):
 
 
 def test_rows_that_a_process_reads_are_those_of_its_devices(facts):
-    """Catches rows that change places: other noise for every picture than with one process."""
+    """Catches rows that change places: other noise for every image than with one process."""
     assert [f["processes"] for f in facts] == [[0, 0, 1, 1]] * 2
     assert [f["rows"] for f in facts] == [[10, 12], [14, 16]]
     assert [f["two"] for f in facts] == [[0, 1]] * 2

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from dn_detr_jax.distributed.launch import (
-    Membership,
-    find_membership,
+    ProcessInfo,
+    find_process_info,
 )
 from dn_detr_jax.errors import DistributedError
 
@@ -50,43 +50,43 @@ def environment(monkeypatch):
 
 def test_alone_where_nothing_says_otherwise(environment):
     """Catches a start of `jax.distributed` for everybody."""
-    assert find_membership() is None
+    assert find_process_info() is None
 
 
 def test_flags_are_enough(environment):
-    found = find_membership("auto", "10.0.0.1:8476", 2, 1)
-    assert found == Membership("10.0.0.1:8476", 2, 1)
-    assert find_membership("auto", "[fe80::1]:8476", 2, 0).address == "[fe80::1]:8476"
+    found = find_process_info("auto", "10.0.0.1:8476", 2, 1)
+    assert found == ProcessInfo("10.0.0.1:8476", 2, 1)
+    assert find_process_info("auto", "[fe80::1]:8476", 2, 0).address == "[fe80::1]:8476"
 
 
 def test_one_process_of_one_is_alone(environment):
     """JAX would leave a Slurm task one GPU, of however many the machine has."""
-    assert find_membership("auto", "10.0.0.1:8476", 1, 0) is None
+    assert find_process_info("auto", "10.0.0.1:8476", 1, 0) is None
     environment(_SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"})
-    assert find_membership() is None
+    assert find_process_info() is None
 
 
 def test_slurm(environment):
     environment(_SLURM)
-    found = find_membership()
+    found = find_process_info()
     host, port = found.address.split(":")
     assert (host, found.count, found.index) == ("node003", 16, 9)
     assert 1024 < int(port) < 2**16
     assert found.local_device_ids == (1,)
-    assert find_membership("off") is None
-    assert find_membership("on") == found
-    assert find_membership("auto", "10.0.0.1:8476").address == "10.0.0.1:8476"
+    assert find_process_info("off") is None
+    assert find_process_info("on") == found
+    assert find_process_info("auto", "10.0.0.1:8476").address == "10.0.0.1:8476"
 
 
 def test_all_devices_of_a_machine_for_one_task(environment):
     """JAX_LOCAL_DEVICE_IDS is read by JAX, unless it is told otherwise."""
     environment(_SLURM | {"JAX_LOCAL_DEVICE_IDS": "0,1,2,3"})
-    assert find_membership().local_device_ids is None
+    assert find_process_info().local_device_ids is None
 
 
 def test_open_mpi(environment):
     environment(_OPEN_MPI_4)
-    found = find_membership()
+    found = find_process_info()
     assert found.address.startswith("10.96.0.1:")
     assert (found.count, found.index) == (4, 2)
 
@@ -95,11 +95,11 @@ def test_a_launcher_that_jax_does_not_know_is_no_licence_to_train_alone(environm
     """Catches as many trainings as processes, in one work directory."""
     environment(_OPEN_MPI_5)
     with pytest.raises(DistributedError, match=r"OMPI_COMM_WORLD_SIZE=4.*--coordinator_address"):
-        find_membership()
-    assert find_membership("auto", "head:8476") == Membership("head:8476", 4, 2)
-    assert find_membership("off") is None
+        find_process_info()
+    assert find_process_info("auto", "head:8476") == ProcessInfo("head:8476", 4, 2)
+    assert find_process_info("off") is None
     environment({"JAX_COORDINATOR_ADDRESS": "head:1234"})
-    assert find_membership() == Membership("head:1234", 4, 2)
+    assert find_process_info() == ProcessInfo("head:1234", 4, 2)
 
 
 @pytest.mark.parametrize("gone", ["module", "class", "method", "arguments"])
@@ -115,11 +115,11 @@ def test_a_jax_that_can_not_be_asked_leaves_flags_and_launchers(gone, environmen
         monkeypatch.delattr(method)
         if gone == "arguments":
             monkeypatch.setattr(method, lambda new: None, raising=False)
-    assert find_membership() is None
-    assert find_membership("auto", "a:1", 2, 1) == Membership("a:1", 2, 1)
+    assert find_process_info() is None
+    assert find_process_info("auto", "a:1", 2, 1) == ProcessInfo("a:1", 2, 1)
     environment(_SLURM | {"SLURM_STEP_NUM_TASKS": "16"})
     with pytest.raises(DistributedError, match=r"SLURM_STEP_NUM_TASKS=16.*--coordinator_address"):
-        find_membership()
+        find_process_info()
 
 
 @pytest.mark.parametrize(
@@ -141,13 +141,13 @@ def test_a_jax_that_can_not_be_asked_leaves_flags_and_launchers(gone, environmen
 )
 def test_flags_that_can_not_be_right(arguments, words, environment):
     with pytest.raises(DistributedError, match=words):
-        find_membership(*arguments)
+        find_process_info(*arguments)
 
 
 def test_an_environment_that_names_no_address_is_incomplete(environment):
     environment({"JAX_COORDINATOR_ADDRESS": "head:1234"})
     with pytest.raises(DistributedError, match="--num_processes and --process_id missing"):
-        find_membership()
+        find_process_info()
 
 
 def test_wrong_flags_end_train_py_with_one_line(tmp_path, environment):
@@ -181,7 +181,7 @@ from dn_detr_jax.distributed import consistency
 from dn_detr_jax.distributed import launch
 
 index, address, what = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-with launch.working_together(launch.Membership(address, 2, index)):
+with launch.process_group(launch.ProcessInfo(address, 2, index)):
     consistency.barrier("start")
     print("started", flush=True)
     consistency.barrier("said so")
@@ -226,7 +226,7 @@ def test_the_end_of_the_coordinator_is_noticed():
     stderr = second.communicate(timeout=60)[1]
     assert time.monotonic() - killed < 30
     if second.returncode == 1:
-        assert "process 0 has ended without a word" in stderr.splitlines()[-1]
+        assert "process 0 has ended unexpectedly" in stderr.splitlines()[-1]
     else:
         assert second.returncode < 0 and "the JAX distributed service detected" in stderr
     first.communicate()

@@ -1,4 +1,4 @@
-"""The roll call of several processes, each a thread here: who is missing, double, wrong or lost."""
+"""Processes that connect, each a thread here: missing, duplicate, wrong or lost ones are named."""
 
 import socket
 import threading
@@ -9,7 +9,7 @@ import pytest
 
 from dn_detr_jax.distributed.peers import (
     Peers,
-    call_roll,
+    connect,
 )
 from dn_detr_jax.errors import DistributedError
 
@@ -20,12 +20,12 @@ def free_port():
 
 
 def meet(processes, seconds=10.0):
-    """The `Peers`, or the error, of each (count, index) that answers the same roll call."""
+    """The `Peers`, or the error, of each (count, index) that connects to the same run."""
     address = f"localhost:{free_port()}"
 
     def answer(process):
         try:
-            return call_roll(address, *process, seconds)
+            return connect(address, *process, seconds)
         except DistributedError as error:
             return str(error)
 
@@ -34,10 +34,10 @@ def meet(processes, seconds=10.0):
 
 
 def test_all_are_there_and_the_port_is_free_again():
-    """Catches a coordinator of JAX that can't listen where the roll was called."""
+    """Catches a coordinator of JAX that can't listen at the port of the first connections."""
     port = free_port()
     with ThreadPoolExecutor(3) as pool:
-        calls = [pool.submit(call_roll, f"127.0.0.1:{port}", 3, i, 10.0) for i in (2, 1, 0)]
+        calls = [pool.submit(connect, f"127.0.0.1:{port}", 3, i, 10.0) for i in (2, 1, 0)]
         peers = [call.result() for call in calls]
     assert [p.index for p in peers] == [2, 1, 0] and all(isinstance(p, Peers) for p in peers)
     with socket.create_server(("", port)):  # while the connections are open
@@ -50,7 +50,7 @@ def test_who_is_missing_is_named_everywhere():
     errors = meet([(5, 0), (5, 2), (5, 4)], seconds=1.0)
     assert time.monotonic() - started < 5
     assert len(set(errors)) == 1
-    assert "2 processes (1, 3) of 5 did not come within 1 s" in errors[0]
+    assert "2 processes (1, 3) of 5 did not connect within 1 s" in errors[0]
 
 
 def test_one_that_is_there_twice_is_named():
@@ -68,9 +68,9 @@ def test_nobody_at_the_address_ends_in_bounded_time():
     with pytest.raises(
         DistributedError, match=r"can't be reached at localhost:\d+ within 1 s \(.+\)"
     ):
-        call_roll(f"localhost:{free_port()}", 2, 1, 1.0)
+        connect(f"localhost:{free_port()}", 2, 1, 1.0)
     with pytest.raises(DistributedError, match=r"can't be reached at nobody\.invalid:1234"):
-        call_roll("nobody.invalid:1234", 2, 1, 1.0)
+        connect("nobody.invalid:1234", 2, 1, 1.0)
     assert time.monotonic() - started < 10
 
 
@@ -79,14 +79,14 @@ def test_a_port_in_use_is_said():
         socket.create_server(("", 0)) as listening,
         pytest.raises(DistributedError, match=r"can't listen on port .* choose another port"),
     ):
-        call_roll(f"localhost:{listening.getsockname()[1]}", 2, 0, 1.0)
+        connect(f"localhost:{listening.getsockname()[1]}", 2, 0, 1.0)
 
 
 def test_strangers_at_the_port_are_ignored():
     """Catches a port scanner that ends a run, or takes a process's place."""
     port = free_port()
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(call_roll, f"localhost:{port}", 2, 0, 10.0)
+        first = pool.submit(connect, f"localhost:{port}", 2, 0, 10.0)
         for line in (b"GET / HTTP/1.1\r\n\r\n", b"[1, 2]\n", b'{"process": 1}\n', b""):
             while True:
                 try:
@@ -96,7 +96,7 @@ def test_strangers_at_the_port_are_ignored():
                     time.sleep(0.02)
             with stranger:
                 stranger.sendall(line)
-        assert pool.submit(call_roll, f"localhost:{port}", 2, 1, 10.0).result().index == 1
+        assert pool.submit(connect, f"localhost:{port}", 2, 1, 10.0).result().index == 1
         first.result()
 
 
@@ -121,10 +121,10 @@ def test_all_learn_at_once_who_has_ended_without_a_word(lost):
     """As the kernel closes connections of a killed process; the coordinator is one, too."""
     peers = meet([(3, 0), (3, 1), (3, 2)])
     news = {p.index: _News(p) for p in peers if p.index != lost}
-    for line in peers[lost]._lines.values():
-        line.close()
+    for connection in peers[lost]._connections.values():
+        connection.close()
     for told in news.values():
-        assert told.wait().startswith(f"process {lost} has ended without a word")
+        assert told.wait().startswith(f"process {lost} has ended unexpectedly")
 
 
 def test_all_learn_the_error_of_one():
@@ -142,6 +142,6 @@ def test_those_that_have_done_their_work_are_not_missed():
         for index in order:
             peers[index].leave()
         for index in order:
-            for line in peers[index]._lines.values():
-                line.connection.shutdown(socket.SHUT_RDWR)
+            for connection in peers[index]._connections.values():
+                connection.connection.shutdown(socket.SHUT_RDWR)
         assert [told.wait(0.2) for told in news] == [None] * 3

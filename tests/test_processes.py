@@ -217,7 +217,7 @@ def test_a_signal_stops_all_a_lost_process_ends_the_other_and_both_resume(
         assert run.processes[0].wait(60) == 1
         assert time.monotonic() - killed < 30
     last = run.text(0).strip().splitlines()[-1]
-    assert last.startswith("error: process 0: process 1 has ended without a word"), run.text(0)
+    assert last.startswith("error: process 0: process 1 has ended unexpectedly"), run.text(0)
     assert "Traceback" not in run.text(0) and "Check failure" not in run.text(0)
 
     resumed = _finished(tmp_path / "run", digits_dir, 2, 4)

@@ -68,18 +68,18 @@ def run(evaluates: bool) -> None:
     else:
         stop.end_on_signals()
     validate(FLAGS.config)
-    membership = launch.find_membership(
+    process = launch.find_process_info(
         FLAGS.distributed,
         FLAGS.coordinator_address,
         FLAGS.num_processes,
         FLAGS.process_id,
         FLAGS.start_timeout,
     )
-    if membership is None or membership.index == 0:
+    if process is None or process.index == 0:
         log_to_terminal()
     else:
-        log_to_terminal(f"process {membership.index}: ", logging.WARNING)
-    with launch.working_together(membership, FLAGS.start_timeout, FLAGS.heartbeat_timeout):
+        log_to_terminal(f"process {process.index}: ", logging.WARNING)
+    with launch.process_group(process, FLAGS.start_timeout, FLAGS.heartbeat_timeout):
         from dn_detr_jax.distributed.consistency import check_agreement
         from dn_detr_jax.training import loop, report
 

@@ -1,6 +1,6 @@
-"""What the processes of a run do together besides training: wait, gather, and compare notes.
+"""Barriers, gathers and checks between the processes of a run.
 
-With one process every function here does nothing.
+With one process every function here returns at once.
 """
 
 import hashlib
@@ -20,17 +20,17 @@ from dn_detr_jax.config import flat_values
 from dn_detr_jax.config.variants import schema_of
 from dn_detr_jax.errors import DistributedError
 
-_SHARED_SECONDS = 20.0  # until a file of one machine must be seen by the others
+_SHARED_SECONDS = 20.0  # until a file of one machine is visible to the others
 
 
 def barrier(name: str) -> None:
-    """Waits until all processes are at this place."""
+    """Waits until all processes have called it with this name."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
-def gather(values: np.ndarray) -> np.ndarray:
-    """The values of all processes, [P, ...] for an array [...] that each has, bit by bit."""
+def all_gather(values: np.ndarray) -> np.ndarray:
+    """Gathers an array [...] of each process into [P, ...], bit by bit."""
     values = np.ascontiguousarray(values)
     if jax.process_count() == 1:
         return values[None]
@@ -51,17 +51,17 @@ def check_agreement(values: Mapping[str, Any]) -> None:
     """Checks that values are the same in all processes.
 
     Args:
-      values: what JSON can hold, by a name for the error.
+      values: JSON values, by a name for the error.
 
     Raises:
-      DistributedError: the first that differs, and what it is here.
+      DistributedError: naming the first value that differs, and its value in this process.
     """
     if jax.process_count() == 1:
         return
     names = sorted(values)
-    # Which names there are first: arrays of different shapes can't be gathered.
+    # The names come first: arrays of different shapes can't be gathered.
     for key, column in (("the version of this program", [names]), ("", [values[n] for n in names])):
-        digests = gather(np.stack([_digest(value) for value in column]))  # [P, K, 8]
+        digests = all_gather(np.stack([_digest(value) for value in column]))  # [P, K, 8]
         differs = (digests != digests[0]).any(axis=-1)
         if differs.any():
             process, position = np.argwhere(differs)[0].tolist()
@@ -81,12 +81,12 @@ def check_shared(folder: Path) -> None:
     """Checks that all processes see the files that process 0 writes into a folder.
 
     Raises:
-      DistributedError: one does not.
-      OSError: process 0 can't write there.
+      DistributedError: a process does not see them.
+      OSError: process 0 can't write into the folder.
     """
     if jax.process_count() == 1:
         return
-    token = gather(np.frombuffer(os.urandom(8), np.uint8))[0]
+    token = all_gather(np.frombuffer(os.urandom(8), np.uint8))[0]
     marker = Path(folder) / f"processes-{token.tobytes().hex()}"
     if jax.process_index() == 0:
         marker.parent.mkdir(parents=True, exist_ok=True)
@@ -95,11 +95,11 @@ def check_shared(folder: Path) -> None:
     deadline = time.monotonic() + _SHARED_SECONDS
     while not (seen := marker.exists()) and time.monotonic() < deadline:
         time.sleep(0.1)
-    blind = np.flatnonzero(~gather(np.array(seen)))
+    blind = np.flatnonzero(~all_gather(np.array(seen)))
     if jax.process_index() == 0:
         marker.unlink()
     if len(blind):
         raise DistributedError(
-            f"{folder}: process {blind[0]} does not see what process 0 writes there; with several "
-            "machines it must lie on a file system that they share"
+            f"{folder}: process {blind[0]} does not see the files of process 0; with several "
+            "machines the folder must be on a file system that they share"
         )

@@ -1,13 +1,12 @@
-"""Who takes part in a run of several processes, and who has ended: plain TCP beside JAX.
+"""Names missing and lost processes of a run, by TCP connections beside those of JAX.
 
-JAX ends a process that waits in vain for others with a stack trace that does not name them, and
-notices a process that has ended after a timeout, on some devices never in Python. Before JAX
-starts, therefore, every process connects to process 0, at the address where JAX' coordinator will
-listen afterwards; whoever is missing, double or started for another number of processes is named.
-The connections stay open. The kernel closes them when their process ends, however that happens:
-process 0 sees it at once and tells the others who it was and, if there was an error, which.
+JAX reports missing processes with a stack trace that does not name them, and lost processes after a
+timeout, on some devices never in Python. Therefore every process connects to process 0 before JAX
+starts, at the address of JAX's later coordinator. Missing processes, duplicates and processes
+started for another number are named. The connections stay open. The kernel closes them when their
+process ends in any way: process 0 notices it at once and tells the others the index and the error.
 
-Messages are lines of JSON. Nothing of JAX is imported here.
+Messages are lines of JSON. This module does not import JAX.
 """
 
 import contextlib
@@ -22,15 +21,15 @@ from typing import Any
 from dn_detr_jax.errors import DistributedError
 
 _RETRY_SECONDS = 0.2
-_SECONDS_FOR_A_LINE = 5.0  # from its first byte to its last
-_LONGEST_LINE = 1 << 16
-# Firewalls forget connections that are silent for some minutes; a machine without power is noticed.
+_LINE_SECONDS = 5.0  # from its first byte to its last
+_LONGEST_line = 1 << 16
+# Firewalls drop connections after some silent minutes; this also notices machines without power.
 _KEEP_ALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 20, "TCP_KEEPCNT": 5}
 
-VANISHED = "without a word (killed, out of memory, or its machine is gone)"
+VANISHED = "unexpectedly (killed, out of memory, or its machine has failed)"
 
 
-class _Line:
+class _Connection:
     """A connection that carries one JSON object per line."""
 
     def __init__(self, connection: socket.socket):
@@ -44,29 +43,29 @@ class _Line:
         return self.connection.fileno()
 
     def send(self, message: Mapping[str, Any]) -> None:
-        """Sends a message; what can't be sent is lost, as is whoever should have got it."""
+        """Sends a message; errors are ignored, since the receiver is lost then."""
         with contextlib.suppress(OSError):
-            self.connection.settimeout(_SECONDS_FOR_A_LINE)
+            self.connection.settimeout(_LINE_SECONDS)
             self.connection.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self, seconds: float) -> dict[str, Any] | None:
-        """The next message, {} if none came in time, None if the other side has closed."""
+        """Returns the next message, {} after the timeout, None if the other side has closed."""
         deadline, received = time.monotonic() + seconds, b""
         while not received.endswith(b"\n"):
             self.connection.settimeout(max(deadline - time.monotonic(), 1e-3))
             try:
-                byte = self.connection.recv(1)  # and nothing of the next line
+                byte = self.connection.recv(1)  # never a byte of the next line
             except TimeoutError:
                 return {}
             except OSError:
                 return None
             received += byte
-            if not byte or len(received) > _LONGEST_LINE:
+            if not byte or len(received) > _LONGEST_line:
                 return None
         try:
             message = json.loads(received)
         except ValueError:
-            return None  # whoever that is, it is none of us
+            return None  # not a process of this run
         return message if isinstance(message, dict) else None
 
     @property
@@ -86,22 +85,22 @@ class _Line:
 
 
 class Peers:
-    """The processes of a run, found by `call_roll`: process 0 knows all, the others know it."""
+    """The connections of a run: of process 0 to all others, of each other one to process 0."""
 
-    def __init__(self, index: int, lines: Mapping[int, _Line]):
-        """Takes over the connections, by the index of the process at their other end."""
-        self.index, self._lines = index, dict(lines)
+    def __init__(self, index: int, connections: Mapping[int, _Connection]):
+        """Takes over the connections, by the index of the process at the other end."""
+        self.index, self._connections = index, dict(connections)
         self._left = False
 
     def watch(self, when_lost: Callable[[str], None]) -> None:
-        """Calls `when_lost` once, from a thread, with who has ended before its work was done."""
-        if self._lines:
+        """Calls `when_lost` once, from a thread, with a text about the first lost process."""
+        if self._connections:
             threading.Thread(target=self._watch, args=(when_lost,), daemon=True).start()
 
     def _watch(self, when_lost: Callable[[str], None]) -> None:
         with selectors.DefaultSelector() as selector:
-            for index, line in self._lines.items():
-                selector.register(line, selectors.EVENT_READ, index)
+            for index, peer in self._connections.items():
+                selector.register(peer, selectors.EVENT_READ, index)
             while selector.get_map():
                 for key, _ in selector.select():
                     lost = self._lost(key.data)
@@ -112,8 +111,8 @@ class Peers:
                         return when_lost(lost)
 
     def _lost(self, index: int) -> str | None:
-        """Who a readable connection says is lost: "" nobody; None: its other end is done."""
-        message = self._lines[index].receive(_SECONDS_FOR_A_LINE)
+        """Reads which process is lost: "" for none; None if the other end has done its work."""
+        message = self._connections[index].receive(_LINE_SECONDS)
         if message is None:
             return f"process {index} has ended {VANISHED}"
         if message.get("lost"):
@@ -123,85 +122,85 @@ class Peers:
         return f"process {index} has ended: {message['left']}" if message["left"] else None
 
     def leave(self, error: str = "") -> None:
-        """Says that this process ends: its work is done, or an `error` ended it."""
+        """Tells the others that this process ends, after its work or with an `error`."""
         if not self._left:
             self._left = True
             self._tell({"left": error})
 
     def _tell(self, message: Mapping[str, Any]) -> None:
-        for line in self._lines.values():
-            line.send(message)
+        for peer in self._connections.values():
+            peer.send(message)
 
 
-def call_roll(address: str, count: int, index: int, seconds: float) -> Peers:
-    """Waits until all processes of a run are there.
+def connect(address: str, count: int, index: int, seconds: float) -> Peers:
+    """Connects all processes of a run.
 
     Args:
       address: "host:port" of process 0.
       count: number of processes.
-      index: of this one.
-      seconds: how long to wait.
+      index: of this process.
+      seconds: timeout.
 
     Returns:
-      The connections to the others; the port of process 0 is free again.
+      The connections; the port of process 0 is free again.
 
     Raises:
-      DistributedError: not all came in time, one came twice, or one expects another number; every
-        process that was there gets the same error.
+      DistributedError: not all connected in time, an index is used twice, or a process expects
+        another number; all connected processes raise the same error.
     """
     if index == 0:
-        return Peers(0, _call(int(address.rpartition(":")[2]), count, seconds))
-    return Peers(index, {0: _answer(address, count, index, seconds)})
+        return Peers(0, _accept_all(int(address.rpartition(":")[2]), count, seconds))
+    return Peers(index, {0: _connect_to_first(address, count, index, seconds)})
 
 
-def _call(port: int, count: int, seconds: float) -> dict[int, _Line]:
-    """Process 0's part: connections by index."""
+def _accept_all(port: int, count: int, seconds: float) -> dict[int, _Connection]:
+    """Accepts the connections as process 0; returns them by index."""
     deadline = time.monotonic() + seconds
-    came: dict[int, _Line] = {}
+    connected: dict[int, _Connection] = {}
     error = ""
     with _listen(port) as listening:
-        while len(came) < count - 1 and not error:
+        while len(connected) < count - 1 and not error:
             listening.settimeout(max(deadline - time.monotonic(), 1e-3))
             try:
-                line = _Line(listening.accept()[0])
+                peer = _Connection(listening.accept()[0])
             except TimeoutError:
-                missing = [index for index in range(1, count) if index not in came]
+                missing = [index for index in range(1, count) if index not in connected]
                 error = (
-                    f"{_named(missing)} of {count} did not come within {seconds:.0f} s to port "
-                    f"{port} of process 0; see the output there, or allow more time"
+                    f"{_listed(missing)} of {count} did not connect within {seconds:.0f} s to port "
+                    f"{port} of process 0; see their output, or raise --start_timeout"
                 )
                 break
-            error = _enter(line, came, count)
-    for line in came.values():
-        line.send({"error": error})
+            error = _add(peer, connected, count)
+    for peer in connected.values():
+        peer.send({"error": error})
     if error:
         raise DistributedError(error)
-    return came
+    return connected
 
 
-def _enter(line: _Line, came: dict[int, _Line], count: int) -> str:
-    """Takes in a new connection; returns what is wrong with it, if anything."""
-    hello = line.receive(_SECONDS_FOR_A_LINE)
-    if not hello or not {"process", "processes"} <= hello.keys():
-        line.close()  # none of us
+def _add(peer: _Connection, connected: dict[int, _Connection], count: int) -> str:
+    """Adds a new connection; returns its error, or ""."""
+    greeting = peer.receive(_LINE_SECONDS)
+    if not greeting or not {"process", "processes"} <= greeting.keys():
+        peer.close()  # not a process of this run
         return ""
-    index, expected = hello["process"], hello["processes"]
+    index, expected = greeting["process"], greeting["processes"]
     error = ""
     if expected != count:
         error = f"process {index} was started for {expected} processes, process 0 for {count}"
-    elif index in came and not came[index].is_closed:
+    elif index in connected and not connected[index].is_closed:
         error = f"two processes are process {index} of {count}: give each its own --process_id"
     if error:
-        line.send({"error": error})
+        peer.send({"error": error})
         return error
-    came[index] = line
+    connected[index] = peer
     return ""
 
 
 def _listen(port: int) -> socket.socket:
     try:
         if socket.has_dualstack_ipv6():
-            with contextlib.suppress(OSError):  # compiled in, and yet switched off
+            with contextlib.suppress(OSError):  # compiled in, but disabled
                 return socket.create_server(
                     ("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024
                 )
@@ -214,8 +213,8 @@ def _listen(port: int) -> socket.socket:
         ) from error
 
 
-def _answer(address: str, count: int, index: int, seconds: float) -> _Line:
-    """The part of all other processes: the connection to process 0."""
+def _connect_to_first(address: str, count: int, index: int, seconds: float) -> _Connection:
+    """Connects to process 0 as one of the other processes."""
     host, _, port = address.rpartition(":")
     deadline = time.monotonic() + seconds
     reason = "it did not answer"
@@ -226,15 +225,15 @@ def _answer(address: str, count: int, index: int, seconds: float) -> _Line:
             reason = str(error)
             time.sleep(min(_RETRY_SECONDS, left))
             continue
-        line = _Line(connection)
-        line.send({"process": index, "processes": count})
-        verdict = line.receive(max(deadline - time.monotonic(), 1.0) + _SECONDS_FOR_A_LINE)
+        peer = _Connection(connection)
+        peer.send({"process": index, "processes": count})
+        verdict = peer.receive(max(deadline - time.monotonic(), 1.0) + _LINE_SECONDS)
         if verdict and "error" in verdict:
             if verdict["error"]:
                 raise DistributedError(str(verdict["error"]))
-            return line
+            return peer
         reason = "it closed the connection" if verdict is None else "it did not answer"
-        line.close()
+        peer.close()
         time.sleep(min(_RETRY_SECONDS, left))
     raise DistributedError(
         f"process 0 can't be reached at {address} within {seconds:.0f} s ({reason}): see its "
@@ -242,7 +241,7 @@ def _answer(address: str, count: int, index: int, seconds: float) -> _Line:
     )
 
 
-def _named(indices: Sequence[int]) -> str:
-    """The processes of a list, the first few by their indices."""
+def _listed(indices: Sequence[int]) -> str:
+    """Formats a list of processes with the first few indices."""
     listed = ", ".join(map(str, indices[:8])) + (", ..." if len(indices) > 8 else "")
     return f"process {listed}" if len(indices) == 1 else f"{len(indices)} processes ({listed})"

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from dn_detr_jax.data.datasets import Dataset
 from dn_detr_jax.data.loader import eval_batches
-from dn_detr_jax.distributed.consistency import gather
+from dn_detr_jax.distributed.consistency import all_gather
 from dn_detr_jax.evaluation.coco_ap import CocoEvaluator, format_table
 from dn_detr_jax.evaluation.instability import MatchingInstability, match_vectors
 from dn_detr_jax.models.registry import num_matching_queries
@@ -105,7 +105,7 @@ class Evaluator:
         if jax.process_index() == 0:
             values[:] = [*coco.metrics().values(), *coco.per_class().values()]
             classes = list(coco.per_class())
-        values = gather(values)[0]
+        values = all_gather(values)[0]
         metrics = dict(zip(names, map(float, values), strict=False))
         per_class = dict(zip(classes, map(float, values[len(names) :]), strict=True))
         if self.instability is not None:

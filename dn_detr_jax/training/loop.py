@@ -24,7 +24,12 @@ from dn_detr_jax.checkpoints.params import holds_only_parameters
 from dn_detr_jax.config import validate
 from dn_detr_jax.data.datasets import Dataset, open_dataset
 from dn_detr_jax.data.loader import train_batches, train_plan
-from dn_detr_jax.distributed.consistency import agreed_config, check_agreement, check_shared, gather
+from dn_detr_jax.distributed.consistency import (
+    agreed_config,
+    all_gather,
+    check_agreement,
+    check_shared,
+)
 from dn_detr_jax.errors import ConfigError, TrainingError
 from dn_detr_jax.evaluation.evaluator import Evaluation, Evaluator
 from dn_detr_jax.interop.initial import load_initial
@@ -338,7 +343,7 @@ class _Run:
         seconds = window.seconds()
         # Each process counts its own rows; the slowest one determines the times.
         here = [window.waiting, host_timer.take(), window.dropped, window.bad_images]
-        everywhere = gather(np.array(here))
+        everywhere = all_gather(np.array(here))
         waiting, matching, _, _ = everywhere.max(axis=0)
         _, _, dropped, bad_images = everywhere.sum(axis=0)
         rate = config.train.batch_size * window.count / seconds
