@@ -24,6 +24,7 @@ from dn_detr_jax.distributed import consistency
 from dn_detr_jax.distributed import launch
 from dn_detr_jax.errors import DistributedError
 from dn_detr_jax.data.plan import process_rows
+from dn_detr_jax.errors import DistributedError
 from dn_detr_jax.sharding import make_mesh, put_batch
 from dn_detr_jax.evaluation.detect import jit_match
 
