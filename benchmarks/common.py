@@ -28,6 +28,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from dn_detr_jax.errors import ConfigError
 from dn_detr_jax.preflight.accelerators import CHIPS
 
 ROOT = Path(__file__).parent.parent
@@ -107,7 +108,7 @@ def settings_of_flags(
       batch_sizes: in place of the flag's.
 
     Raises:
-      ValueError: a canvas or a batch size that can't be read.
+      ConfigError: a canvas or a batch size that can't be read.
     """
     canvases = [_canvas(text) for text in FLAGS.canvas] or [tuple(config.data.canvases[0])]
     texts = FLAGS.batch_size if batch_sizes is None else batch_sizes
@@ -124,14 +125,14 @@ def settings_of_flags(
 def _canvas(text: str) -> tuple[int, int]:
     sides = text.split("x")
     if len(sides) != 2:
-        raise ValueError(f"--canvas={text}: HEIGHTxWIDTH is meant, for example 800x1344")
+        raise ConfigError("--canvas", text, "HEIGHTxWIDTH, for example 800x1344")
     return positive("--canvas", sides[0]), positive("--canvas", sides[1])
 
 
 def positive(flag: str, text: str) -> int:
-    """A positive integer from a flag's text; ValueError for any other text."""
+    """Returns a positive integer from a flag's text; ConfigError for any other text."""
     if not text.isdecimal() or not int(text):
-        raise ValueError(f"{flag}: {text!r} is no positive integer")
+        raise ConfigError(flag, text, "a positive integer")
     return int(text)
 
 
@@ -305,10 +306,10 @@ def define_contender_flags(contenders: Sequence[str]) -> None:
 
 
 def check_contenders(known: Sequence[str]) -> None:
-    """Raises ValueError for a name in the flag that is not known."""
+    """Raises ConfigError for an unknown name in the flag."""
     for name in FLAGS.contenders:
         if name not in known:
-            raise ValueError(f"--contenders: {name!r} is none of {', '.join(known)}")
+            raise ConfigError("--contenders", name, f"one of {', '.join(known)}")
 
 
 def take_turns(

@@ -38,6 +38,7 @@ from ml_collections import ConfigDict
 from benchmarks import common
 from dn_detr_jax import matching
 from dn_detr_jax.commands.command_line import run_main
+from dn_detr_jax.errors import PreflightError
 from dn_detr_jax.preflight.accelerators import CHIPS
 from dn_detr_jax.preflight.compilation import compile_step
 from dn_detr_jax.preflight.cost import Cost
@@ -86,7 +87,7 @@ def gpus(kind: str, number: int) -> Sequence[Any]:
       number: of them.
 
     Raises:
-      ValueError: jax has no compiler for GPUs here.
+      PreflightError: jax has no compiler for GPUs here.
     """
     try:
         cudnn = metadata.version("nvidia-cudnn-cu13").split(".")
@@ -103,7 +104,7 @@ def gpus(kind: str, number: int) -> Sequence[Any]:
             topology=f"1x1x{number}",
         ).devices
     except (metadata.PackageNotFoundError, RuntimeError) as error:
-        raise ValueError(f'no compiler for GPUs: pip install "jax[cuda13]" ({error})') from None
+        raise PreflightError(f'no compiler for GPUs: pip install "jax[cuda13]" ({error})') from None
 
 
 def compile_for(config: ConfigDict, mesh: Mesh) -> jax.stages.Compiled:

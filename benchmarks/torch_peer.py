@@ -18,6 +18,8 @@ import torch
 from ml_collections import ConfigDict
 from transformers import DabDetrConfig, DabDetrForObjectDetection, ResNetConfig
 
+from dn_detr_jax.errors import ConfigError
+
 DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -43,14 +45,12 @@ def build(config: ConfigDict, device: torch.device) -> DabDetrForObjectDetection
     """The detector of `config.model` with random weights.
 
     Raises:
-      ValueError: the config has something that the peer has not.
+      ConfigError: the peer lacks an option of the config.
     """
     sizes, backbone = config.model, config.model.backbone
     if backbone.norm != "frozen_batch_norm" or backbone.stem != "standard" or backbone.dilation:
-        raise ValueError(
-            "the peer has ResNets with frozen batch norm, standard stem and no dilation only: "
-            f"config.model.backbone is {dict(backbone)}"
-        )
+        expected = "frozen batch norm, standard stem, no dilation: the peer has no other ResNets"
+        raise ConfigError("model.backbone", dict(backbone), expected)
     bottleneck = backbone.depth >= 50
     first, stages = backbone.width * (4 if bottleneck else 1), backbone.stages
     resnet = ResNetConfig(

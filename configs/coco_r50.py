@@ -13,8 +13,8 @@ checkpoint is evaluated without any training:
         --out runs/official
     python train.py --config configs/coco_r50.py --workdir runs/official --eval_only
 
-Denoising groups are packed: a picture of more than 40 objects gets fewer than the five groups;
-`dn.layout=paper` gives them to all, at the price of 500 denoising queries for every picture.
+Denoising groups are packed: an image with more than 40 objects gets fewer than five groups.
+`dn.layout=paper` gives five groups to all, with 500 denoising queries for every image.
 
 To vary: `model.backbone.depth=101`, `model.backbone.dilation=True` (DC5), `model.num_patterns=3`,
 `dn.groups=0` (plain DAB-DETR), `model.dtype=bfloat16`.
@@ -24,10 +24,10 @@ from dn_detr_jax.config import base_config
 
 
 def get_config():
-    """The defaults of every key are this experiment's, but for the canvases."""
+    """Returns the defaults of all keys, with canvases for COCO."""
     config = base_config()
-    # Proposed by dn_detr_jax.data.canvases for the sizes of 112 photographs of COCO; the first two
-    # hold every picture of any data set at these resolutions. 20% of the pixels are padding; with
+    # `python -m dn_detr_jax canvases` proposed them for 112 photographs of COCO. The first two
+    # hold every image of any data set at these resolutions. 20% of the pixels are padding; with
     # data.snap=0.1, which departs from the published augmentation, and canvases for it, 8%.
     config.data.canvases = (
         (800, 1344),
@@ -39,7 +39,7 @@ def get_config():
         (640, 864),
         (576, 736),
     )
-    # Input: 4 threads, the default, make about 400 pictures per second on 4 free cores (estimated
-    # from one core, docs/performance.md). For more raise data.threads and data.prefetch together;
-    # beyond some ten threads data.workers, which hand batches over through /dev/shm.
+    # Input: 4 threads, the default, make about 400 images per second on 4 free cores (estimated
+    # from one core, docs/performance.md). To read faster, raise data.threads and data.prefetch
+    # together; beyond about ten threads raise data.workers, which pass batches through /dev/shm.
     return config

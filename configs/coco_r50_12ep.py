@@ -19,7 +19,7 @@ from dn_detr_jax.config import load_config
 
 
 def get_config():
-    """`coco_r50` with dilation and patterns, and a shorter schedule."""
+    """Returns `coco_r50` with dilation and patterns, and a shorter schedule."""
     config = load_config("coco_r50")
     config.model.backbone.dilation = True
     config.model.num_patterns = 3

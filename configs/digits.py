@@ -7,12 +7,12 @@ digits, in two runs with other random choices.
 
 What differs from the published settings, and why, for a training of a few minutes:
 
-- a small detector, group norm instead of a pretrained backbone, pictures of about 80 x 112;
+- a small detector, group norm instead of a pretrained backbone, images of about 80 x 112;
 - `position_gain` and equal temperatures of the sine encodings: the cross-attention starts out
-  looking at the anchors instead of having to find out what positions mean. In a trial on harder
+  near the anchors and does not have to learn positions first. In a trial on harder
   scenes the GIoU loss after 900 steps was 0.41 with it and 0.62 from Xavier weights;
-- `dn.label_noise` 0.5: a denoising query can't rely on the label that it is given, so it has to
-  read the digit;
+- `dn.label_noise` 0.5: a denoising query can't rely on its given label and has to read the
+  digit;
 - a higher weight of the class loss, a higher learning rate, cosine instead of step.
 
 To vary: `--config.dn.groups=0` (plain DAB-DETR), `--config.train.duration="8 epochs"`.
@@ -22,7 +22,7 @@ from dn_detr_jax.config import base_config
 
 
 def get_config():
-    """A small DN-DAB-DETR for pictures of 80 to 128 pixels."""
+    """Returns a small DN-DAB-DETR for images of 80 to 128 pixels."""
     config = base_config()
     config.data.update(
         name="digits",

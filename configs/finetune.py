@@ -3,24 +3,24 @@
     python train.py --config configs/finetune.py --workdir runs/mine \\
         --config.data.dir=PATH_OF_YOUR_DATA --config.init.checkpoint=runs/official
 
-`docs/own_data.md` tells it from the first command to AP on your validation pictures. Classes, their
+`docs/own_data.md` leads from the first command to AP on your validation images. Classes, their
 names and the number of slots for objects are taken from the annotation files. All of the detector
-but its class head and label embedding starts from `init.checkpoint`: a work directory of
-`interop.import_torch`, or of a training with this code.
+but its class head and label embedding starts from `init.checkpoint`: the work directory
+of an imported checkpoint (`python -m dn_detr_jax import`) or of a training.
 
 The schedule is a starting point, not a measured optimum: a tenth of an epoch of warm-up, the
 published rate scaled to the batch, 12 epochs with a cosine. No AP is claimed for it.
 
 To vary: `train.duration`, `train.batch_size` with `optimizer.learning_rate` in proportion (1e-4 for
-16 pictures), `data.augment.flip=0` where left and right matter, smaller canvases and sizes for
-smaller pictures (`python -m dn_detr_jax canvases` proposes them).
+16 images), `data.augment.flip=0` where left and right matter, smaller canvases and sizes for
+smaller images (`python -m dn_detr_jax canvases` proposes them).
 """
 
 from dn_detr_jax.config import load_config
 
 
 def get_config():
-    """`coco_r50` with classes from the data, fresh heads and a short schedule."""
+    """Returns `coco_r50` with classes from the data, fresh heads and a short schedule."""
     config = load_config("coco_r50")
     config.data.labels = "contiguous"
     config.data.max_objects = 0

@@ -12,7 +12,7 @@ class Error(Exception):
 
 
 class ConfigError(Error, ValueError):
-    """A wrong config value. The message is one line: key, value, what would be right."""
+    """A wrong value of a config key or flag. The message has key, value and what would be right."""
 
     def __init__(self, key: str, value: Any, expected: str):
         self.expected = expected

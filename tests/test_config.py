@@ -216,7 +216,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "where to write", required=True)
 def main(argv):
     validate(CONFIG.value)
     if CONFIG.value.seed == 13:
-        raise RuntimeError("nobody expects this")
+        raise RuntimeError("not expected")
     print("heads", CONFIG.value.model.num_heads, CONFIG.value.data.canvases)
 run_main(main)
 """
@@ -313,4 +313,4 @@ def test_any_number_of_arguments_and_a_step(arguments, expected):
 def test_unexpected_errors_keep_their_traceback(program):
     status, _, err = program("--workdir=x", "--config=config.py", "--config.seed=13")
     assert status == 1
-    assert "Traceback" in err and "nobody expects this" in err
+    assert "Traceback" in err and "not expected" in err

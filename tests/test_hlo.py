@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from dn_detr_jax.errors import PreflightError
 from dn_detr_jax.preflight.hlo import (
     count_rematerialized,
     parse_collectives,
@@ -151,5 +152,5 @@ def test_the_text_of_accelerators():
 
 def test_text_that_is_no_program_is_refused():
     """An empty answer would be taken for a program without collectives."""
-    with pytest.raises(ValueError, match="ENTRY"):
+    with pytest.raises(PreflightError, match="ENTRY"):
         parse_collectives("error: no such program", num_devices=8)

@@ -37,7 +37,7 @@ LAZY = {
 # The public API, and the commands: help and wrong flags need no jax.
 LAZY_FOLDERS = ("", "commands")
 
-LONG_FILES = {"data/plan.py"}  # over 500 lines
+LONG_FILES: set[str] = set()  # over 500 lines
 LONG_FUNCTIONS: set[str] = set()  # over 80 lines
 
 

@@ -167,7 +167,7 @@ def test_two_processes_train_what_one_trains(one, two):
 
 @pytest.mark.slow
 def test_two_processes_leave_the_files_of_one(one, two):
-    """Catches files of every process, lines written twice, pictures left out."""
+    """Catches files of every process, lines written twice, images left out."""
 
     def files(workdir):
         paths = [p.relative_to(workdir) for p in workdir.rglob("*") if p.is_file()]
@@ -237,7 +237,7 @@ def test_four_processes_go_on_with_what_two_began(one, two, tmp_path, digits_dir
 
 
 def test_processes_with_different_configs_end_before_anything_is_compiled(tmp_path, digits_dir):
-    """Catches runs that hang, or that train something that nobody asked for."""
+    """Catches runs that hang, or that train something else than was asked for."""
     seeds = [["--config.seed=0"], ["--config.seed=1"]]
     with Run(tmp_path / "run", digits_dir, 2, 2, each=seeds) as run:
         assert run.wait() == [1, 1]

@@ -1,13 +1,13 @@
-"""What accelerators can do at best, for rooflines and for the share of the peak that is reached.
+"""Peak figures of accelerators, for rooflines and for the share of the peak that a step reaches.
 
-Figures are the vendors', per chip:
+The figures are the vendors', per chip:
 
 - TPU: https://docs.cloud.google.com/tpu/docs/v4, v5e, v5p-training and v6e. The pages of v5e, v5p
-  and v6e give the bandwidth between chips in both directions together; half of it is sent. That of
-  v4 gives the all-reduce bandwidth of a pod, 1.1 PB/s for 4,096 chips; by the same division v5e and
-  v6e come to half of their bidirectional bandwidth.
-- GPU: NVIDIA's data sheets of the A100, H100 and H200 SXM, dense (without sparsity); NVLink, of
-  whose 600 GB/s (A100) or 900 GB/s half is sent.
+  and v6e give the bandwidth between chips in both directions together; a chip sends half of it. The
+  page of v4 gives the all-reduce bandwidth of a pod, 1.1 PB/s for 4,096 chips; the same division
+  gives half of the bidirectional bandwidth for v5e and v6e.
+- GPU: NVIDIA's data sheets of the A100, H100 and H200 SXM, dense (without sparsity). A chip sends
+  half of NVLink's 600 GB/s (A100) or 900 GB/s.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ class Chip:
     """One accelerator.
 
     Attributes:
-      name: as people call it.
+      name: usual name.
       memory: bytes.
       peak_flops: bfloat16 operations per second. float32 at jax's default precision runs on a TPU
         in bfloat16 as well.

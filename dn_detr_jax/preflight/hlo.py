@@ -1,7 +1,7 @@
-"""Lists what a compiled program sends between devices, and between device and host.
+"""Lists the transfers of a compiled program between devices, and between device and host.
 
-It reads the text of the optimised HLO, `jax.stages.Compiled.as_text()`: that is what runs, after
-the partitioner has put in its collectives and the compiler has merged them.
+The module reads the text of the optimized HLO, `jax.stages.Compiled.as_text()`: the program that
+runs, after the partitioner has inserted its collectives and the compiler has merged them.
 
     compiled = jitted.lower(*arguments).compile()
     for collective in parse_collectives(compiled.as_text(), num_devices=8):
@@ -13,6 +13,8 @@ The operations are those of https://openxla.org/xla/operation_semantics.
 import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
+
+from dn_detr_jax.errors import PreflightError
 
 KINDS = (
     "all-reduce",
@@ -40,11 +42,11 @@ class Collective(NamedTuple):
 
     Attributes:
       kind: one of `KINDS`.
-      shapes: of what a device holds after it, for example ("f32[256,91]", "f32[]").
-      bytes: of those, or for a reduce-scatter of what it holds before: what is exchanged, once.
-      group: number of devices that take part together.
-      count: how often it runs in one execution; a loop of unknown length counts once.
-      where: the name that jax gave the operation.
+      shapes: of the results on a device, for example ("f32[256,91]", "f32[]").
+      bytes: of the results, or for a reduce-scatter of the operands: the exchanged data, once.
+      group: number of devices that exchange them.
+      count: runs in one execution; a loop of unknown length counts once.
+      where: jax's name of the operation.
     """
 
     kind: str
@@ -56,9 +58,9 @@ class Collective(NamedTuple):
 
     @property
     def bytes_sent(self) -> float:
-        """Bytes that each device sends in one execution, by algorithms that send the least.
+        """Bytes that each device sends in one execution, by the algorithms that send the least.
 
-        An all-reduce is a reduce-scatter and an all-gather, in each of which a device of n sends
+        An all-reduce is a reduce-scatter and an all-gather; in each of them one of n devices sends
         (n - 1) / n of the data.
         """
         share = (self.group - 1) / self.group
@@ -67,7 +69,7 @@ class Collective(NamedTuple):
 
 
 class HostTransfer(NamedTuple):
-    """Bytes that a callback moves in one execution; compilers for TPU only show them."""
+    """Bytes that callbacks move in one execution; only compilers for TPUs report them."""
 
     to_host: int
     from_host: int
@@ -81,11 +83,11 @@ class _Instruction(NamedTuple):
 
 
 def parse_collectives(program: str, num_devices: int) -> list[Collective]:
-    """The collectives of a program, in the order of its text, those that run nowhere left out.
+    """Returns the collectives that a program runs, in the order of its text.
 
     Args:
       program: `Compiled.as_text()`.
-      num_devices: that the program runs on.
+      num_devices: number of devices of the program.
     """
     computations, entry = _split(program)
     runs = _runs(computations, entry)
@@ -96,7 +98,7 @@ def parse_collectives(program: str, num_devices: int) -> list[Collective]:
             collective = _collective(instruction, num_devices, runs[name])
             if collective is None:
                 continue
-            # An asynchronous one may be in the text several times, of which one is the transfer.
+            # An asynchronous collective may appear several times for one transfer.
             channel = re.search(r"channel_id=(\d+)", instruction.line)
             key = f"{collective.kind} {channel[1]}" if channel else ""
             if not key or key not in seen:
@@ -106,7 +108,7 @@ def parse_collectives(program: str, num_devices: int) -> list[Collective]:
 
 
 def parse_host_transfers(program: str) -> HostTransfer:
-    """What callbacks send to the host and get back."""
+    """Returns the bytes that callbacks send to the host and get back."""
     sizes = {"send": 0, "recv": 0}
     computations, entry = _split(program)
     runs = _runs(computations, entry)
@@ -119,15 +121,15 @@ def parse_host_transfers(program: str) -> HostTransfer:
 
 
 def count_rematerialized(program: str) -> int:
-    """Instructions that the compiler itself computes a second time to save memory."""
+    """Counts the instructions that the compiler computes a second time to save memory."""
     return len(re.findall(r"^\s+(?:ROOT )?%?[\w-]+(?:\.\w+)*\.remat[\w.]* = ", program, re.M))
 
 
 def parse_loops(program: str) -> list[int | None]:
-    """How often each loop of the program goes round, None where the text does not say.
+    """Returns the number of rounds of each loop, None where the text does not have it.
 
-    Compilers count operations and bytes of a loop's body once; `parse_collectives` counts its
-    collectives as often as they run.
+    Compilers count the operations and bytes of one round; `parse_collectives` counts the
+    collectives of all rounds.
     """
     computations, entry = _split(program)
     runs = _runs(computations, entry)
@@ -136,12 +138,12 @@ def parse_loops(program: str) -> list[int | None]:
 
 
 def total_bytes(collectives: Iterable[Collective]) -> int:
-    """Bytes exchanged, as `Collective.bytes` counts them, in one execution."""
+    """Returns the bytes exchanged in one execution, as `Collective.bytes` counts them."""
     return sum(collective.bytes * collective.count for collective in collectives)
 
 
 def _split(program: str) -> tuple[dict[str, list[_Instruction]], str]:
-    """The instructions of every computation, by its name, and the name of the entry."""
+    """Returns the instructions of each computation by its name, and the name of the entry."""
     computations: dict[str, list[_Instruction]] = {}
     current: list[_Instruction] = []
     entry = ""
@@ -152,12 +154,12 @@ def _split(program: str) -> tuple[dict[str, list[_Instruction]], str]:
         elif instruction := _INSTRUCTION.match(line):
             current.append(_Instruction(instruction[1], instruction[2], instruction[3], line))
     if not entry:
-        raise ValueError("this is not the text of an HLO module: it has no ENTRY")
+        raise PreflightError("not the text of an HLO module: it has no ENTRY")
     return computations, entry
 
 
 def _runs(computations: dict[str, list[_Instruction]], entry: str) -> dict[str, int]:
-    """How often each computation runs in one execution of the program."""
+    """Returns how often each computation runs in one execution of the program."""
     runs = dict.fromkeys(computations, 0)
 
     def run(name: str, times: int) -> None:
@@ -175,7 +177,7 @@ def _runs(computations: dict[str, list[_Instruction]], entry: str) -> dict[str, 
 
 
 def _trip_count(line: str, computations: dict[str, list[_Instruction]]) -> int | None:
-    """Of a while loop: what the compiler noted, or the bound of a loop as jax writes them.
+    """Returns the rounds of a while loop: the compiler's note, or the bound of a loop of jax.
 
     `jax.lax.scan` and `fori_loop` count from 0 in steps of 1 while the counter is below a constant.
     """
@@ -219,7 +221,7 @@ def _shapes(text: str) -> list[tuple[str, str]]:
 
 
 def _elements(text: str) -> list[str]:
-    """The elements of a tuple type, which may be tuples."""
+    """Splits a tuple type into its elements, which may be tuples."""
     elements, depth, start = [], 0, 1
     for i, character in enumerate(text):
         depth += (character in "([{") - (character in ")]}")
@@ -240,12 +242,12 @@ def _bytes(shapes: Iterable[tuple[str, str]]) -> int:
 
 
 def _bits(dtype: str) -> int:
-    """Of an element: 8 for pred, else the first number in the name, such as s32 or f8e4m3fn."""
+    """Returns the bits of an element: 8 for pred, else the first number in s32, f8e4m3fn, ..."""
     return 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])
 
 
 def _group(line: str, num_devices: int) -> int:
-    """Devices in a replica group, from any of the three ways in which they are written."""
+    """Returns the number of devices in a replica group, from any of its three notations."""
     if "source_target_pairs=" in line:
         return 2
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
