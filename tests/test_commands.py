@@ -74,6 +74,24 @@ def test_every_command_has_help_without_jax():
         assert 20 < len(shown) < 90 and shown.endswith(".")
 
 
+def test_a_closed_pipe_is_not_an_error():
+    """As of `dn-detr --help | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "dn_detr_jax", "--help"],
+            env=os.environ | {"PYTHONPATH": str(_ROOT)},
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            timeout=60,
+            check=False,
+        )
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_an_installed_package_has_the_same_command():
     scripts = tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     assert scripts == {"dn-detr": "dn_detr_jax.commands.dispatch:main"}

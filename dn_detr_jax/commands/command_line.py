@@ -45,9 +45,7 @@ def run_command(command: ModuleType, program: str) -> NoReturn:
     command.define_flags()
     arguments = getattr(command, "ARGUMENTS", ())
     if any(_HELP.fullmatch(argument) for argument in sys.argv[1:]):
-        write_escaped()
-        print(help_text(command, program, set(flags.FLAGS) - others))
-        sys.exit(0)
+        show(help_text(command, program, set(flags.FLAGS) - others))
     run_main(command.main, arguments)
 
 
@@ -106,6 +104,16 @@ def write_escaped() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def show(text: str, status: int = 0) -> NoReturn:
+    """Prints a text and ends the program; a closed pipe, as of `| head`, is not an error."""
+    write_escaped()
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes once more
+    sys.exit(status)
 
 
 def log_to_terminal(prefix: str = "", level: int = logging.INFO) -> None:
@@ -290,8 +298,7 @@ def _print_config_reference(argv: Sequence[str]) -> NoReturn:
     scratch(argv, known_only=True)
     if scratch.config is None:
         fail("--help_config: of which --config?")
-    print(describe_config(scratch.config))
-    sys.exit(0)
+    show(describe_config(scratch.config))
 
 
 def _has(config: ConfigDict, key: str) -> bool:

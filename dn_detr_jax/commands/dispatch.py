@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
-from dn_detr_jax.commands.command_line import fail, leave_interrupted, run_command, write_escaped
+from dn_detr_jax.commands.command_line import fail, leave_interrupted, run_command, show
 
 # Command -> module of this package. The first line of its docstring is what the list shows.
 COMMANDS = {
@@ -44,9 +44,7 @@ def main() -> NoReturn:
 
 def _run(program: str, arguments: Sequence[str]) -> NoReturn:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        write_escaped()
-        print(overview(program))
-        sys.exit(0 if arguments else 1)
+        show(overview(program), 0 if arguments else 1)
     name, *rest = arguments
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
