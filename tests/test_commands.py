@@ -11,10 +11,12 @@ from pathlib import Path
 import jax
 import pytest
 from absl import flags
+from ml_collections import ConfigDict
 
 import dn_detr_jax
 from dn_detr_jax.commands import command_line, dispatch
 from dn_detr_jax.config import base_config
+from dn_detr_jax.data.layout import find_split
 from dn_detr_jax.errors import ConfigError
 from dn_detr_jax.training.compile_cache import use_compile_cache
 
@@ -149,6 +151,13 @@ def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
     values(["program", "--workdir=~/run"])
     assert values.workdir == str(tmp_path / "run")
     assert command_line.local_path("~/a.jpg") == tmp_path / "a.jpg"
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val.json").touch()
+    split = ConfigDict({"annotations": "~/val.json", "images": "~/val"})
+    assert find_split(Path("/data"), "validation", split) == (
+        tmp_path / "val.json",
+        tmp_path / "val",
+    )
 
 
 def test_a_latin_1_terminal_gets_escapes():

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
+from dn_detr_jax.config import expand_user
 from dn_detr_jax.errors import DataError
 
 _FOLDERS = {
@@ -48,7 +49,7 @@ def find_split(directory: Path, split: str, split_config: ConfigDict) -> SplitFi
             _nothing_found(directory, usual, _json_files(directory), f"data.{split}.annotations")
         )
     if split_config.images:
-        images = directory / split_config.images
+        images = directory / expand_user(split_config.images, f"data.{split}.images")
         if not images.is_dir():
             raise DataError(f"data.{split}.images: there is no folder {images}")
     else:
@@ -71,7 +72,7 @@ def find_annotations(directory: Path, split: str, split_config: ConfigDict) -> P
     """
     key = f"data.{split}.annotations"
     if split_config.annotations:
-        annotations = directory / split_config.annotations
+        annotations = directory / expand_user(split_config.annotations, key)
         if not annotations.is_file():
             found = _json_files(directory)
             raise DataError(f"{key}: there is no file {annotations}; {directory} has {found}")
