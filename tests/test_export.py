@@ -44,8 +44,8 @@ import numpy as np
 from exported import load_exported
 
 detector = load_exported(sys.argv[1])
-pictures = np.load(sys.argv[2])
-prepared = [detector.prepare(pictures[name]) for name in pictures.files]
+images = np.load(sys.argv[2])
+prepared = [detector.prepare(images[name]) for name in images.files]
 images, sizes = (np.stack(part) for part in zip(*prepared))
 np.savez(sys.argv[3], **detector(images, sizes))
 assert {"flax", "ml_collections", "PIL"} <= BLOCKED and "dn_detr_jax" not in sys.modules
@@ -54,7 +54,7 @@ print(detector.classes[1]["name"], detector.metadata["platforms"])
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     """As large as the canvas, larger, smaller and of another aspect."""
     rng = np.random.default_rng(0)
     sizes = [CANVAS, (240, 320), (50, 60), (70, 40), (300, 20)]
@@ -63,7 +63,7 @@ def pictures():
 
 @pytest.fixture(scope="module")
 def exported_file(digits_run, tmp_path_factory):
-    """For all platforms, on a machine that has one; two pictures at a time."""
+    """For all platforms, on a machine that has one; two images at a time."""
     path = tmp_path_factory.mktemp("exported") / "new" / "detector.zip"
     export(read_run(digits_run), path, platforms=("cpu", "cuda", "rocm", "tpu"), batch_size=2)
     return path
@@ -78,14 +78,14 @@ def detector(exported_file):
 
 @pytest.mark.smoke
 def test_another_process_with_jax_alone_finds_the_same(
-    exported_file, digits_run, predictor, pictures, tmp_path
+    exported_file, digits_run, predictor, images, tmp_path
 ):
     """Catches a loader that needs this package, another preprocessing, boxes in other units."""
     shutil.copy(exported.__file__, tmp_path / "exported.py")
     (tmp_path / "alone.py").write_text(_ALONE)
-    np.savez(tmp_path / "pictures.npz", *pictures)
+    np.savez(tmp_path / "images.npz", *images)
     done = subprocess.run(
-        [sys.executable, "alone.py", exported_file, "pictures.npz", "found.npz"],
+        [sys.executable, "alone.py", exported_file, "images.npz", "found.npz"],
         cwd=tmp_path,
         env={"JAX_PLATFORMS": "cpu", "XLA_FLAGS": XLA_FLAGS},
         capture_output=True,
@@ -101,7 +101,7 @@ def test_another_process_with_jax_alone_finds_the_same(
     expected = Predictor(run.config, run.params, named, batch_size=2)
     expected._programs[CANVAS] = predictor._compiled(CANVAS)
     with np.load(tmp_path / "found.npz") as found:
-        for i, wanted in enumerate(expected.predict(pictures, threshold=0.0)):
+        for i, wanted in enumerate(expected.predict(images, threshold=0.0)):
             height, width = wanted.size
             assert len(wanted) == found["scores"].shape[1] == run.config.eval.num_select
             # A grey level more or less in resizing moves the scores of random parameters a little.
@@ -139,17 +139,17 @@ def test_sizes_are_those_of_the_predictor(canvas, short, long):
 def test_resize_is_that_of_pillow(size):
     """Catches a filter that does not widen, and pixels off by a half."""
     detector = _detector((96, 128), 90, 120)
-    picture = np.random.default_rng(1).integers(0, 256, (*size, 3), np.uint8)
-    image, (height, width) = detector.prepare(picture)
-    expected = Image.fromarray(picture).resize((width, height), Image.Resampling.BILINEAR)
+    pixels = np.random.default_rng(1).integers(0, 256, (*size, 3), np.uint8)
+    image, (height, width) = detector.prepare(pixels)
+    expected = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
     difference = image[:height, :width].astype(int) - np.asarray(expected)
     assert np.abs(difference).max() <= 1
     assert not image[height:].any() and not image[:, width:].any()
 
 
-def test_rows_do_not_depend_on_each_other(detector, pictures):
+def test_rows_do_not_depend_on_each_other(detector, images):
     """Catches filled-up batches, and their results in another order."""
-    images, sizes = (np.stack(p) for p in zip(*map(detector.prepare, pictures), strict=True))
+    images, sizes = (np.stack(p) for p in zip(*map(detector.prepare, images), strict=True))
     together = detector(images, sizes)
     assert len(together["scores"]) == 5
     for i in range(5):

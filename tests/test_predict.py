@@ -1,4 +1,4 @@
-"""Prediction against the evaluation on the same pictures, Pillow and pycocotools."""
+"""Prediction against the evaluation on the same images, Pillow and pycocotools."""
 
 import io
 import json
@@ -42,7 +42,7 @@ def validation(digits_run):
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     """Noise of several sizes: landscape, portrait, square, small, and longer than any canvas."""
     rng = np.random.default_rng(0)
     sizes = [(90, 120), (200, 150), (64, 64), (30, 40), (400, 20), (100, 130)]
@@ -85,20 +85,20 @@ def test_a_split_gives_what_its_evaluation_sees(digits_run, predictor, validatio
             assert ours["bbox"] == pytest.approx(theirs["bbox"], abs=0.05)
 
 
-def test_pictures_of_all_sizes_and_kinds_in_one_call(predictor, pictures):
-    """Catches results in the order of the batches, and pictures that depend on their neighbours."""
+def test_images_of_all_sizes_and_kinds_in_one_call(predictor, images):
+    """Catches results in the order of the batches, and images that depend on their neighbors."""
     png = io.BytesIO()
-    Image.fromarray(pictures[1]).save(png, "PNG")
-    mixed = [pictures[0], png.getvalue(), Image.fromarray(pictures[2]), *pictures[3:]]
+    Image.fromarray(images[1]).save(png, "PNG")
+    mixed = [images[0], png.getvalue(), Image.fromarray(images[2]), *images[3:]]
     together = predictor.predict(mixed, threshold=0.3)
-    assert [found.size for found in together] == [p.shape[:2] for p in pictures]
-    for picture, found in zip(pictures, together, strict=True):
-        assert_same(found, predictor.predict(picture, threshold=0.3))
+    assert [found.size for found in together] == [p.shape[:2] for p in images]
+    for image, found in zip(images, together, strict=True):
+        assert_same(found, predictor.predict(image, threshold=0.3))
     assert predictor.predict([]) == []
 
 
-def test_threshold_order_and_classes(digits_run, predictor, pictures):
-    everything = predictor.predict(pictures[0], threshold=0.0)
+def test_threshold_order_and_classes(digits_run, predictor, images):
+    everything = predictor.predict(images[0], threshold=0.0)
     num_select = read_run(digits_run).config.eval.num_select
     assert NAMELESS not in everything.labels and 0 < len(everything) < num_select
     assert (np.diff(everything.scores) <= 0).all()
@@ -106,13 +106,13 @@ def test_threshold_order_and_classes(digits_run, predictor, pictures):
     names = [predictor.categories[label].name for label in everything.labels]
     assert list(everything.class_names) == names
     middle = float(everything.scores[len(everything) // 2])
-    some = predictor.predict(pictures[0], threshold=middle)
+    some = predictor.predict(images[0], threshold=middle)
     assert 0 < len(some) == np.sum(everything.scores >= middle) < len(everything)
     for name in ("boxes", "scores", "labels", "category_ids"):
         value = getattr(some, name)
         np.testing.assert_array_equal(value, getattr(everything, name)[: len(some)])
     assert [some.boxes.dtype, some.scores.dtype, some.labels.dtype] == ["f4", "f4", "i4"]
-    assert len(predictor.predict(pictures[0], threshold=1.0)) == 0
+    assert len(predictor.predict(images[0], threshold=1.0)) == 0
 
 
 class _Blind:
@@ -123,14 +123,14 @@ class _Blind:
         return {"pred_logits": jnp.zeros((*shape, 10)), "pred_boxes": jnp.zeros((*shape, 4))}
 
 
-def test_each_canvas_is_compiled_once_and_when_needed(digits_run, pictures, caplog, monkeypatch):
+def test_each_canvas_is_compiled_once_and_when_needed(digits_run, images, caplog, monkeypatch):
     caplog.set_level(logging.INFO, "dn_detr_jax")
     run = read_run(digits_run)
     monkeypatch.setattr("dn_detr_jax.inference.predictor.build_model", lambda config: _Blind())
     fresh = dn_detr_jax.Predictor(run.config, run.params, run.categories)
     counts = []
-    for picture in (pictures[0], pictures[0], pictures[5], pictures[1], pictures[4]):
-        fresh.predict(picture)
+    for image in (images[0], images[0], images[5], images[1], images[4]):
+        fresh.predict(image)
         counts.append(sum("compiled prediction" in r.getMessage() for r in caplog.records))
     assert counts == [1, 1, 1, 2, 2]
 
@@ -139,8 +139,8 @@ def test_each_canvas_is_compiled_once_and_when_needed(digits_run, pictures, capl
     st.tuples(st.integers(1, 3000), st.integers(1, 3000)),
     st.lists(st.tuples(st.integers(16, 200), st.integers(16, 200)), min_size=1, max_size=3),
 )
-def test_any_picture_fits_a_canvas(size, canvases):
-    """Catches sizes beyond the canvas or of no pixels, and pictures shrunk without need."""
+def test_any_image_fits_a_canvas(size, canvases):
+    """Catches sizes beyond the canvas or of no pixels, and images shrunk without need."""
     config = ConfigDict({"eval_short_side": 80, "eval_max_long_side": 120})
     canvas, placed = choose_canvas(size, canvases, config)
     assert (placed >= 1).all() and (placed <= canvases[canvas]).all()
@@ -167,12 +167,12 @@ def test_exif_orientation_is_applied_as_pillow_does(tmp_path, orientation, suffi
         expected = np.asarray(ImageOps.exif_transpose(reopened).convert("RGB"))
         assert (expected.shape[0] == 8) == (orientation >= 5)
         np.testing.assert_array_equal(read_image(reopened), expected)
-    for picture in (path, str(path), path.read_bytes(), expected):
-        np.testing.assert_array_equal(read_image(picture), expected)
+    for image in (path, str(path), path.read_bytes(), expected):
+        np.testing.assert_array_equal(read_image(image), expected)
 
 
 @pytest.mark.parametrize(
-    ("picture", "words"),
+    ("image", "words"),
     [
         (
             np.zeros((4, 5, 3), np.float32),
@@ -184,9 +184,9 @@ def test_exif_orientation_is_applied_as_pillow_does(tmp_path, orientation, suffi
         (5, "int as an image, expected a path"),
     ],
 )
-def test_what_is_no_picture_is_named(predictor, picture, words):
+def test_what_is_no_image_is_named(predictor, image, words):
     with pytest.raises(DataError, match=words):
-        predictor.predict([picture])
+        predictor.predict([image])
 
 
 def test_unreadable_files_are_named(predictor, tmp_path):
@@ -279,7 +279,7 @@ def test_invented_ids_are_said_to_be_invented(caplog):
     assert all("invented" in line and "--annotations" in line for line in caplog.messages)
 
 
-def test_pictures_of_the_same_name_do_not_overwrite_each_other():
+def test_images_of_the_same_name_do_not_overwrite_each_other():
     paths = [Path("a/x.jpg"), Path("b/x.jpg"), Path("x_1.jpg")]
     names = image_files._output_names(image_files.number_images(paths))
     assert len(set(names)) == 3

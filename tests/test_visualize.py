@@ -1,4 +1,4 @@
-"""Pictures: boxes lie on the right pixels, files are whole, broken metrics files are read."""
+"""Drawing: boxes lie on the right pixels, files are whole, broken metrics files are read."""
 
 import json
 
@@ -24,8 +24,8 @@ def extent(image, colour):
     return columns.min(), rows.min(), columns.max(), rows.max()
 
 
-def picture(pred=(), true=(), size=(96, 128), scores=None, image_id=3):
-    """Black picture; `pred` and `true` are lists of (box, label)."""
+def labeled(pred=(), true=(), size=(96, 128), scores=None, image_id=3):
+    """A black image; `pred` and `true` are lists of (box, label)."""
     return LabeledImage(
         image=np.zeros((*size, 3), np.uint8),
         pred_boxes=np.array([box for box, _ in pred], float).reshape(-1, 4),
@@ -38,36 +38,36 @@ def picture(pred=(), true=(), size=(96, 128), scores=None, image_id=3):
 
 
 def photograph(grid, size):
-    """Cuts the first panel's picture (nothing in it is white) out of a grid."""
+    """Cuts the first panel's image (nothing in it is white) out of a grid."""
     white = (grid[:, 10 : 10 + size[1]] == 255).all(axis=-1).any(axis=1)
     top, *_, bottom = np.flatnonzero(~white)
     assert bottom - top + 1 == size[0]
     return grid[top : top + size[0], 10 : 10 + size[1]]
 
 
-def test_boxes_lie_on_their_pixels_in_a_small_picture():
+def test_boxes_lie_on_their_pixels_in_a_small_image():
     """96 x 128 is enlarged three times: a box from 20 to 60 covers pixels 60 to 179."""
-    grid = boxes.render_detections([picture(true=[((20, 30, 60, 70), 4)])], [], cell=384)
+    grid = boxes.render_detections([labeled(true=[((20, 30, 60, 70), 4)])], [], cell=384)
     # No class name needs room: the label text is drawn outside the box, below it.
     shown = photograph(grid, (288, 384))
     assert extent(shown[:210], colors.TRUE) == (60, 90, 179, 209)
     assert (shown[100:200, 70:170] == 0).all()
-    grid = boxes.render_detections([picture(pred=[((20, 30, 60, 70), 4)])], NAMES, cell=384)
+    grid = boxes.render_detections([labeled(pred=[((20, 30, 60, 70), 4)])], NAMES, cell=384)
     shown = photograph(grid, (288, 384))
     assert extent(shown[90:], colors.PREDICTED) == (60, 0, 179, 119)
     assert (shown[90:92, 60:180] == rgb(colors.PREDICTED)).all()
     assert (shown[208:210, 60:180] == rgb(colors.PREDICTED)).all()
 
 
-def test_boxes_lie_on_their_pixels_in_a_large_picture():
-    big = picture(true=[((400, 100, 1200, 700), 1)], size=(800, 1600))
+def test_boxes_lie_on_their_pixels_in_a_large_image():
+    big = labeled(true=[((400, 100, 1200, 700), 1)], size=(800, 1600))
     grid = boxes.render_detections([big], NAMES, cell=400)
     shown = photograph(grid, (200, 400))
     assert extent(shown[:175], colors.TRUE) == (100, 25, 299, 174)
 
 
 def test_boxes_beyond_the_border_stay_visible():
-    grid = boxes.render_detections([picture(true=[((-50, -9, 500, 200), 1)])], NAMES, cell=384)
+    grid = boxes.render_detections([labeled(true=[((-50, -9, 500, 200), 1)])], NAMES, cell=384)
     shown = photograph(grid, (288, 384))
     assert extent(shown, colors.TRUE) == (0, 0, 383, 287)
 
@@ -76,7 +76,7 @@ def test_threshold_hides_predictions():
     pred = [((10, 40, 30, 60), 1), ((80, 40, 100, 60), 2)]
     for threshold, left in ((0.3, 30), (0.5, 240)):
         grid = boxes.render_detections(
-            [picture(pred=pred, scores=[0.4, 0.8])], NAMES, threshold, cell=384
+            [labeled(pred=pred, scores=[0.4, 0.8])], NAMES, threshold, cell=384
         )
         shown = photograph(grid, (288, 384))
         assert extent(shown[120:], colors.PREDICTED)[::2] == (left, 299)
@@ -89,23 +89,23 @@ def test_threshold_hides_predictions():
 def test_a_true_box_is_named_where_it_is_missed(prediction, named):
     """Found; wrong class; elsewhere. The name is a filled area below the true box."""
     truth = [((20, 30, 60, 70), 4)]
-    grid = boxes.render_detections([picture([prediction], truth)], NAMES, cell=384)
+    grid = boxes.render_detections([labeled([prediction], truth)], NAMES, cell=384)
     shown = photograph(grid, (288, 384))
     assert (shown[210:230] == rgb(colors.TRUE)).all(axis=-1).any() == named
 
 
-def test_crowded_empty_and_odd_pictures():
+def test_crowded_empty_and_odd_images():
     rng = np.random.default_rng(0)
     corner = rng.uniform(0, 60, (80, 2))
     crowd = [((x, y, x + 20, y + 20), i % 12) for i, (x, y) in enumerate(corner)]
-    pictures = [
-        picture(),
-        picture(crowd, crowd[::-1]),
-        picture(size=(1, 1), image_id=10**12),
-        picture([((5, 5, 5, 5), 0), ((9, 9, 3, 3), 0)], size=(40, 900)),
-        picture([((1, 1, 8, 8), 11)], size=(900, 40)),
+    images = [
+        labeled(),
+        labeled(crowd, crowd[::-1]),
+        labeled(size=(1, 1), image_id=10**12),
+        labeled([((5, 5, 5, 5), 0), ((9, 9, 3, 3), 0)], size=(40, 900)),
+        labeled([((1, 1, 8, 8), 11)], size=(900, 40)),
     ]
-    grid = boxes.render_detections(pictures, NAMES)
+    grid = boxes.render_detections(images, NAMES)
     assert grid.dtype == np.uint8 and grid.ndim == 3 and grid.shape[2] == 3
     with pytest.raises(ValueError, match="no images"):
         boxes.render_detections([], NAMES)
@@ -254,7 +254,7 @@ def test_global_state_of_matplotlib_is_left_alone(tmp_path):
     assert dict(matplotlib.rcParams) == before
 
 
-def test_detections_are_drawn_at_the_pictures_own_resolution():
+def test_detections_are_drawn_at_its_own_resolution():
     """Catches boxes off by one, colours that don't follow the label, the order of drawing."""
     black = np.zeros((400, 500, 3), np.uint8)
     corners = np.array([[100, 100, 300, 200], [200, 150, 450, 390], [-20, 350, 40, 900]])
