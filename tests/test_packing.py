@@ -17,6 +17,7 @@ from PIL import ExifTags, Image
 from dn_detr_jax.config import base_config
 from dn_detr_jax.data import images, packing, shards
 from dn_detr_jax.data.datasets import open_dataset
+from dn_detr_jax.data.loader import eval_batches
 from dn_detr_jax.errors import DataError
 
 COUNT = 40
@@ -400,3 +401,17 @@ def test_orientations_that_the_size_leaves_open_are_warned_of(coco_dir, caplog):
     caplog.clear()
     open_dataset(data_config(coco_dir, exif="as_stored"), "train")
     assert "EXIF" not in caplog.text and len(packed_folders(coco_dir)) == 2
+
+
+def test_errors_of_an_image_name_the_folder_that_it_was_read_from(coco_dir):
+    """Without it, nothing tells that a copy is damaged where the file is not."""
+    content = json.loads((coco_dir / "train.json").read_text())
+    path = coco_dir / "train" / content["images"][0]["file_name"]
+    path.write_bytes(path.read_bytes()[:200])
+    config = base_config()
+    config.data.update(dir=str(coco_dir), canvases=((96, 96),), max_objects=9)
+    config.data.update(eval_short_side=40, eval_max_long_side=96)
+    dataset = open_dataset(config.data, "train")
+    (folder,) = packed_folders(coco_dir)
+    with pytest.raises(DataError, match=rf"{path.name}, read from {folder}\) can't be read"):
+        list(eval_batches(dataset, config))

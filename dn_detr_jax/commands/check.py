@@ -4,8 +4,9 @@
     python -m dn_detr_jax check DIR --config configs/finetune.py
     python -m dn_detr_jax check DIR --config.data.train.annotations=a.json
 
-An error would stop a training; the exit status is then 1. After a warning a training goes on, as
-the report says. Only the headers of the images are read; `--decode` reads all their pixels.
+An error would stop a training; the exit status is then 1. After a warning a training goes on.
+docs/own_data.md has the table of everything that is looked for. Only the headers of the images are
+read, of those of 16 bits the pixels; `--decode` reads the pixels of all.
 """
 
 import os

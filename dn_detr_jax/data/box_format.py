@@ -12,15 +12,17 @@ from dn_detr_jax.data.findings import Findings, Kind
 TOLERANCE = 1.0  # pixels that a box may reach beyond its image: annotation tools round
 
 _LEAST_SIDE = 8  # pixels of an image, in which a box within one pixel is no object
-_FEW = 8  # boxes that are all larger than their distance from the corner by chance
+_FEW, _SOME = 3, 8  # boxes: fewer may fit as corners by chance
 _ORDERED = 0.95  # share of boxes that fit as corners
+_FAR = 1.1  # sides of the image that a box leaves by far: not by careless drawing
+_MANY = 0.2  # share of such boxes
 
 
 def check_box_format(annotations: Annotations, findings: Findings) -> None:
     """Counts boxes that are shares of the image, or corners, in place of pixels and sizes.
 
-    Most boxes within 0 to 1 are an error, and so are most boxes beyond their image if all boxes
-    fit into it as corners. Where fewer boxes say so, both are warnings.
+    It is an error if most boxes lie within 0 to 1, or if nearly all boxes fit into their image as
+    corners, and many leave it by far as they are. If only some boxes do, it is a warning.
     """
     rows = np.flatnonzero(np.isfinite(annotations.bboxes).all(1))
     rows = rows[(annotations.bboxes[rows, 2:] > 0).all(1)]
@@ -39,10 +41,14 @@ def check_box_format(annotations: Annotations, findings: Findings) -> None:
         beyond = (boxes[:, :2] + boxes[:, 2:] > limits + TOLERANCE).any(1)
     fits = (boxes[:, :2] >= -TOLERANCE) & (boxes[:, :2] < boxes[:, 2:])
     fits &= boxes[:, 2:] <= limits + TOLERANCE
-    if not beyond.any() or fits.all(1).mean() < _ORDERED or len(rows) < _FEW:
+    if not beyond.any() or fits.all(1).mean() < _ORDERED:
         return
-    kind = kinds.CORNERS if 2 * beyond.sum() > len(rows) else kinds.MAYBE_CORNERS
-    _count(annotations, rows[beyond], kind, findings)
+    with np.errstate(over="ignore"):
+        far = (boxes[:, :2] + boxes[:, 2:] > _FAR * limits + TOLERANCE).any(1)
+    if len(rows) >= _FEW and far.mean() > _MANY:
+        _count(annotations, rows[beyond], kinds.CORNERS, findings)
+    elif len(rows) >= _SOME:
+        _count(annotations, rows[beyond], kinds.MAYBE_CORNERS, findings)
 
 
 def _count(annotations: Annotations, rows: np.ndarray, kind: Kind, findings: Findings) -> None:

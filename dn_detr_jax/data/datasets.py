@@ -140,25 +140,6 @@ def nothing_to_learn(annotations: Annotations) -> str:
     )
 
 
-def too_many_objects(dataset: Dataset, num_queries: int) -> str:
-    """Returns a warning if images have more objects than a model can find, else an empty text.
-
-    Args:
-      dataset: a split.
-      num_queries: objects that the model can find in an image.
-    """
-    counts = dataset.annotations.counts
-    more = int((counts > num_queries).sum())
-    if not more:
-        return ""
-    found = np.minimum(counts, num_queries).sum() / counts.sum()
-    return (
-        f"{more} of {len(counts)} images ({dataset.split}) have more objects, up to "
-        f"{counts.max()}, than the model has queries, {num_queries}: at most {found:.1%} of all "
-        "objects can be found; raise model.num_queries"
-    )
-
-
 def _open_coco(data_config: ConfigDict, split: str, directory: Path, pack: bool) -> Dataset:
     """Opens a TFDS folder or a COCO-format directory, whichever is there."""
     split_config = data_config[split]

@@ -68,7 +68,7 @@ SHARES = _error(
 )
 CORNERS = _error(
     "boxes as corners instead of left, top, width, height",
-    "most boxes leave their image, and all fit as `[left, top, right, bottom]`",
+    "many boxes leave their image by far, and all fit as `[left, top, right, bottom]`",
 )
 NO_TARGETS = _error(
     "no object to learn from", "no annotations at all, or all are crowd regions or without extent"
@@ -79,7 +79,7 @@ CLASS_OF_ONE_SPLIT = _error(
 
 MAYBE_CORNERS = _warning(
     "boxes that may be corners",
-    "as above, but only some leave their image; taken as left, top, width, height",
+    "all fit as corners, and some leave their image; taken as left, top, width, height",
 )
 TINY_BOX = _warning(
     "box smaller than a pixel", "a share of the image? Taken as pixels, too small to be learned"

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from dn_detr_jax.checkpoints.categories import match_labels, matched_categories
 from dn_detr_jax.data import coco
 from dn_detr_jax.data.annotations import Annotations, label_categories
+from dn_detr_jax.data.findings import Findings
 from dn_detr_jax.data.images import SUFFIXES, Exif, decode, read_header, size_of_boxes
 from dn_detr_jax.errors import DataError
 from dn_detr_jax.files import write_text_atomically
@@ -125,7 +126,7 @@ def match_annotations(
       OSError: the annotation file can't be read.
     """
     annotations = Path(annotations)
-    findings = coco.Findings()
+    findings = Findings()
     loaded = coco.read_annotations(annotations, findings)
     findings.raise_errors(str(annotations), "")
     assert loaded is not None  # without errors there is a table

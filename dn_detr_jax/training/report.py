@@ -179,7 +179,7 @@ def _denoising(setup: Setup) -> dict[str, np.ndarray]:
     config = setup.config
     if not config.dn.groups:
         return {}
-    dataset = open_dataset(config.data, "train")
+    dataset = open_dataset(config.data, "train", pack=False)
     batch = next(train_batches(dataset, config, 0, 1, process_count=jax.process_count()))
     del batch["dropped_objects"], batch["bad_images"]
     image = figures.typical_image(batch)
