@@ -8,8 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import host_memory, processes, survival, trainings
+from benchmarks import host_memory, processes, public_cases, survival, trainings
 from dn_detr_jax.config import validate
+from dn_detr_jax.data.datasets import SPLITS, open_dataset
 
 
 def test_the_slope_and_its_error_are_those_of_the_noise():
@@ -66,6 +67,55 @@ def test_differences_see_a_missing_and_a_changed_part():
     one = {"a": b"1", "b": b"2", "c": b"3"}
     assert survival.differences(one, dict(one)) == []
     assert survival.differences(one, {"a": b"1", "b": b"0", "d": b"3"}) == ["b", "c", "d"]
+
+
+def test_a_row_is_good_only_if_all_ended_as_they_must():
+    """Catches a survival benchmark that can't fail."""
+    rows = [
+        {"run": "undisturbed, twice", "different": 0},
+        {"run": "under SIGKILL", "different": 0, "statuses": "-9"},
+        {"run": "under SIGINT", "different": 0, "statuses": "0"},
+        {"run": "twice", "different": 0, "runs": 3, "refused": 3},
+        {"run": "beside", "different": 0, "runs": 3, "evaluations": 5, "tables": 5},
+        {"run": "full disk", "different": 0, "runs": 3, "full": 2, "told": 2},
+    ]
+    assert all(map(survival.is_good, rows))
+    worse = {"statuses": "0, 130", "refused": 2, "tables": 4, "told": 1}
+    for row in rows:
+        assert not survival.is_good(row | {"different": 1})
+        for name in row.keys() & worse.keys():
+            expected = row["run"] == "under SIGKILL"  # whose status is that of the signal
+            assert survival.is_good(row | {name: worse[name]}) == expected
+
+
+def test_outcomes_of_public_cases_are_compared():
+    """Catches a runner to which every outcome is right."""
+    expected = public_cases.Expected(("AP 0.283",), ("mixed up",), 0, r"logged (.*), kept (.*)")
+    good = "AP 0.283\nlogged 7, kept 7\n"
+    assert public_cases.failures(good, 0, expected) == []
+    wrong = {
+        good.replace("283", "106"): "is not printed",
+        f"{good}classes mixed up": "is printed",
+        good.replace("kept 7", "kept 6"): "7 and 6 differ",
+        f"{good}Traceback (most recent call last):": "Traceback",
+    }
+    for output, words in wrong.items():
+        (found,) = public_cases.failures(output, 0, expected)
+        assert words in found
+    assert public_cases.failures(good, 1, expected) == ["exit status 1, expected 0"]
+
+
+def test_the_data_of_the_survival_benchmark_can_be_trained_on(tmp_path):
+    """Catches boxes beyond their image, and splits with other categories."""
+    trainings.write_coco_data(tmp_path / "data", images=20)
+    config = survival.survival_config()
+    config.data.update(dir=str(tmp_path / "data"), packed_dir=str(tmp_path / "packed"))
+    training, validation = (open_dataset(config.data, split) for split in SPLITS)
+    assert (len(training), len(validation)) == (20, 2)
+    assert training.categories == validation.categories and len(training.categories) == 10
+    corners = training.annotations.corners(np.arange(len(training.annotations.ids)))
+    assert len(corners) >= 20 and corners.min() >= 0
+    assert (corners.max(axis=0) <= (96, 80, 96, 80)).all()
 
 
 def test_the_config_is_written_as_it_is(tmp_path):
