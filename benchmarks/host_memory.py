@@ -4,14 +4,14 @@
     python -m benchmarks.host_memory --config.data.workers=2
 
 Trains a tiny detector with the real train.py for 2,000 steps, with its loader, logging, evaluations
-and checkpoints, and looks from outside at the memory of the process and of its children, about
-`--samples` times, at the moments when steps are logged. All of it is counted (proportional set
-size: pages shared with others in part), and the part that no file backs, which is where leaks are.
+and checkpoints, and samples from outside the memory of the process and its children, about
+`--samples` times, when steps are logged. There are two kinds: all memory (proportional set size, in
+which shared pages count in part), and the anonymous part, without mapped files, where leaks are.
 
 The row has the largest memory in each quarter of the steps, and the slope over the second half, in
 MB per 1,000 steps, by least squares over the means of ten equal parts of it, with the standard
-error that the parts' deviations from the line give. Steps differ in what they have just done, an
-evaluation for example; means over parts make that even. Linux only.
+error from the parts' deviations from the line. Some steps follow an evaluation and others do not;
+means over parts average that out. Linux only.
 """
 
 import dataclasses
@@ -95,14 +95,14 @@ def slope(steps: np.ndarray, values: np.ndarray) -> tuple[float, float]:
     parts = np.array_split(np.arange(len(steps)), PARTS)
     x = np.array([steps[part].mean() for part in parts])
     y = np.array([values[part].mean() for part in parts])
-    centred = x - x.mean()
-    rise = float(centred @ y / (centred @ centred))
-    rest = y - y.mean() - rise * centred
-    return rise, float(np.sqrt(rest @ rest / (PARTS - 2) / (centred @ centred)))
+    centered = x - x.mean()
+    rise = float(centered @ y / (centered @ centered))
+    rest = y - y.mean() - rise * centered
+    return rise, float(np.sqrt(rest @ rest / (PARTS - 2) / (centered @ centered)))
 
 
-def account(samples: Sequence[Sample], total: int) -> list[dict[str, Any]]:
-    """A row for each kind of memory."""
+def memory_rows(samples: Sequence[Sample], total: int) -> list[dict[str, Any]]:
+    """Returns a row for each kind of memory."""
     steps = np.array([sample.step for sample in samples])
     half = steps >= total / 2
     rows = []
@@ -132,7 +132,7 @@ def measure(folder: Path) -> None:
     start = time.monotonic()
     samples = watch(training, total)
     minutes = round((time.monotonic() - start) / 60, 1)
-    for row in account(samples, total):
+    for row in memory_rows(samples, total):
         report.add(row | {"workers": FLAGS.config.data.workers, "minutes": minutes})
     report.show()
 

@@ -403,6 +403,7 @@ def test_workers_outlive_sigterm_but_not_their_parent(digits_dir, tmp_path):
         command = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in children}
         (worker,) = (pid for pid in children if "spawn_main" in command[pid])
         os.kill(worker, signal.SIGTERM)
+        os.kill(worker, signal.SIGINT)  # of Ctrl-C, which a terminal sends to all
         for _ in range(20):  # more than are made ahead
             process.stdin.write("\n")
             process.stdin.flush()

@@ -344,9 +344,10 @@ def _live_with_parent(*_: int) -> None:
     """Makes a worker process end with its parent, and not before.
 
     A killed parent can't end its workers: without this they and their shared memory would stay.
-    SIGTERM reaches all processes of a job at once, and the parent needs its workers to finish.
+    SIGTERM and Ctrl-C reach all processes of a job at once; the parent needs its workers to finish.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
