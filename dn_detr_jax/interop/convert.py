@@ -137,7 +137,7 @@ def params_to_torch(params: PyTree) -> dict[str, np.ndarray]:
             f"the official model has no place for {_some(foreign)}: it has batch norm "
             "(config.model.backbone.norm) and a 7x7 stem (config.model.backbone.stem)"
         )
-    state = {}
+    state: dict[str, np.ndarray] = {}
     for tensor in tensors:
         value = tensor.join(params)
         state |= dict.fromkeys((tensor.name, *tied_names(tensor.name)), value)

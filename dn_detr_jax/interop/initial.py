@@ -92,7 +92,7 @@ def _from_checkpoint(
     rows = None if config.init.reset_heads else _rows_by_class(known, categories, path)
     free = HEAD_PATHS if config.init.reset_heads or rows is not None else ()
     wrong = [
-        f"{name} is {list(theirs)} there, {list(ours)} here"
+        f"{name} is {theirs} there, {ours} here"
         for name, theirs, ours in _differences(flat(shapes), fresh)
         if name not in free
     ]
@@ -137,9 +137,11 @@ def _rows_by_class(
     ]
 
 
-def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[tuple[str, tuple, tuple]]:
-    def shape(params: dict[str, Any], name: str) -> tuple[int, ...] | str:
-        return tuple(np.shape(params[name])) if name in params else "nothing"
+def _differences(
+    theirs: dict[str, Any], ours: dict[str, Any]
+) -> list[tuple[str, Sequence[int] | str, Sequence[int] | str]]:
+    def shape(params: dict[str, Any], name: str) -> Sequence[int] | str:
+        return list(np.shape(params[name])) if name in params else "nothing"
 
     names = sorted(theirs.keys() | ours.keys())
     both = [(name, shape(theirs, name), shape(ours, name)) for name in names]

@@ -150,7 +150,7 @@ def write(path: str | Path, state: Mapping[str, np.ndarray]) -> None:
     """
     path = Path(path)
     if path.suffix == ".npz":
-        np.savez(path, **state)
+        np.savez(path, **dict(state))  # type: ignore[arg-type] # names are no options
     elif path.suffix == ".safetensors":
         path.write_bytes(b"".join(_safetensors_bytes(state)))
     elif path.suffix == ".pth":

@@ -111,7 +111,9 @@ class Attributes:
     """Stands for an object of which only the attributes matter, as `argparse.Namespace`."""
 
 
-def _rebuild_tensor(storage, offset, shape, strides, *_unused) -> TensorView:
+def _rebuild_tensor(
+    storage: Any, offset: Any, shape: Any, strides: Any, *_unused: Any
+) -> TensorView:
     if not isinstance(storage, _Storage):
         raise pickle.UnpicklingError(f"a tensor made of a {type(storage).__name__}")
     return TensorView(storage, int(offset), tuple(map(int, shape)), tuple(map(int, strides)))
@@ -140,7 +142,7 @@ class _ScalarType(_Sealed):
             self.dtype = self.dtype.newbyteorder(state[1])
 
 
-def _numpy_scalar(scalar_type, data) -> Any:
+def _numpy_scalar(scalar_type: Any, data: Any) -> Any:
     if not isinstance(scalar_type, _ScalarType):
         raise pickle.UnpicklingError("a NumPy scalar of unknown type")
     return np.frombuffer(data, scalar_type.dtype, 1)[0]

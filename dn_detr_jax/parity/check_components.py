@@ -79,8 +79,8 @@ def _image_encodings(report: Report, case: reference.Case) -> None:
         ours = encode(valid, features, *map(float, temperatures)).transpose(0, 3, 1, 2)
         report.array(f"pe.hw_{name}", ours, atol=ATOL, where=real)
     # Of the deformable variants every other channel is stored.
-    encode = functools.partial(image_encoding, half_pixel=True)
-    ours = jax.jit(encode, static_argnums=1)(valid, 256, 1e4, 1e4).transpose(0, 3, 1, 2)
+    half_pixel = functools.partial(image_encoding, half_pixel=True)
+    ours = jax.jit(half_pixel, static_argnums=1)(valid, 256, 1e4, 1e4).transpose(0, 3, 1, 2)
     report.array("pe.deformable_10000", ours[:, ::2], atol=ATOL, where=real)
 
 
@@ -130,8 +130,10 @@ def _masks(report: Report, case: reference.Case) -> None:
 
 def _matcher_targets(case: reference.Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     images = range(len(case["matcher.logits"]))
-    lists = [[case[f"matcher.target_{k}_{i}"] for i in images] for k in ("labels", "boxes")]
-    return reference.padded_targets(*lists, max(map(len, lists[0])))
+    labels, boxes = (
+        [case[f"matcher.target_{kind}_{i}"] for i in images] for kind in ("labels", "boxes")
+    )
+    return reference.padded_targets(labels, boxes, max(map(len, labels)))
 
 
 @jax.jit

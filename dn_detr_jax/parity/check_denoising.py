@@ -22,18 +22,25 @@ from dn_detr_jax.parity.comparison import ATOL, RTOL, Report
 def check(report: Report, case: reference.Case, settings: dict[str, Any]) -> None:
     """Compares one set of targets, an entry of the manifest's `dn_cases`."""
     prefix = f"dn.{settings['name']}."
-    images = range(len(settings["gt_counts"]))
-    targets = [[case[f"{prefix}{kind}_{i}"] for i in images] for kind in ("labels", "boxes")]
+    counts = settings["gt_counts"]
     # Without any object the PyTorch code has no slot at all.
-    labels, boxes, valid = reference.padded_targets(*targets, max(settings["gt_counts"]))
+    labels, boxes, valid = reference.padded_targets(
+        [case[f"{prefix}labels_{i}"] for i in range(len(counts))],
+        [case[f"{prefix}boxes_{i}"] for i in range(len(counts))],
+        max(counts),
+    )
     contrastive = settings["contrastive"]
     copies = np.tile(valid, (1, 2)) if contrastive else valid
     # The PyTorch code turns a large number of groups into one of slots, which differs by batch.
     groups = settings["pad_size"] // copies.shape[1] if copies.size else settings["scalar"]
-    kinds = ("label_u", "label_new", "box_u")
-    draws = [case[f"{prefix}noise_{kind}"] for kind in kinds]
-    signs = case[f"{prefix}noise_box_sign01"] if contrastive else None
-    noise = reference.stored_noise(*draws, copies, groups, signs)
+    noise = reference.stored_noise(
+        case[prefix + "noise_label_u"],
+        case[prefix + "noise_label_new"],
+        case[prefix + "noise_box_u"],
+        copies,
+        groups,
+        case[prefix + "noise_box_sign01"] if contrastive else None,
+    )
     options = {
         "label_noise": settings["label_noise_scale"],
         "box_noise": settings["box_noise_scale"],
@@ -67,13 +74,14 @@ def _halves_of_the_batch(
 ) -> denoising.Denoising:
     """Contrastive queries with the slip of the PyTorch code, see above."""
     count = len(rows[0]) // groups
-    negative = np.zeros(dn.valid.shape, bool)
-    negative[rows] = np.tile(np.arange(count) >= count // 2, groups)
+    second_half = np.zeros(dn.valid.shape, bool)
+    second_half[rows] = np.tile(np.arange(count) >= count // 2, groups)
+    negative = jnp.asarray(second_half)
     labels = denoising.add_label_noise(dn.target_labels, noise, label_noise)
     return dn.replace(
         labels=jnp.where(negative, denoising.NO_OBJECT, labels),
         boxes=denoising.add_contrastive_box_noise(dn.target_boxes, noise, box_noise, negative),
-        negative=jnp.asarray(negative),
+        negative=negative,
     )
 
 

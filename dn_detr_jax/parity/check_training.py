@@ -139,10 +139,10 @@ def check_losses(report: Report, prepared: PreparedCase, steps: list[dict[str, A
         check_losses_as_matched(report, prepared, steps[0])
         for i, result in enumerate(steps):
             ours = reference_terms(result["terms"], names)
-            stored, noise = (
-                dict(zip(names, case[array][i], strict=True)) if array in case else None
-                for array in ("steps.losses", "f64.losses")
-            )
+            stored = dict(zip(names, case["steps.losses"][i], strict=True))
+            noise = None
+            if "f64.losses" in case:
+                noise = dict(zip(names, case["f64.losses"][i], strict=True))
             if exact:
                 rtol = TERM_RTOL if i == 0 else None
                 report.scalars(f"steps.losses[{i}]", ours, stored, rtol=rtol, exact=noise)
@@ -192,8 +192,8 @@ def check_matching(report: Report, prepared: PreparedCase, assignment: np.ndarra
             elif name in prepared.case:
                 equal[name] = np.array_equal(ours, prepared.case[name])
     if equal:
-        ours, all_of_them = {"equal": sum(equal.values())}, {"equal": len(equal)}
-        report.scalars("matching", ours, all_of_them, rtol=None, covers=equal)
+        found, wanted = {"equal": sum(equal.values())}, {"equal": len(equal)}
+        report.scalars("matching", found, wanted, rtol=None, covers=equal)
 
 
 def _matches(prepared: PreparedCase) -> list[str]:
@@ -259,7 +259,7 @@ def _parameter_names(prepared: PreparedCase) -> tuple[list[str], dict[str, float
     return names, limits
 
 
-def _rows(case: reference.Case, array: str, names: list[str]) -> dict[str, np.ndarray]:
+def _rows(case: reference.Case, array: str, names: list[str]) -> dict[str, Any]:
     """The rows of a stored array with one row for each parameter, by the parameter's name."""
     step = case.step(array)
     return dict(zip(names[:: step[0]] if step else names, case.stored(array), strict=True))

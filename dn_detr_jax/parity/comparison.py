@@ -1,10 +1,11 @@
 """Computed numbers against stored ones: errors, tolerances, and ratios to the float32 noise."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from dn_detr_jax.parity.reference import Case
 
@@ -56,7 +57,7 @@ class Report:
     def array(
         self,
         name: str,
-        ours: np.ndarray,
+        ours: ArrayLike,
         *,
         atol: float | None = None,
         rtol: float | None = None,
@@ -75,9 +76,9 @@ class Report:
         """
         if (pair := self._pair(name, ours, where)) is None:
             return
-        ours, expected, kept = pair
-        ours, expected = ours.astype(np.float64)[kept], expected.astype(np.float64)[kept]
-        error, scale = np.abs(ours - expected), np.abs(expected)
+        values, expected, kept = pair
+        values, expected = values.astype(np.float64)[kept], expected.astype(np.float64)[kept]
+        error, scale = np.abs(values - expected), np.abs(expected)
         if each:
             unit = np.where(expected == 0, 1.0, scale)
             error, scale = error / unit, scale / unit
@@ -101,7 +102,7 @@ class Report:
     def equal(
         self,
         name: str,
-        ours: np.ndarray,
+        ours: ArrayLike,
         *,
         where: np.ndarray | None = None,
         required: bool = True,
@@ -116,15 +117,15 @@ class Report:
         """
         if (pair := self._pair(name, ours, where)) is None:
             return
-        ours, expected, kept = pair
-        same = (ours == expected)[kept]
-        entry = {"equal": bool(same.all())}
+        values, expected, kept = pair
+        same = (values == expected)[kept]
+        entry: dict[str, Any] = {"equal": bool(same.all())}
         if not required:
             entry["equal_share"] = float(same.mean()) if same.size else 1.0
         self._add(name, ok=entry["equal"] or not required, **entry)
 
     def _pair(
-        self, name: str, ours: np.ndarray, where: np.ndarray | None
+        self, name: str, ours: ArrayLike, where: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
         """Ours, the expected array and the bool mask of what to compare, all of one shape.
 
@@ -132,28 +133,28 @@ class Report:
         """
         if name not in self.case:
             return None
-        ours, expected = np.asarray(ours), self.case.stored(name)
+        values, expected = np.asarray(ours), self.case.stored(name)
         full = self.case.full_shape(name)
-        leading = ours.ndim - len(full)
-        if leading < 0 or ours.shape[leading:] != full:
-            self._add(name, ok=False, shape=list(ours.shape), expected_shape=list(full))
+        leading = values.ndim - len(full)
+        if leading < 0 or values.shape[leading:] != full:
+            self._add(name, ok=False, shape=list(values.shape), expected_shape=list(full))
             return None
-        kept = np.broadcast_to(True if where is None else where, ours.shape)
-        ours, kept = self.case.part(name, ours), self.case.part(name, kept)
+        kept = np.broadcast_to(True if where is None else where, values.shape)
+        values, kept = self.case.part(name, values), self.case.part(name, kept)
         if kept.size and not kept.any():
             self.reasons[name] = "no stored value can be compared: all are of padding or ambiguous"
             return None
-        return ours, np.broadcast_to(expected, ours.shape), kept
+        return values, np.broadcast_to(expected, values.shape), kept
 
     def scalars(
         self,
         name: str,
-        ours: dict[str, float],
-        expected: dict[str, float],
+        ours: Mapping[str, float],
+        expected: Mapping[str, float],
         *,
         rtol: float | dict[str, float] | None,
         median: float | None = None,
-        exact: dict[str, float] | None = None,
+        exact: Mapping[str, float] | None = None,
         covers: Iterable[str] = (),
     ) -> None:
         """Compares named numbers by their relative errors, absolute ones where 0 is expected.

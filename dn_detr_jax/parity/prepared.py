@@ -1,6 +1,7 @@
 """A reference case of the whole detector, ready to run: config, model, parameters and batch."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -93,7 +94,8 @@ def prepare(
             batch["valid"],
             config.dn.groups,
         )
-        dn = denoising_queries(batch, jax.random.key(config.seed), config, noise)
+        arrays = {key: jnp.asarray(value) for key, value in batch.items()}
+        dn = denoising_queries(arrays, jax.random.key(config.seed), config, noise)
     params = jax.tree.map(jnp.asarray, traverse_util.unflatten_dict(params, sep="/"))
     return PreparedCase(case, config, model, params, batch, dn)
 
@@ -112,8 +114,8 @@ def reference_terms(terms: dict[str, Any], names: list[str]) -> dict[str, float]
 def compare_terms(
     report: Report,
     name: str,
-    ours: dict[str, float],
-    stored: dict[str, float],
+    ours: Mapping[str, float],
+    stored: Mapping[str, float],
     *,
     rtol: float | None = None,
 ) -> None:

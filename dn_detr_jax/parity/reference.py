@@ -139,7 +139,8 @@ class Case:
     def part(self, name: str, full: np.ndarray) -> np.ndarray:
         """The part of a full array that is stored under `name`; further axes lead."""
         step = self.step(name)
-        return full[(..., *(slice(None, None, s) for s in step))] if step else full
+        index: tuple[Any, ...] = (..., *(slice(None, None, s) for s in step or ()))
+        return full[index]
 
     def float32_noise(self, name: str) -> float | None:
         """Largest difference between a float32 and a float64 run of the PyTorch code, if known."""
