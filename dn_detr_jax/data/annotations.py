@@ -5,11 +5,9 @@ of the annotation file, neither rounded nor clipped; training targets are comput
 (`Annotations.targets_of`).
 """
 
-import contextlib
 import dataclasses
 import functools
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +16,7 @@ import numpy as np
 
 from dn_detr_jax.data.coco_classes import Category, with_holes
 from dn_detr_jax.errors import DataError
+from dn_detr_jax.files import replace_atomically
 
 _MOST_LABELS = 10_000  # of labels="category_ids": larger ids would make the class head too large
 
@@ -141,16 +140,8 @@ def save_table(path: Path, annotations: Annotations, categories: Sequence[Catego
     arrays["file_names"] = _pack_strings(annotations.file_names)
     arrays["categories.id"] = np.array([category.id for category in categories], np.int64)
     arrays["categories.name"] = _pack_strings([category.name for category in categories])
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            np.savez(file, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
+    with replace_atomically(path, durable=True) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)
 
 
 def load_table(path: Path) -> tuple[Annotations, tuple[Category, ...]]:

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from dn_detr_jax.errors import DataError
+from dn_detr_jax.files import replace_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -100,10 +101,8 @@ def _saved_index(path: Path, files: Sequence[Path], lengths: Sequence[int]) -> n
 
 
 def _save(index: np.ndarray, path: Path) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("wb") as file:
+        with replace_atomically(path) as temporary, temporary.open("wb") as file:
             np.save(file, index)
-        partial.replace(path)
     except OSError:
         logger.info("%s is not saved: the folder can't be written", path)
