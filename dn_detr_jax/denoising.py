@@ -47,6 +47,7 @@ import jax
 import jax.numpy as jnp
 
 from dn_detr_jax import losses
+from dn_detr_jax.arrays import Array, Bool, Float, Int, Leaf, Shaped
 from dn_detr_jax.boxes import clamp, cxcywh_to_xyxy, xyxy_to_cxcywh
 
 # Label of negatives. It selects the last row of the label table, and as a target it is no class.
@@ -65,11 +66,11 @@ class Noise(flax.struct.PyTreeNode):
         with the lowest values are kept.
     """
 
-    label_u: jax.Array
-    label_new: jax.Array
-    box_u: jax.Array
-    box_sign: jax.Array | None = None
-    priority: jax.Array | None = None
+    label_u: Leaf
+    label_new: Leaf
+    box_u: Leaf
+    box_sign: Leaf | None = None
+    priority: Leaf | None = None
 
 
 class Denoising(flax.struct.PyTreeNode):
@@ -86,13 +87,13 @@ class Denoising(flax.struct.PyTreeNode):
       negative: bool [B, S], True for copies without a box to reconstruct.
     """
 
-    labels: jax.Array
-    boxes: jax.Array
-    group: jax.Array
-    valid: jax.Array
-    target_labels: jax.Array
-    target_boxes: jax.Array
-    negative: jax.Array
+    labels: Leaf
+    boxes: Leaf
+    group: Leaf
+    valid: Leaf
+    target_labels: Leaf
+    target_boxes: Leaf
+    negative: Leaf
 
     @property
     def num_slots(self) -> int:
@@ -134,12 +135,14 @@ def draw_noise(
     )
 
 
-def add_label_noise(labels: jax.Array, noise: Noise, scale: float) -> jax.Array:
+def add_label_noise(labels: Int[Array, "B S"], noise: Noise, scale: float) -> Int[jax.Array, "B S"]:
     """Flips each label of int [B, S] with probability `scale` (section 4.2)."""
     return jnp.where(noise.label_u < scale, noise.label_new, labels)
 
 
-def add_box_noise(boxes: jax.Array, noise: Noise, scale: float) -> jax.Array:
+def add_box_noise(
+    boxes: Float[Array, "*slots 4"], noise: Noise, scale: float
+) -> Float[jax.Array, "*batch 4"]:
     """Shifts centers and scales sides (section 4.2).
 
     Args:
@@ -156,8 +159,8 @@ def add_box_noise(boxes: jax.Array, noise: Noise, scale: float) -> jax.Array:
 
 
 def add_contrastive_box_noise(
-    boxes: jax.Array, noise: Noise, scale: float, negative: jax.Array
-) -> jax.Array:
+    boxes: Float[Array, "B S 4"], noise: Noise, scale: float, negative: Bool[Array, "B S"]
+) -> Float[jax.Array, "B S 4"]:
     """Moves every side of a box independently, further for negatives (DINO, section 3.3).
 
     Args:
@@ -179,9 +182,9 @@ def add_contrastive_box_noise(
 
 
 def prepare(
-    labels: jax.Array,
-    boxes: jax.Array,
-    valid: jax.Array,
+    labels: Int[Array, "B M"],
+    boxes: Float[Array, "B M 4"],
+    valid: Bool[Array, "B M"],
     noise: Noise,
     *,
     groups: int,
@@ -244,7 +247,9 @@ def slots_needed(num_objects: int, groups: int, contrastive: bool = False) -> in
     return num_objects * groups * (2 if contrastive else 1)
 
 
-def limit_objects(valid: jax.Array, priority: jax.Array, most: int) -> jax.Array:
+def limit_objects(
+    valid: Bool[Array, "B M"], priority: Float[Array, "B M"], most: int
+) -> Bool[jax.Array, "B M"]:
     """Keeps at most `most` objects of each image, those with the lowest priorities.
 
     Args:
@@ -283,7 +288,9 @@ def pack(dn: Denoising, slots: int) -> Denoising:
     return moved.replace(group=jnp.where(moved.valid, moved.group, -1))
 
 
-def query_content(label_table: jax.Array, dn: Denoising, *, indicator: bool = True) -> jax.Array:
+def query_content(
+    label_table: Float[Array, "rows channels"], dn: Denoising, *, indicator: bool = True
+) -> Float[jax.Array, "B S D"]:
     """Embeds the noised labels as the content of the denoising queries.
 
     Args:
@@ -302,12 +309,14 @@ def query_content(label_table: jax.Array, dn: Denoising, *, indicator: bool = Tr
     return jnp.where(dn.valid[..., None], content, 0)
 
 
-def query_boxes(dn: Denoising) -> jax.Array:
+def query_boxes(dn: Denoising) -> Float[jax.Array, "B S 4"]:
     """Returns the anchors float [B, S, 4] cxcywh of denoising queries; 0.5 for empty slots."""
     return jnp.where(dn.valid[..., None], dn.boxes, 0.5)
 
 
-def attention_mask(dn: Denoising, num_queries: int, *, attend_padding: bool = False) -> jax.Array:
+def attention_mask(
+    dn: Denoising, num_queries: int, *, attend_padding: bool = False
+) -> Bool[jax.Array, "B T T"]:
     """Masks the decoder's self-attention: which query (row) may attend to which (column).
 
     Matching queries attend to matching queries only. Denoising queries attend to the matching
@@ -331,7 +340,9 @@ def attention_mask(dn: Denoising, num_queries: int, *, attend_padding: bool = Fa
     return jnp.concatenate([to_dn, to_match], axis=2)
 
 
-def split(outputs: jax.Array, dn: Denoising | None) -> tuple[jax.Array, jax.Array]:
+def split(
+    outputs: Shaped[Array, "*batch T K"], dn: Denoising | None
+) -> tuple[Shaped[Array, "*batch S K"], Shaped[Array, "*batch N K"]]:
     """Splits decoder outputs [..., S + N, K] into the denoising and the matching part.
 
     Split before matching: no denoising query may be matched. Without denoising the first part is
@@ -342,13 +353,13 @@ def split(outputs: jax.Array, dn: Denoising | None) -> tuple[jax.Array, jax.Arra
 
 
 def reconstruction_loss(
-    pred_logits: jax.Array,
-    pred_boxes: jax.Array,
+    pred_logits: Float[Array, "L B S K"],
+    pred_boxes: Float[Array, "L B S 4"],
     dn: Denoising,
     *,
     class_loss: losses.ClassLoss = losses.DEFAULT_CLASS_LOSS,
-    num_targets: jax.Array | None = None,
-) -> dict[str, jax.Array]:
+    num_targets: Shaped[Array, ""] | None = None,
+) -> dict[str, Float[jax.Array, "L"]]:
     """Computes the class, L1 and GIoU losses of the reconstruction, by decoder layer (section 4.3).
 
     Args:

@@ -11,17 +11,23 @@ float32.
 """
 
 import dataclasses
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
 from dn_detr_jax import boxes as box_ops
+from dn_detr_jax.arrays import Array, Bool, Float, Int, Shaped
 
 
 def sigmoid_focal_loss(
-    logits: jax.Array, target_class: jax.Array, *, alpha: float = 0.25, gamma: float = 2.0
-) -> jax.Array:
+    logits: Float[Array, "*queries C"],
+    target_class: Int[Array, "*#queries"],
+    *,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+) -> Float[Array, "*queries C"]:
     """Computes the binary focal loss of every class.
 
     Args:
@@ -44,10 +50,13 @@ def sigmoid_focal_loss(
     return loss * jnp.where(target, alpha, 1.0 - alpha).astype(logits.dtype)
 
 
+@runtime_checkable
 class ClassLoss(Protocol):
     """What a detector says about classes: loss, matching cost and scores belong together."""
 
-    def loss(self, logits: jax.Array, target_class: jax.Array) -> jax.Array:
+    def loss(
+        self, logits: Float[Array, "... K"], target_class: Int[Array, "..."]
+    ) -> Float[Array, "... _"]:
         """Computes the loss of every logit or query, [..., K], to be summed over the last axis.
 
         Args:
@@ -57,7 +66,7 @@ class ClassLoss(Protocol):
         """
         ...
 
-    def divisor(self, num_objects: jax.Array, num_queries: int) -> jax.Array:
+    def divisor(self, num_objects: Shaped[Array, ""], num_queries: int) -> Float[jax.Array, ""]:
         """Returns what the summed loss of a batch is divided by.
 
         Args:
@@ -66,7 +75,9 @@ class ClassLoss(Protocol):
         """
         ...
 
-    def cost(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
+    def cost(
+        self, logits: Float[Array, "... N K"], labels: Int[Array, "... N M"]
+    ) -> Float[jax.Array, "... N M"]:
         """Computes the class cost of assigning objects to queries.
 
         Args:
@@ -78,7 +89,7 @@ class ClassLoss(Protocol):
         """
         ...
 
-    def scores(self, logits: jax.Array) -> jax.Array:
+    def scores(self, logits: Float[Array, "*queries K"]) -> Float[jax.Array, "*queries C"]:
         """Maps logits [..., K] to the scores [..., C] of the C classes, in [0, 1]."""
         ...
 
@@ -95,23 +106,27 @@ class SigmoidFocalLoss:
     alpha: float = 0.25
     gamma: float = 2.0
 
-    def loss(self, logits: jax.Array, target_class: jax.Array) -> jax.Array:
+    def loss(
+        self, logits: Float[Array, "... K"], target_class: Int[Array, "..."]
+    ) -> Float[Array, "... _"]:
         """See `sigmoid_focal_loss`."""
         return sigmoid_focal_loss(logits, target_class, alpha=self.alpha, gamma=self.gamma)
 
-    def divisor(self, num_objects: jax.Array, num_queries: int) -> jax.Array:
+    def divisor(self, num_objects: Shaped[Array, ""], num_queries: int) -> Float[jax.Array, ""]:
         """Returns the number of objects, at least 1."""
         del num_queries
         return jnp.maximum(num_objects, 1.0)
 
-    def cost(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
+    def cost(
+        self, logits: Float[Array, "... N K"], labels: Int[Array, "... N M"]
+    ) -> Float[jax.Array, "... N M"]:
         """Returns the difference between the focal losses of the class being right and wrong."""
         prob = jax.nn.sigmoid(jnp.take_along_axis(logits, labels, axis=-1))
         negative = (1 - self.alpha) * prob**self.gamma * -jnp.log(1 - prob + 1e-8)
         positive = self.alpha * (1 - prob) ** self.gamma * -jnp.log(prob + 1e-8)
         return positive - negative
 
-    def scores(self, logits: jax.Array) -> jax.Array:
+    def scores(self, logits: Float[Array, "*queries K"]) -> Float[jax.Array, "*queries C"]:
         """Returns the sigmoid of every logit."""
         return jax.nn.sigmoid(logits)
 
@@ -128,7 +143,9 @@ class SoftmaxLoss:
 
     no_object_weight: float = 0.1
 
-    def loss(self, logits: jax.Array, target_class: jax.Array) -> jax.Array:
+    def loss(
+        self, logits: Float[Array, "... K"], target_class: Int[Array, "..."]
+    ) -> Float[Array, "... _"]:
         """Returns the weighted cross-entropy of every query, [..., 1]."""
         no_object = logits.shape[-1] - 1
         is_object = (target_class >= 0) & (target_class < no_object)
@@ -137,15 +154,17 @@ class SoftmaxLoss:
         picked = jnp.take_along_axis(log_prob, target[..., None], axis=-1)
         return -picked * jnp.where(is_object, 1.0, self.no_object_weight)[..., None]
 
-    def divisor(self, num_objects: jax.Array, num_queries: int) -> jax.Array:
+    def divisor(self, num_objects: Shaped[Array, ""], num_queries: int) -> Float[jax.Array, ""]:
         """Returns the sum of the weights of all queries, so that the loss is their mean."""
         return num_objects + self.no_object_weight * (num_queries - num_objects)
 
-    def cost(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
+    def cost(
+        self, logits: Float[Array, "... N K"], labels: Int[Array, "... N M"]
+    ) -> Float[jax.Array, "... N M"]:
         """Returns the negative probability of the object's class."""
         return -jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), labels, axis=-1)
 
-    def scores(self, logits: jax.Array) -> jax.Array:
+    def scores(self, logits: Float[Array, "*queries K"]) -> Float[jax.Array, "*queries C"]:
         """Returns the probabilities of the classes, without that of no object."""
         return jax.nn.softmax(logits, axis=-1)[..., :-1]
 
@@ -153,7 +172,9 @@ class SoftmaxLoss:
 DEFAULT_CLASS_LOSS = SigmoidFocalLoss()
 
 
-def box_losses(pred_boxes: jax.Array, target_boxes: jax.Array) -> tuple[jax.Array, jax.Array]:
+def box_losses(
+    pred_boxes: Float[Array, "*#pairs 4"], target_boxes: Float[Array, "*#pairs 4"]
+) -> tuple[Float[jax.Array, "*pairs 4"], Float[jax.Array, "*pairs"]]:
     """Computes the L1 and generalized IoU losses of pairs of boxes.
 
     Args:
@@ -171,8 +192,8 @@ def box_losses(pred_boxes: jax.Array, target_boxes: jax.Array) -> tuple[jax.Arra
 
 
 def classes_of_queries(
-    assignment: jax.Array, labels: jax.Array, num_queries: int, num_classes: int
-) -> jax.Array:
+    assignment: Int[Array, "B L M"], labels: Int[Array, "B M"], num_queries: int, num_classes: int
+) -> Int[jax.Array, "L B {num_queries}"]:
     """Returns the target class of every query: that of its object, or `num_classes` for no object.
 
     Args:
@@ -191,17 +212,17 @@ def classes_of_queries(
 
 
 def set_criterion(
-    pred_logits: jax.Array,
-    pred_boxes: jax.Array,
-    labels: jax.Array,
-    boxes: jax.Array,
-    valid: jax.Array,
-    assignment: jax.Array,
+    pred_logits: Float[Array, "L B N K"],
+    pred_boxes: Float[Array, "L B N 4"],
+    labels: Int[Array, "B M"],
+    boxes: Float[Array, "B M 4"],
+    valid: Bool[Array, "B M"],
+    assignment: Int[Array, "B L M"],
     *,
     class_loss: ClassLoss = DEFAULT_CLASS_LOSS,
-    num_objects: jax.Array | None = None,
+    num_objects: Shaped[Array, ""] | None = None,
     num_images: int | None = None,
-) -> dict[str, jax.Array]:
+) -> dict[str, Float[jax.Array, "L"]]:
     """Computes the losses of matched predictions, for every decoder layer.
 
     Args:
@@ -258,7 +279,11 @@ def set_criterion(
 
 
 def weighted_total(
-    terms: dict[str, jax.Array], *, weight_class: float, weight_bbox: float, weight_giou: float
+    terms: Mapping[str, Float[Array, "L"]],
+    *,
+    weight_class: float,
+    weight_bbox: float,
+    weight_giou: float,
 ) -> jax.Array:
     """Sums the three weighted losses over the decoder layers; other entries are metrics.
 

@@ -27,6 +27,7 @@ from jax.sharding import PartitionSpec as P
 from scipy.optimize import linear_sum_assignment
 
 from dn_detr_jax import boxes as box_ops
+from dn_detr_jax.arrays import Array, Bool, Float, Int
 from dn_detr_jax.losses import DEFAULT_CLASS_LOSS, ClassLoss
 
 # Replaces costs that are not finite, and bounds the others. It is far above any real cost (|cost|
@@ -35,16 +36,16 @@ MAX_COST = 1e6
 
 
 def matching_cost(
-    pred_logits: jax.Array,
-    pred_boxes: jax.Array,
-    labels: jax.Array,
-    boxes: jax.Array,
+    pred_logits: Float[Array, "L B N K"],
+    pred_boxes: Float[Array, "L B N 4"],
+    labels: Int[Array, "B M"],
+    boxes: Float[Array, "B M 4"],
     *,
     cost_class: float = 2.0,
     cost_bbox: float = 5.0,
     cost_giou: float = 2.0,
     class_loss: ClassLoss = DEFAULT_CLASS_LOSS,
-) -> jax.Array:
+) -> Float[jax.Array, "B L N M"]:
     """Computes the cost of assigning each object to each query, for every decoder layer.
 
     Args:
@@ -75,7 +76,9 @@ def matching_cost(
     return cost_class * by_class + cost_bbox * l1 - cost_giou * giou
 
 
-def sanitize(cost: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+def sanitize(
+    cost: Float[Array, "B L N M"], valid: Bool[Array, "B M"]
+) -> tuple[Float[jax.Array, "B L N M"], Int[jax.Array, ""]]:
     """Makes costs finite and counts the entries of real objects that were not.
 
     Args:
@@ -115,7 +118,9 @@ class HostTimer:
 host_timer = HostTimer()
 
 
-def solve_on_host(cost: np.ndarray, valid: np.ndarray) -> np.ndarray:
+def solve_on_host(
+    cost: Float[Array, "B L N M"], valid: Bool[Array, "B M"]
+) -> Int[np.ndarray, "B L M"]:
     """Solves every assignment problem of a shard with SciPy.
 
     Args:
@@ -141,13 +146,15 @@ def solve_on_host(cost: np.ndarray, valid: np.ndarray) -> np.ndarray:
     return result
 
 
-def assign(cost: jax.Array, valid: jax.Array, mesh: Mesh | None = None) -> jax.Array:
+def assign(
+    cost: Float[Array, "B L N M"], valid: Bool[Array, "B M"], mesh: Mesh | None = None
+) -> Int[jax.Array, "B L M"]:
     """Solves the assignment problems of one set of outputs, see `assign_all`."""
     return assign_all([(cost, valid)], mesh)[0]
 
 
 def assign_all(
-    problems: Sequence[tuple[jax.Array, jax.Array]], mesh: Mesh | None = None
+    problems: Sequence[tuple[Array, Array]], mesh: Mesh | None = None
 ) -> list[jax.Array]:
     """Solves assignment problems by one host callback per device.
 
