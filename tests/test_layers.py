@@ -11,7 +11,7 @@ _PACKAGE = _ROOT / "dn_detr_jax"
 # From bottom to top, by the longest prefix of a module's name below the package. A module imports
 # modules of lower layers and, without circles, those of its own.
 LAYERS = (
-    ("errors", "files"),
+    ("errors", "files", "arrays"),
     ("boxes",),
     ("losses", "matching", "denoising"),
     ("criterion",),
