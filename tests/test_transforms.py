@@ -99,7 +99,7 @@ def test_largest_sizes_bound_every_draw(crop):
 
 
 def random_scene(rng, height, width, count=4):
-    """A black image with filled boxes, each of its own grey level, and the boxes."""
+    """A black image with filled boxes, each of its own gray level, and the boxes."""
     image = np.zeros((height, width, 3), np.uint8)
     boxes = []
     for row in range(count):  # in stripes, so that none hides another
@@ -127,9 +127,9 @@ def test_a_box_stays_around_its_object_through_every_chain():
             alone = np.zeros_like(image)
             x0, y0, x1, y1 = boxes[label].astype(int)
             alone[y0:y1, x0:x1] = 255
-            image, _, _ = apply(alone, boxes, labels, geometry)
-            assert image.shape == (*geometry.size, 3)
-            ink = image[..., 0] > 127
+            result, _, _ = apply(alone, boxes, labels, geometry)
+            assert result.shape == (*geometry.size, 3)
+            ink = result[..., 0] > 127
             found = new_boxes[new_labels == label]
             if len(found) == 0:
                 dropped += 1
@@ -177,9 +177,9 @@ def test_a_colored_rectangle_is_where_its_box_is_after_any_planned_chain(seed, s
         image[top:bottom, left:right] = color
         geometry = geometries.at(i)
         box = np.array([[left, top, right, bottom]], np.float32)
-        image, boxes, labels = apply(image, box, np.array([3]), geometry)
-        assert image.shape[:2] == tuple(geometry.size) and (geometry.size <= canvases[i]).all()
-        near = (np.abs(image.astype(int) - color) < 95).all(-1)  # more than half the color
+        result, boxes, labels = apply(image, box, np.array([3]), geometry)
+        assert result.shape[:2] == tuple(geometry.size) and (geometry.size <= canvases[i]).all()
+        near = (np.abs(result.astype(int) - color) < 95).all(-1)  # more than half the color
         if not len(boxes):
             assert not near.any()
             continue
