@@ -216,8 +216,8 @@ def test_sizes_that_a_file_claims_take_no_memory(directory):
 def test_names_of_classes_come_back_from_what_is_packed(directory, names):
     """Records keep them in a text file with a line each."""
     content = copy.deepcopy(CONTENT)
-    for category, name in zip(content["categories"], names, strict=True):
-        category["name"] = name
+    for entry, name in zip(content["categories"], names, strict=True):
+        entry["name"] = name
     (directory / "train.json").write_text(json.dumps(content))
     config = data_config(directory)
     config.labels = "contiguous"

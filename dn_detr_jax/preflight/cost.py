@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 
+from dn_detr_jax.errors import PreflightError
 from dn_detr_jax.preflight.accelerators import Chip
 from dn_detr_jax.preflight.hlo import (
     Collective,
@@ -69,8 +70,14 @@ class Cost:
 
     @classmethod
     def of(cls, compiled: jax.stages.Compiled, num_devices: int) -> "Cost":
-        """Reads the cost of a compiled program."""
+        """Reads the cost of a compiled program.
+
+        Raises:
+          PreflightError: the compiler does not report it.
+        """
         memory, text = compiled.memory_analysis(), compiled.as_text()
+        if memory is None or text is None:
+            raise PreflightError("the compiler reports neither memory nor program")
         counted = compiled.cost_analysis() or {}
         return cls(
             arguments=memory.argument_size_in_bytes,

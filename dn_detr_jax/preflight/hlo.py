@@ -53,7 +53,7 @@ class Collective(NamedTuple):
     shapes: tuple[str, ...]
     bytes: int
     group: int
-    count: int
+    count: int  # type: ignore[assignment]  # hides the method of tuples
     where: str
 
     @property
@@ -243,7 +243,8 @@ def _bytes(shapes: Iterable[tuple[str, str]]) -> int:
 
 def _bits(dtype: str) -> int:
     """Returns the bits of an element: 8 for pred, else the first number in s32, f8e4m3fn, ..."""
-    return 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])
+    number = re.search(r"\d+", dtype)
+    return int(number[0]) if number else 8
 
 
 def _group(line: str, num_devices: int) -> int:

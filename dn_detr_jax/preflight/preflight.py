@@ -133,7 +133,8 @@ def run_preflight(
     step = abstract_step(config, mesh)
     usable = usable_memory(mesh)
     start = time.monotonic()
-    cost, needed = None, None
+    cost: Cost | None = None
+    needed: float | None
     try:
         cost = Cost.of(compile_step(config, mesh, canvas), mesh.size)
         needed = cost.total
