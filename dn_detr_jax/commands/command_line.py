@@ -275,15 +275,15 @@ def _check_overrides(argv: Sequence[str]) -> None:
 
 
 def _config_without_overrides(argv: Sequence[str]) -> ConfigDict | None:
-    """The config of --config or its default, None without; the last one counts, as for absl."""
-    path = flags.FLAGS["config"].default if "config" in flags.FLAGS else None
+    """The config of the last --config, or the default of that flag; None if it has none."""
+    path = None
     for i in range(1, len(argv)):
         if argv[i].startswith(("--config=", "-config=")):
             path = argv[i].partition("=")[2]
         elif argv[i - 1] in ("--config", "-config"):
             path = argv[i]
-    if path is None or isinstance(path, ConfigDict):  # the default, which is loaded already
-        return path
+    if path is None:
+        return flags.FLAGS["config"].value if "config" in flags.FLAGS else None
     scratch = flags.FlagValues()
     config_flags.DEFINE_config_file("config", path, flag_values=scratch, sys_argv=[""])
     return scratch["config"].value
