@@ -302,6 +302,19 @@ def test_the_command(tmp_path):
     assert "mine.json" in run.stdout  # what is there instead
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.exiv=1", "error: --config.data.exiv: there is no such key; did you mean data.exif?"),
+        ("data.exif=7", "error: config.data.exif = '7': one of 'auto', 'as_shown', 'as_stored'"),
+    ],
+)
+def test_a_wrong_override_without_a_config_is_one_line(tmp_path, override, message):
+    """Catches a traceback where no --config was given."""
+    run = run_command(tmp_path, f"--config.{override}")
+    assert run.returncode == 1 and run.stderr.splitlines() == [message]
+
+
 def test_what_is_no_such_directory(tmp_path, digits_dir):
     with pytest.raises(DataError, match="there is no such folder"):
         check(data_config(tmp_path / "nothing"))

@@ -17,16 +17,17 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from dn_detr_jax.commands.command_line import define_config_flag, local_path
-from dn_detr_jax.config import base_config
+from dn_detr_jax.config import base_config, validate
 from dn_detr_jax.errors import ConfigError
 from dn_detr_jax.training import stop
 
 FLAGS = flags.FLAGS
 ARGUMENTS = ("DIR",)
+DEFAULT_CONFIG = __file__  # its get_config
 
 
 def get_config() -> ConfigDict:
-    """The config without `--config`: this file is the default of that flag."""
+    """Returns the config that applies without `--config`."""
     config = base_config()
     config.data.name = "coco"
     return config
@@ -34,7 +35,7 @@ def get_config() -> ConfigDict:
 
 def define_flags() -> None:
     """Defines the flags of this command."""
-    define_config_flag(default=__file__)
+    define_config_flag()
     flags.DEFINE_bool("decode", False, "Decode every image, which finds damaged ones.")
 
 
@@ -42,6 +43,7 @@ def main(argv: Sequence[str]) -> None:
     """Checks the directory and prints the report."""
     stop.end_on_signals("the check was not finished", stop.INTERRUPTED)
     config = FLAGS.config
+    validate(config)
     if config.data.name != "coco":
         raise ConfigError("data.name", config.data.name, "'coco', the only kind that is checked")
     config.data.dir = os.fspath(local_path(argv[1]))

@@ -1,7 +1,7 @@
 """The command line of every program of this package: flags in, one line for each expected error.
 
-A command is a module with a docstring (its help), `define_flags()`, `main(argv)` and, if it takes
-arguments besides flags, `ARGUMENTS`. It imports what it computes with inside `main`, so that help
+A command is a module with a docstring (its help), `define_flags()`, `main(argv)`, if it takes
+arguments besides flags `ARGUMENTS`, and if it can do without --config `DEFAULT_CONFIG`. It imports what it computes with inside `main`, so that help
 and wrong flags need neither JAX nor its start-up time.
 
 A wrong flag, a wrong config key or type, a missing config file, `dn_detr_jax.errors.Error` and
@@ -46,6 +46,9 @@ def run_command(command: ModuleType, program: str) -> NoReturn:
     arguments = getattr(command, "ARGUMENTS", ())
     if any(_HELP.fullmatch(argument) for argument in sys.argv[1:]):
         show(help_text(command, program, set(flags.FLAGS) - others))
+    default = getattr(command, "DEFAULT_CONFIG", None)
+    if default is not None and not any(re.match("--?config(=|$)", arg) for arg in sys.argv[1:]):
+        sys.argv.insert(1, f"--config={default}")
     run_main(command.main, arguments)
 
 
@@ -143,16 +146,18 @@ def fail(message: str) -> NoReturn:
 # Flags that several commands have
 
 
-def define_config_flag(default: str | None = None) -> None:
-    """Defines --config, the experiment's file, and its overrides --config.section.key=value."""
+def define_config_flag() -> None:
+    """Defines --config, the experiment's file, and its overrides --config.section.key=value.
+
+    A command whose module has a `DEFAULT_CONFIG` can do without the flag, see `run_command`.
+    """
     text = (
         "The experiment: a file, or the name of one in configs/. --config.section.key=value "
         "overrides a value."
     )
-    config_flags.DEFINE_config_file("config", default, text)
+    config_flags.DEFINE_config_file("config", None, text)
     flags.DEFINE_bool("help_config", False, "Print every config key, its value and meaning.")
-    if default is None:
-        flags.mark_flag_as_required("config")
+    flags.mark_flag_as_required("config")
 
 
 def define_path_flag(name: str, help_text: str, *, required: bool = False) -> None:
@@ -275,7 +280,7 @@ def _check_overrides(argv: Sequence[str]) -> None:
 
 
 def _config_without_overrides(argv: Sequence[str]) -> ConfigDict | None:
-    """The config of the last --config, or the default of that flag; None if it has none."""
+    """The config of the last --config, None without."""
     path = None
     for i in range(1, len(argv)):
         if argv[i].startswith(("--config=", "-config=")):
@@ -283,7 +288,7 @@ def _config_without_overrides(argv: Sequence[str]) -> ConfigDict | None:
         elif argv[i - 1] in ("--config", "-config"):
             path = argv[i]
     if path is None:
-        return flags.FLAGS["config"].value if "config" in flags.FLAGS else None
+        return None
     scratch = flags.FlagValues()
     config_flags.DEFINE_config_file("config", path, flag_values=scratch, sys_argv=[""])
     return scratch["config"].value
