@@ -62,10 +62,13 @@ def runs(python: str) -> bool:
 
 activate_pyenv()
 FOUND = [python for python in PYTHONS if runs(python)]
-MATRIX = [(python, "newest") for python in FOUND]
-MATRIX[:0] = [(FOUND[0], "oldest")]
-MATRIX += [("3.12", "jax-0.11")] if "3.12" in FOUND else []  # jax 0.11 takes no older Python
-MATRIX.sort(key=lambda pair: (PYTHONS.index(pair[0]), list(VERSIONS).index(pair[1])))
+MATRIX = [
+    (python, versions)
+    for python in FOUND
+    for versions in VERSIONS
+    # The oldest versions are for the oldest Python; 3.12 is the oldest that jax 0.11 takes.
+    if versions == "newest" or (python, versions) in ((FOUND[0], "oldest"), ("3.12", "jax-0.11"))
+]
 
 
 def run_pytest(session: nox.Session, versions: str, *arguments: str) -> None:
@@ -91,11 +94,12 @@ def tests(session: nox.Session, versions: str) -> None:
     run_pytest(session, versions, *session.posargs)
 
 
-@nox.session(python=FOUND[-1])
+@nox.session(python=FOUND[-1] if FOUND else None)
 def smoke(session: nox.Session) -> None:
     """A few minutes' choice of the tests, on the newest Python with the newest packages."""
-    if session.python == "{}.{}".format(*sys.version_info):
-        session.log(f"no Python newer than {session.python}, that of `make test`, was found")
+    ours = "{}.{}".format(*sys.version_info)
+    if not FOUND or PYTHONS.index(FOUND[-1]) <= PYTHONS.index(ours):
+        session.log(f"no Python newer than {ours}, that of `make test`, was found")
         return
     run_pytest(session, "newest", "-m", "smoke", *session.posargs)
 
