@@ -1,6 +1,8 @@
 """The command line of every program of this package: flags in, one line for each expected error.
 
-A command is a module with a docstring (its help), `define_flags()`, `main(argv)`, if it takes
+A command is a module with a docstring (its help), `define_flags()` and `main(argv)`. It has
+`ARGUMENTS` if it takes arguments besides flags, and `DEFAULT_CONFIG` if --config may be missing. It
+imports what it computes with inside `main`, so that help and wrong flags need no JAX.
 arguments besides flags `ARGUMENTS`, and if it can do without --config `DEFAULT_CONFIG`. It imports what it computes with inside `main`, so that help
 and wrong flags need neither JAX nor its start-up time.
 
