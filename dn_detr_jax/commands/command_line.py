@@ -3,8 +3,6 @@
 A command is a module with a docstring (its help), `define_flags()` and `main(argv)`. It has
 `ARGUMENTS` if it takes arguments besides flags, and `DEFAULT_CONFIG` if --config may be missing. It
 imports what it computes with inside `main`, so that help and wrong flags need no JAX.
-arguments besides flags `ARGUMENTS`, and if it can do without --config `DEFAULT_CONFIG`. It imports what it computes with inside `main`, so that help
-and wrong flags need neither JAX nor its start-up time.
 
 A wrong flag, a wrong config key or type, a missing config file, `dn_detr_jax.errors.Error` and
 `OSError` end a program with one line on stderr and exit status 1. Ctrl-C ends it with one line and
