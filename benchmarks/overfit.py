@@ -97,7 +97,7 @@ def write_subset(source: Path, target: Path, count: int) -> int:
 def main(argv: Sequence[str]) -> None:
     """Runs the check."""
     del argv
-    from dn_detr_jax.training import loop
+    import dn_detr_jax
 
     log_to_terminal()
     workdir, data = Path(FLAGS.workdir).resolve(), Path(FLAGS.data).resolve()
@@ -108,7 +108,7 @@ def main(argv: Sequence[str]) -> None:
     for split in ("train", "validation"):
         config.data[split].update(annotations=str(subset), images=str(data / "val2017"))
     start = time.monotonic()
-    evaluation = loop.train(config, workdir)
+    evaluation = dn_detr_jax.train(config, workdir)
     if evaluation is None:
         return
     result = {

@@ -36,8 +36,9 @@ def train(config: "ConfigDict", workdir: str | os.PathLike) -> "Evaluation | Non
     Raises:
       dn_detr_jax.errors.Error: see `dn_detr_jax.training.loop.train`.
     """
-    from dn_detr_jax.config import expand_user
+    from dn_detr_jax.config import expand_user, validate
 
+    validate(config)
     folder = expand_user(os.fspath(workdir), "--workdir")
     from dn_detr_jax.training import loop
 
@@ -57,8 +58,9 @@ def evaluate(
     Raises:
       dn_detr_jax.errors.Error: see `dn_detr_jax.training.report.evaluate`.
     """
-    from dn_detr_jax.config import expand_user
+    from dn_detr_jax.config import expand_user, validate
 
+    validate(config)
     folder = expand_user(os.fspath(workdir), "--workdir")
     from dn_detr_jax.training import report
 

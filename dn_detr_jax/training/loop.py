@@ -21,7 +21,6 @@ from ml_collections import ConfigDict
 
 from dn_detr_jax.checkpoints.manager import Checkpoints
 from dn_detr_jax.checkpoints.params import holds_only_parameters
-from dn_detr_jax.config import validate
 from dn_detr_jax.data.datasets import Dataset, open_dataset
 from dn_detr_jax.data.loader import train_batches, train_plan
 from dn_detr_jax.distributed.consistency import (
@@ -93,7 +92,7 @@ def train(config: ConfigDict, workdir: Path) -> Evaluation | None:
     """Trains, or continues a training, and ends with the evaluation of the best checkpoint.
 
     Args:
-      config: whole configuration.
+      config: whole configuration, validated.
       workdir: for checkpoints, metrics and figures; an existing run is continued.
 
     Returns:
@@ -108,7 +107,6 @@ def train(config: ConfigDict, workdir: Path) -> Evaluation | None:
         is "stop", or "skip" and too many steps were skipped. The checkpoints are from before.
       EvaluationError: detections are not finite, although the parameters are.
     """
-    validate(config)
     workdir = Path(workdir)
     if holds_only_parameters(workdir):
         raise ConfigError(

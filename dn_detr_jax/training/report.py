@@ -19,7 +19,6 @@ from ml_collections import ConfigDict
 
 from dn_detr_jax.checkpoints.params import RestoredParams, read_params
 from dn_detr_jax.checkpoints.run_config import read_categories
-from dn_detr_jax.config import validate
 from dn_detr_jax.data.datasets import open_dataset
 from dn_detr_jax.data.loader import train_batches
 from dn_detr_jax.distributed.consistency import agreed_config, check_agreement
@@ -46,7 +45,7 @@ def evaluate(config: ConfigDict, workdir: Path, step: str | int = "best") -> Eva
     that can't be written are a warning.
 
     Args:
-      config: whole configuration; must fit the parameters of the checkpoint.
+      config: whole configuration, validated; must fit the parameters of the checkpoint.
       workdir: of the run, which may be training.
       step: "latest", "best" (the latest if none has an AP, as after an import) or a number of
         steps.
@@ -54,7 +53,6 @@ def evaluate(config: ConfigDict, workdir: Path, step: str | int = "best") -> Eva
     Raises:
       ConfigError, CheckpointError: something does not fit, before anything is compiled.
     """
-    validate(config)
     workdir = Path(workdir)
     check_agreement(agreed_config(config))
     setup = set_up(config, None, read_categories(workdir), str(workdir))
