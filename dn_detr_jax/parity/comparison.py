@@ -165,7 +165,8 @@ class Report:
           expected: by name, the same names.
           rtol: largest relative error allowed, one for all or by name; None: reported only.
           median: largest median of the relative errors allowed.
-          exact: from a float64 run of the PyTorch code; gives the float32 noise.
+          exact: from a float64 run of the PyTorch code, for some or all of the numbers: gives their
+            float32 noise.
           covers: arrays of the case that the numbers sum up, if not the one of that name.
         """
         absolute = {key: abs(float(ours[key]) - float(value)) for key, value in expected.items()}
@@ -190,8 +191,9 @@ class Report:
             entry["tolerance_rel_median"] = median
             ok &= entry["rel_median"] <= median
         if exact is not None:
-            noise = max(abs(float(exact[key]) - float(value)) for key, value in expected.items())
-            entry["noise_ratio"] = entry["abs"] / noise if noise else None
+            noise = max(abs(float(value) - float(expected[key])) for key, value in exact.items())
+            error = max(absolute[key] for key in exact)
+            entry["noise_ratio"] = error / noise if noise else None
         self._add(name, ok=bool(ok), **entry)
         self._covered.update(covers)
 
