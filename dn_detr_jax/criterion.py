@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import flax.struct
 import jax
@@ -18,10 +18,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dn_detr_jax import denoising, losses, matching
+from dn_detr_jax.arrays import Array, Bool, Float, Int, Leaf
 from dn_detr_jax.losses import ClassLoss
 
-Outputs = Mapping[str, jax.Array]
-Targets = Mapping[str, jax.Array]
+Outputs = Mapping[str, Array]
+Targets = Mapping[str, Array]
 
 
 class Totals(flax.struct.PyTreeNode):
@@ -34,8 +35,8 @@ class Totals(flax.struct.PyTreeNode):
     """
 
     num_images: int = flax.struct.field(pytree_node=False)
-    num_objects: jax.Array
-    num_targets: jax.Array | None
+    num_objects: Leaf
+    num_targets: Leaf | None
 
     @classmethod
     def of(cls, targets: Targets, dn: denoising.Denoising | None) -> "Totals":
@@ -60,6 +61,7 @@ class LossSettings:
     weights: Mapping[str, float]
 
 
+@runtime_checkable
 class OutputPart(Protocol):
     """One part of a detector's outputs.
 
@@ -74,11 +76,11 @@ class OutputPart(Protocol):
     @property
     def names(self) -> str: ...  # noqa: D102
 
-    def problem(self) -> tuple[jax.Array, jax.Array] | None:
+    def problem(self) -> tuple[Float[Array, "B L N M"], Bool[Array, "B M"]] | None:
         """Returns cost [B, L, N, M] and valid [B, M] of a matching, or None if it needs none."""
         ...
 
-    def terms(self, assignment: jax.Array | None) -> dict[str, jax.Array]:
+    def terms(self, assignment: Int[Array, "B L M"] | None) -> dict[str, Float[jax.Array, " L"]]:
         """Computes losses and metrics, each [L], from an assignment [B, L, M] of the problem."""
         ...
 
@@ -97,15 +99,15 @@ class MatchedPart:
       assignment: int [B, L, M] to use in place of a matching.
     """
 
-    pred_logits: jax.Array
-    pred_boxes: jax.Array
+    pred_logits: Float[Array, "L B N K"]
+    pred_boxes: Float[Array, "L B N 4"]
     targets: Targets
     totals: Totals
     settings: LossSettings
     names: str = "{}"
-    assignment: jax.Array | None = None
+    assignment: Int[Array, "B L M"] | None = None
 
-    def cost(self) -> jax.Array:
+    def cost(self) -> Float[jax.Array, "B L N M"]:
         """Computes the cost float32 [B, L, N, M] of the matching."""
         return matching.matching_cost(
             self.pred_logits,
@@ -116,11 +118,11 @@ class MatchedPart:
             class_loss=self.settings.class_loss,
         )
 
-    def problem(self) -> tuple[jax.Array, jax.Array] | None:
+    def problem(self) -> tuple[Float[Array, "B L N M"], Bool[Array, "B M"]] | None:
         """See `OutputPart.problem`."""
         return None if self.assignment is not None else (self.cost(), self.targets["valid"])
 
-    def terms(self, assignment: jax.Array | None) -> dict[str, jax.Array]:
+    def terms(self, assignment: Int[Array, "B L M"] | None) -> dict[str, Float[jax.Array, " L"]]:
         """See `losses.set_criterion`."""
         assignment = self.assignment if assignment is None else assignment
         if assignment is None:
@@ -151,8 +153,8 @@ class DenoisingPart:
       names: pattern of the names of the terms.
     """
 
-    pred_logits: jax.Array
-    pred_boxes: jax.Array
+    pred_logits: Float[Array, "L B S K"]
+    pred_boxes: Float[Array, "L B S 4"]
     dn: denoising.Denoising
     totals: Totals
     settings: LossSettings
@@ -161,7 +163,7 @@ class DenoisingPart:
     def problem(self) -> None:
         """Returns None: targets are fixed."""
 
-    def terms(self, assignment: jax.Array | None) -> dict[str, jax.Array]:
+    def terms(self, assignment: Int[Array, "B L M"] | None) -> dict[str, Float[jax.Array, " L"]]:
         """See `denoising.reconstruction_loss`."""
         del assignment
         return denoising.reconstruction_loss(
@@ -200,7 +202,7 @@ def output_parts(
 
 def total_loss(
     parts: Sequence[OutputPart], mesh: Mesh | None
-) -> tuple[jax.Array, dict[str, jax.Array], list[jax.Array | None]]:
+) -> tuple[Float[jax.Array, ""], dict[str, Float[jax.Array, ""]], list[jax.Array | None]]:
     """Matches what needs it and sums the losses of all parts.
 
     Args:
@@ -227,10 +229,10 @@ def total_loss(
 
 def _match(
     parts: Sequence[OutputPart], mesh: Mesh | None
-) -> tuple[list[jax.Array | None], jax.Array]:
+) -> tuple[list[jax.Array | None], Int[jax.Array, ""]]:
     """Solves the problems of all parts; also counts the costs that are not finite."""
     assignments: list[jax.Array | None] = [None] * len(parts)
-    problems: dict[int, tuple[jax.Array, jax.Array]] = {}
+    problems: dict[int, tuple[Array, Array]] = {}
     nonfinite = jnp.zeros((), jnp.int32)
     for index, part in enumerate(parts):
         problem = part.problem()
@@ -243,7 +245,9 @@ def _match(
     return assignments, nonfinite
 
 
-def _by_layer(terms: Mapping[str, jax.Array], names: str) -> dict[str, jax.Array]:
+def _by_layer(
+    terms: Mapping[str, Float[Array, " L"]], names: str
+) -> dict[str, Float[jax.Array, ""]]:
     """{"loss_ce": [L]} to scalars: the last layer without suffix, the others `_0`, `_1`, ..."""
     named: dict[str, jax.Array] = {}
     for term, values in terms.items():

@@ -101,7 +101,7 @@ class Denoising(flax.struct.PyTreeNode):
         return self.valid.shape[-1]
 
     @property
-    def num_targets(self) -> jax.Array:
+    def num_targets(self) -> Int[jax.Array, ""]:
         """Number of slots of the batch with an object to reconstruct, int32; divides the losses."""
         return jnp.sum(self.valid & ~self.negative, dtype=jnp.int32)
 
@@ -135,43 +135,48 @@ def draw_noise(
     )
 
 
-def add_label_noise(labels: Int[Array, "B S"], noise: Noise, scale: float) -> Int[jax.Array, "B S"]:
+def add_label_noise(
+    labels: Int[Array, "B S"], noise: Noise, scale: float | Float[Array, ""]
+) -> Int[jax.Array, "B S"]:
     """Flips each label of int [B, S] with probability `scale` (section 4.2)."""
     return jnp.where(noise.label_u < scale, noise.label_new, labels)
 
 
 def add_box_noise(
-    boxes: Float[Array, "*slots 4"], noise: Noise, scale: float
-) -> Float[jax.Array, "*batch 4"]:
+    boxes: Float[Array, "*slots 4"], noise: Noise, scale: float | Float[Array, ""]
+) -> Float[jax.Array, "*slots 4"]:
     """Shifts centers and scales sides (section 4.2).
 
     Args:
-      boxes: float [B, S, 4] cxcywh in [0, 1].
+      boxes: float [..., 4] cxcywh in [0, 1].
       noise: raw draws.
       scale: below 1. Centers move by at most `scale` times half a side, and thus stay inside their
         box; sides become 1 - scale to 1 + scale times as long.
 
     Returns:
-      float [B, S, 4] cxcywh, clipped to [0, 1].
+      float [..., 4] cxcywh, clipped to [0, 1].
     """
     half_range = jnp.concatenate([boxes[..., 2:] / 2, boxes[..., 2:]], axis=-1)
     return clamp(boxes + (2.0 * noise.box_u - 1.0) * half_range * scale, 0.0, 1.0)
 
 
 def add_contrastive_box_noise(
-    boxes: Float[Array, "B S 4"], noise: Noise, scale: float, negative: Bool[Array, "B S"]
-) -> Float[jax.Array, "B S 4"]:
+    boxes: Float[Array, "*slots 4"],
+    noise: Noise,
+    scale: float | Float[Array, ""],
+    negative: Bool[Array, "*slots"],
+) -> Float[jax.Array, "*slots 4"]:
     """Moves every side of a box independently, further for negatives (DINO, section 3.3).
 
     Args:
-      boxes: float [B, S, 4] cxcywh in [0, 1].
+      boxes: float [..., 4] cxcywh in [0, 1].
       noise: raw draws with signs.
       scale: below 1. A side moves inwards or outwards by a share of half the extent of the box: 0
         to `scale`, for negatives `scale` to 2 * `scale`.
-      negative: bool [B, S].
+      negative: bool [...].
 
     Returns:
-      float [B, S, 4] cxcywh, corners clipped to [0, 1]. A box whose sides cross gets the extent 0.
+      float [..., 4] cxcywh, corners clipped to [0, 1]. A box whose sides cross gets the extent 0.
     """
     if noise.box_sign is None:
         raise ValueError("contrastive denoising needs draw_noise(..., contrastive=True)")
@@ -289,7 +294,7 @@ def pack(dn: Denoising, slots: int) -> Denoising:
 
 
 def query_content(
-    label_table: Float[Array, "rows channels"], dn: Denoising, *, indicator: bool = True
+    label_table: Float[Array, "_ _"], dn: Denoising, *, indicator: bool = True
 ) -> Float[jax.Array, "B S D"]:
     """Embeds the noised labels as the content of the denoising queries.
 
@@ -316,7 +321,7 @@ def query_boxes(dn: Denoising) -> Float[jax.Array, "B S 4"]:
 
 def attention_mask(
     dn: Denoising, num_queries: int, *, attend_padding: bool = False
-) -> Bool[jax.Array, "B T T"]:
+) -> Bool[jax.Array, "B Q Q"]:
     """Masks the decoder's self-attention: which query (row) may attend to which (column).
 
     Matching queries attend to matching queries only. Denoising queries attend to the matching
@@ -341,7 +346,7 @@ def attention_mask(
 
 
 def split(
-    outputs: Shaped[Array, "*batch T K"], dn: Denoising | None
+    outputs: Shaped[Array, "*batch Q K"], dn: Denoising | None
 ) -> tuple[Shaped[Array, "*batch S K"], Shaped[Array, "*batch N K"]]:
     """Splits decoder outputs [..., S + N, K] into the denoising and the matching part.
 
@@ -359,7 +364,7 @@ def reconstruction_loss(
     *,
     class_loss: losses.ClassLoss = losses.DEFAULT_CLASS_LOSS,
     num_targets: Shaped[Array, ""] | None = None,
-) -> dict[str, Float[jax.Array, "L"]]:
+) -> dict[str, Float[jax.Array, " L"]]:
     """Computes the class, L1 and GIoU losses of the reconstruction, by decoder layer (section 4.3).
 
     Args:

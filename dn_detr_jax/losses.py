@@ -222,7 +222,7 @@ def set_criterion(
     class_loss: ClassLoss = DEFAULT_CLASS_LOSS,
     num_objects: Shaped[Array, ""] | None = None,
     num_images: int | None = None,
-) -> dict[str, Float[jax.Array, "L"]]:
+) -> dict[str, Float[jax.Array, " L"]]:
     """Computes the losses of matched predictions, for every decoder layer.
 
     Args:
@@ -279,12 +279,12 @@ def set_criterion(
 
 
 def weighted_total(
-    terms: Mapping[str, Float[Array, "L"]],
+    terms: Mapping[str, Float[Array, " L"]],
     *,
     weight_class: float,
     weight_bbox: float,
     weight_giou: float,
-) -> jax.Array:
+) -> Float[jax.Array, ""]:
     """Sums the three weighted losses over the decoder layers; other entries are metrics.
 
     Args:

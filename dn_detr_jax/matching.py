@@ -133,12 +133,12 @@ def solve_on_host(
       over if an image has more objects than queries.
     """
     start = time.perf_counter()
-    cost, valid = np.asarray(cost), np.asarray(valid)
-    result = np.full((*cost.shape[:2], cost.shape[3]), -1, np.int32)
-    for image in np.flatnonzero(valid.any(axis=1)):
-        real = np.flatnonzero(valid[image])
+    costs, is_real = np.asarray(cost), np.asarray(valid)
+    result = np.full((*costs.shape[:2], costs.shape[3]), -1, np.int32)
+    for image in np.flatnonzero(is_real.any(axis=1)):
+        real = np.flatnonzero(is_real[image])
         # Objects as rows: SciPy's shortest augmenting paths grow with the smaller side.
-        problems = cost[image].swapaxes(1, 2)[:, real]
+        problems = costs[image].swapaxes(1, 2)[:, real]
         for layer, problem in enumerate(problems):
             rows, queries = linear_sum_assignment(problem)
             result[image, layer, real[rows]] = queries

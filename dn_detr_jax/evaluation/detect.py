@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dn_detr_jax import matching
+from dn_detr_jax.arrays import Array, Int, Shaped, UInt8
 from dn_detr_jax.criterion import MatchedPart, Totals
 from dn_detr_jax.evaluation.postprocess import select_detections
 from dn_detr_jax.models.images import normalize_images
@@ -20,17 +21,17 @@ from dn_detr_jax.models.registry import loss_settings
 from dn_detr_jax.sharding import over_data, replicated
 
 PyTree = Any
-Batch = dict[str, jax.Array]
+Batch = dict[str, Array]
 
 
 def detect(
     params: PyTree,
-    images: jax.Array,
-    sizes: jax.Array,
+    images: UInt8[Array, "B H W 3"],
+    sizes: Int[Array, "B 2"],
     *,
     model: nn.Module,
     config: ConfigDict,
-) -> dict[str, jax.Array]:
+) -> dict[str, Shaped[jax.Array, "B ..."]]:
     """Detects objects by the last decoder layer.
 
     Args:
@@ -51,7 +52,7 @@ def detect(
 
 def eval_step(
     params: PyTree, batch: Batch, *, model: nn.Module, config: ConfigDict
-) -> dict[str, jax.Array]:
+) -> dict[str, Shaped[jax.Array, "B ..."]]:
     """Detects objects, and computes the cost of matching the last decoder layer.
 
     Returns:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -23,7 +24,7 @@ from dn_detr_jax.visualize.save import save_png
 def _in_pixels(boxes: np.ndarray, size: np.ndarray) -> np.ndarray:
     """Normalized cxcywh [..., 4] to xyxy in pixels of an image of `size` (height, width)."""
     height, width = size
-    return np.asarray(cxcywh_to_xyxy(boxes)) * np.array([width, height, width, height])
+    return np.asarray(cxcywh_to_xyxy(jnp.asarray(boxes))) * np.array([width, height, width, height])
 
 
 def _valid_part(batch: dict[str, np.ndarray], row: int) -> np.ndarray:

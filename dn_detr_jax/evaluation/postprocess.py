@@ -3,15 +3,16 @@
 import jax
 import jax.numpy as jnp
 
+from dn_detr_jax.arrays import Array, Float, Shaped
 from dn_detr_jax.losses import DEFAULT_CLASS_LOSS, ClassLoss
 
 
 def select_detections(
-    pred_logits: jax.Array,
-    pred_boxes: jax.Array,
+    pred_logits: Float[Array, "B N K"],
+    pred_boxes: Float[Array, "B N 4"],
     num_select: int,
     class_loss: ClassLoss = DEFAULT_CLASS_LOSS,
-) -> dict[str, jax.Array]:
+) -> dict[str, Shaped[jax.Array, "B {num_select} ..."]]:
     """Selects the best (query, class) pairs of every image.
 
     As in Deformable DETR and DN-DETR, all pairs of query and class compete by their score, so a

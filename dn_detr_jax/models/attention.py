@@ -5,23 +5,25 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from dn_detr_jax.arrays import Array, Bool, Float
+
 
 def attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    mask: jax.Array,
+    query: Float[Array, "B Q D"],
+    key: Float[Array, "B T D"],
+    value: Float[Array, "B T E"],
+    mask: Bool[Array, "#B #Q T"],
     num_heads: int,
     *,
     remat: bool = False,
-) -> jax.Array:
+) -> Float[jax.Array, "B Q E"]:
     """Computes multi-head scaled dot-product attention, with scores and softmax in float32.
 
     Args:
       query: [B, Q, heads * d], heads outermost.
-      key: [B, K, heads * d].
-      value: [B, K, heads * e]; e may differ from d.
-      mask: bool, broadcasting to [B, Q, K], True: may attend. Every row needs one True.
+      key: [B, T, heads * d].
+      value: [B, T, heads * e]; e may differ from d.
+      mask: bool, broadcasting to [B, Q, T], True: may attend. Every row needs one True.
       num_heads: heads.
       remat: recompute the scores in the backward pass in place of storing them.
 
@@ -46,14 +48,14 @@ def attention(
 
 
 def fused_attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    mask: jax.Array,
+    query: Float[Array, "B Q D"],
+    key: Float[Array, "B T D"],
+    value: Float[Array, "B T E"],
+    mask: Bool[Array, "#B #Q T"],
     num_heads: int,
     *,
     implementation: Literal["cudnn", "xla"] = "cudnn",
-) -> jax.Array:
+) -> Float[jax.Array, "B Q E"]:
     """Computes `attention` in one kernel, which stores no scores for the backward pass.
 
     cuDNN needs even numbers of queries and keys, and one width for the heads of queries, keys and
@@ -61,9 +63,9 @@ def fused_attention(
 
     Args:
       query: [B, Q, heads * d], heads outermost; bfloat16 or float16, like the other two.
-      key: [B, K, heads * d].
-      value: [B, K, heads * e]; e may differ from d.
-      mask: bool, broadcasting to [B, Q, K], True: may attend. Every row needs one True.
+      key: [B, T, heads * d].
+      value: [B, T, heads * e]; e may differ from d.
+      mask: bool, broadcasting to [B, Q, T], True: may attend. Every row needs one True.
       num_heads: heads.
       implementation: of `jax.nn.dot_product_attention`.
 

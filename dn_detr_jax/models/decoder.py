@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from dn_detr_jax.arrays import Array, Bool, Float
 from dn_detr_jax.boxes import inverse_sigmoid
 from dn_detr_jax.models.initializers import aligned_heads, xavier_uniform
 from dn_detr_jax.models.layers import MLP, FeedForward, LayerConfig, Linear, call_layer, layer_norm
@@ -22,8 +23,10 @@ from dn_detr_jax.models.position import box_encoding
 from dn_detr_jax.models.queries import Queries
 
 
-def interleave_heads(content: jax.Array, position: jax.Array, num_heads: int) -> jax.Array:
-    """Puts content and position side by side in every head: twice [B, K, D] to [B, K, 2D]."""
+def interleave_heads(
+    content: Float[Array, "B T D"], position: Float[Array, "B T D"], num_heads: int
+) -> Float[jax.Array, "B T 2*D"]:
+    """Puts content and position side by side in every head."""
     shape = (*content.shape[:2], num_heads, -1)
     both = jnp.concatenate([content.reshape(shape), position.reshape(shape)], axis=-1)
     return both.reshape(*content.shape[:2], -1)
@@ -43,17 +46,19 @@ class DecoderLayer(nn.Module):
     first: bool
     position_gain: float
 
-    def _project(self, x: jax.Array, name: str) -> jax.Array:
+    def _project(self, x: Float[Array, "B T D"], name: str) -> Float[jax.Array, "B T D"]:
         return Linear(x.shape[-1], dtype=self.config.dtype, name=name)(x)
 
-    def _project_position(self, x: jax.Array, name: str) -> jax.Array:
+    def _project_position(self, x: Float[Array, "B T D"], name: str) -> Float[jax.Array, "B T D"]:
         if not self.position_gain:
             return self._project(x, name)
         init = aligned_heads(self.config.num_heads, self.position_gain)
         zeros = nn.initializers.zeros
         return Linear(x.shape[-1], zeros, init, self.config.dtype, name=name)(x)
 
-    def _residual(self, x: jax.Array, y: jax.Array, name: str, train: bool) -> jax.Array:
+    def _residual(
+        self, x: Float[Array, "B Q D"], y: Float[Array, "B Q D"], name: str, train: bool
+    ) -> Float[jax.Array, "B Q D"]:
         zeros, dtype = nn.initializers.zeros, self.config.dtype
         y = Linear(x.shape[-1], zeros, dtype=dtype, name=f"{name}_out")(y)
         y = nn.Dropout(self.config.dropout)(y, deterministic=not train)
@@ -62,26 +67,23 @@ class DecoderLayer(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: jax.Array,
-        query_position: jax.Array,
-        query_sine: jax.Array,
-        mask: jax.Array,
+        x: Float[Array, "B Q D"],
+        query_position: Float[Array, "B Q D"],
+        query_sine: Float[Array, "B Q D"],
+        mask: Bool[Array, "#B #Q Q"],
         memory: Levels,
         *,
         train: bool,
-    ) -> jax.Array:
+    ) -> Float[jax.Array, "B Q D"]:
         """Applies the layer.
 
         Args:
-          x: [B, Q, D] content of the queries.
-          query_position: [B, Q, D] learned encoding of the anchors.
-          query_sine: [B, Q, D] modulated sine encoding of the anchors' centers.
-          mask: bool, broadcasting to [B, Q, Q], of the self-attention.
+          x: content of the queries.
+          query_position: learned encoding of the anchors.
+          query_sine: modulated sine encoding of the anchors' centers.
+          mask: of the self-attention, True: may attend.
           memory: from the encoder.
           train: dropout is active.
-
-        Returns:
-          [B, Q, D].
         """
         project, num_heads = self._project, self.config.num_heads
         query = project(x, "self_query_content") + project(query_position, "self_query_position")
@@ -134,7 +136,7 @@ class DenseDecoder(nn.Module):
         box_offsets: Callable[[int, jax.Array], jax.Array],
         *,
         train: bool,
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[Float[jax.Array, "L B Q D"], Float[jax.Array, "L B Q 4"]]:
         """Decodes queries.
 
         Args:

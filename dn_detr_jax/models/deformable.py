@@ -9,17 +9,19 @@ differentiable by all its inputs and needs no kernel of its own.
 import jax
 import jax.numpy as jnp
 
+from dn_detr_jax.arrays import Array, Float, Int
+
 
 def sample_levels(
-    value: jax.Array,
+    value: Float[Array, "B T heads d"],
     shapes: tuple[tuple[int, int], ...],
-    locations: jax.Array,
-    weights: jax.Array,
-) -> jax.Array:
+    locations: Float[Array, "B Q heads levels points 2"],
+    weights: Float[Array, "B Q heads levels points"],
+) -> Float[jax.Array, "B Q heads*d"]:
     """Computes weighted sums of bilinear samples; values outside of a level are 0.
 
     Args:
-      value: [B, K, heads, d], the concatenated tokens of all levels, K = sum of h * w.
+      value: [B, T, heads, d], the concatenated tokens of all levels, T = sum of h * w.
       shapes: (h, w) of each level.
       locations: float [B, Q, heads, levels, points, 2], x and y of each point relative to the
         width and height of the level: 0 is the outer edge of the first pixel, 1 that of the last.
@@ -53,7 +55,9 @@ def sample_levels(
     return total.swapaxes(1, 2).reshape(batch, queries, heads * features).astype(value.dtype)
 
 
-def _corners(locations: jax.Array, shape: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
+def _corners(
+    locations: Float[Array, "*queries points 2"], shape: tuple[int, int]
+) -> tuple[Int[jax.Array, "*queries 4*points"], Float[jax.Array, "*queries 4*points"]]:
     """Finds the four pixels around each location [..., points, 2] of a level of `shape` (h, w).
 
     Returns:

@@ -8,7 +8,9 @@ module for queries returns `Queries`, a decoder returns states and references.
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
+from dn_detr_jax.arrays import Array, Float, Int
 from dn_detr_jax.denoising import Denoising
 
 
@@ -36,7 +38,7 @@ class Detector(nn.Module):
     queries: nn.Module
     decoder: nn.Module
     heads: nn.Module
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self):
         """Puts the parameters of pyramid, queries and heads at the top level."""
@@ -45,8 +47,8 @@ class Detector(nn.Module):
 
     def __call__(
         self,
-        image: jax.Array,
-        size: jax.Array,
+        image: Float[Array, "B H W 3"],
+        size: Int[Array, "B 2"],
         dn: Denoising | None = None,
         *,
         attend_padding: bool = False,

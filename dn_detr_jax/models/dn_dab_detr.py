@@ -8,6 +8,7 @@ queries, as at inference, this is DAB-DETR.
 import functools
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 from dn_detr_jax.models.attention import attention, fused_attention
@@ -63,7 +64,7 @@ def build(config: ConfigDict, attention_kernel: str = "xla") -> Detector:
     )
 
 
-def build_resnet(config: ConfigDict, dtype: jnp.dtype, *, remat: bool) -> ResNet:
+def build_resnet(config: ConfigDict, dtype: DTypeLike, *, remat: bool) -> ResNet:
     """Builds the backbone of `config.model.backbone`."""
     return ResNet(
         depth=config.depth,

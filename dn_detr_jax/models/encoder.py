@@ -7,6 +7,7 @@ normalized after their residuals; there is no norm behind the last one.
 import jax
 from flax import linen as nn
 
+from dn_detr_jax.arrays import Float
 from dn_detr_jax.models.initializers import packed_xavier_uniform, xavier_uniform
 from dn_detr_jax.models.layers import MLP, FeedForward, LayerConfig, Linear, call_layer, layer_norm
 from dn_detr_jax.models.levels import Levels
@@ -18,8 +19,8 @@ class EncoderLayer(nn.Module):
     config: LayerConfig
 
     @nn.compact
-    def __call__(self, levels: Levels, *, train: bool) -> jax.Array:
-        """Maps levels to new tokens [B, K, D]; dropout is active if `train` is True."""
+    def __call__(self, levels: Levels, *, train: bool) -> Float[jax.Array, "B T D"]:
+        """Maps levels to new tokens; dropout is active if `train` is True."""
         config, x = self.config, levels.tokens
 
         def project(x, name):

@@ -3,13 +3,15 @@
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
+from dn_detr_jax.arrays import Array, Float
 from dn_detr_jax.boxes import inverse_sigmoid
 from dn_detr_jax.models.initializers import prior_probability_bias, torch_default_kernel
 from dn_detr_jax.models.layers import MLP, Linear
 
 
-def _class_head(num_classes: int, dtype: jnp.dtype) -> Linear:
+def _class_head(num_classes: int, dtype: DTypeLike) -> Linear:
     return Linear(
         num_classes,
         prior_probability_bias(),
@@ -19,13 +21,17 @@ def _class_head(num_classes: int, dtype: jnp.dtype) -> Linear:
     )
 
 
-def _box_head(hidden_dim: int, dtype: jnp.dtype) -> MLP:
+def _box_head(hidden_dim: int, dtype: DTypeLike) -> MLP:
     """Makes a box head whose initial offsets are 0."""
     features = (hidden_dim, hidden_dim, 4)
     return MLP(features, torch_default_kernel, last_constant=0.0, dtype=dtype)
 
 
-def _outputs(logits: jax.Array, offsets: jax.Array, references: jax.Array) -> dict[str, jax.Array]:
+def _outputs(
+    logits: Float[Array, "L B Q K"],
+    offsets: Float[Array, "L B Q 4"],
+    references: Float[Array, "L B Q 4"],
+) -> dict[str, Float[jax.Array, "L B Q _"]]:
     boxes = jax.nn.sigmoid(offsets + inverse_sigmoid(references))
     return {"pred_logits": logits, "pred_boxes": boxes}
 
@@ -41,19 +47,23 @@ class SharedHeads(nn.Module):
 
     num_classes: int
     hidden_dim: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self):
         """Makes the heads."""
         self.class_head = _class_head(self.num_classes, self.dtype)
         self.box_head = _box_head(self.hidden_dim, self.dtype)
 
-    def box_offsets(self, layer: int, x: jax.Array) -> jax.Array:
+    def box_offsets(
+        self, layer: int, x: Float[Array, "*queries D"]
+    ) -> Float[jax.Array, "*queries 4"]:
         """Offsets of boxes in logit space, [..., D] to float32 [..., 4]."""
         del layer
         return self.box_head(x)
 
-    def __call__(self, states: jax.Array, references: jax.Array) -> dict[str, jax.Array]:
+    def __call__(
+        self, states: Float[Array, "L B Q D"], references: Float[Array, "L B Q 4"]
+    ) -> dict[str, Float[jax.Array, "L B Q _"]]:
         """Predicts classes and boxes.
 
         Args:
@@ -80,7 +90,7 @@ class LayerHeads(nn.Module):
     num_layers: int
     num_classes: int
     hidden_dim: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self):
         """Makes the heads."""
@@ -88,11 +98,15 @@ class LayerHeads(nn.Module):
         self.class_head = [_class_head(self.num_classes, self.dtype) for _ in layers]
         self.box_head = [_box_head(self.hidden_dim, self.dtype) for _ in layers]
 
-    def box_offsets(self, layer: int, x: jax.Array) -> jax.Array:
+    def box_offsets(
+        self, layer: int, x: Float[Array, "*queries D"]
+    ) -> Float[jax.Array, "*queries 4"]:
         """See `SharedHeads.box_offsets`."""
         return self.box_head[layer](x)
 
-    def __call__(self, states: jax.Array, references: jax.Array) -> dict[str, jax.Array]:
+    def __call__(
+        self, states: Float[Array, "L B Q D"], references: Float[Array, "L B Q 4"]
+    ) -> dict[str, Float[jax.Array, "L B Q _"]]:
         """See `SharedHeads.__call__`."""
         logits = [head(x) for head, x in zip(self.class_head, states, strict=True)]
         offsets = [head(x) for head, x in zip(self.box_head, states, strict=True)]

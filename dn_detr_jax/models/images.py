@@ -6,12 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dn_detr_jax.arrays import Array, Bool, Float, Int, UInt8
+
 # Mean and standard deviation of ImageNet in RGB, of values in [0, 1].
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
 
 
-def normalize_images(image: jax.Array, size: jax.Array) -> jax.Array:
+def normalize_images(
+    image: UInt8[Array, "B H W 3"], size: Int[Array, "B 2"]
+) -> Float[jax.Array, "B H W 3"]:
     """Standardizes uint8 pixels and sets padding to zero.
 
     Args:
@@ -27,7 +31,9 @@ def normalize_images(image: jax.Array, size: jax.Array) -> jax.Array:
     return jnp.where(valid[..., None], scaled, 0.0)
 
 
-def valid_tokens(size: jax.Array, canvas: Sequence[int], shape: Sequence[int]) -> jax.Array:
+def valid_tokens(
+    size: Int[Array, "B 2"], canvas: Sequence[int], shape: Sequence[int]
+) -> Bool[jax.Array, "B {shape[0]} {shape[1]}"]:
     """Masks the pixels of a feature map that belong to the image.
 
     Args:
@@ -44,7 +50,7 @@ def valid_tokens(size: jax.Array, canvas: Sequence[int], shape: Sequence[int]) -
     return rows[:, :, None] & columns[:, None, :]
 
 
-def _valid_lines(size: jax.Array, full: int, reduced: int) -> jax.Array:
+def _valid_lines(size: Int[Array, " B"], full: int, reduced: int) -> Bool[jax.Array, "B {reduced}"]:
     """Masks the valid lines of `reduced`, by nearest neighbor in `full` lines: bool [B, reduced].
 
     Line i of the reduced map corresponds to line floor(i * full / reduced) of the canvas.

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 xavier_uniform = nn.initializers.xavier_uniform()
 
@@ -17,7 +18,7 @@ def torch_default_bias(fan_in: int) -> nn.initializers.Initializer:
     """Draws uniformly within +-1 / sqrt(fan_in), PyTorch's default for biases."""
     bound = 1.0 / math.sqrt(fan_in)
 
-    def init(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    def init(key: jax.Array, shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> jax.Array:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     return init
@@ -26,7 +27,7 @@ def torch_default_bias(fan_in: int) -> nn.initializers.Initializer:
 def packed_xavier_uniform(parts: int) -> nn.initializers.Initializer:
     """Draws a kernel that PyTorch packs with `parts - 1` others of its shape: Xavier uniform."""
 
-    def init(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    def init(key: jax.Array, shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> jax.Array:
         bound = math.sqrt(6.0 / (shape[0] + parts * shape[1]))
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
@@ -41,7 +42,7 @@ def aligned_heads(num_heads: int, gain: float) -> nn.initializers.Initializer:
     frequency stay together; all heads get frequencies of every size.
     """
 
-    def init(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    def init(key: jax.Array, shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> jax.Array:
         del key
         channel = jnp.arange(shape[0])
         pair, part = channel // 2, channel % 2

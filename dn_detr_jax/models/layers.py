@@ -7,7 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
+from dn_detr_jax.arrays import Array, Float
 from dn_detr_jax.models.attention import attention
 from dn_detr_jax.models.initializers import torch_default_bias, torch_default_kernel, xavier_uniform
 
@@ -31,7 +33,7 @@ class LayerConfig:
     ffn_dim: int
     activation: str = "prelu"
     dropout: float = 0.0
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     attention_fn: Callable[..., jax.Array] = attention
 
 
@@ -74,12 +76,12 @@ class Linear(nn.Module):
     features: int
     bias_init: nn.initializers.Initializer | None = None
     kernel_init: nn.initializers.Initializer = xavier_uniform
-    dtype: jnp.dtype = jnp.float32
-    out_dtype: jnp.dtype | None = None
+    dtype: DTypeLike = jnp.float32
+    out_dtype: DTypeLike | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [..., K] to [..., features]."""
+    def __call__(self, x: Float[Array, "*batch _"]) -> Float[jax.Array, "*batch {self.features}"]:
+        """Maps the last axis."""
         fan_in = x.shape[-1]
         kernel = self.param("kernel", self.kernel_init, (fan_in, self.features))
         bias_init = self.bias_init or torch_default_bias(fan_in)
@@ -104,11 +106,13 @@ class MLP(nn.Module):
     features: tuple[int, ...]
     kernel_init: nn.initializers.Initializer = torch_default_kernel
     last_constant: float | None = None
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [..., K] to float32 [..., features[-1]]."""
+    def __call__(
+        self, x: Float[Array, "*batch _"]
+    ) -> Float[jax.Array, "*batch {self.features[-1]}"]:
+        """Maps the last axis; the result is float32."""
         last = len(self.features) - 1
         for i, features in enumerate(self.features):
             init, bias_init = self.kernel_init, None
@@ -128,8 +132,8 @@ class Activation(nn.Module):
     kind: str = "prelu"
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps any shape."""
+    def __call__(self, x: Float[Array, "*shape"]) -> Float[jax.Array, "*shape"]:
+        """Applies the function to every element."""
         if self.kind == "relu":
             return nn.relu(x)
         slope = self.param("slope", nn.initializers.constant(0.25), ())
@@ -144,8 +148,8 @@ class FeedForward(nn.Module):
     config: LayerConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Maps [..., D] to [..., D]; dropout is active if `train` is True."""
+    def __call__(self, x: Float[Array, "*batch D"], *, train: bool) -> Float[jax.Array, "*batch D"]:
+        """Maps the last axis; dropout is active if `train` is True."""
         config = self.config
         y = Linear(config.ffn_dim, dtype=config.dtype, name="linear1")(x)
         y = Activation(config.activation, name="activation")(y)

@@ -6,30 +6,32 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from dn_detr_jax.arrays import Array, Bool, Float, Leaf, Shaped
+
 
 class Levels(flax.struct.PyTreeNode):
-    """Feature maps of one or several resolutions as one sequence of K tokens.
+    """Feature maps of one or several resolutions as one sequence of T tokens.
 
     The tokens of a level are its pixels row by row; levels follow one another.
 
     Attributes:
-      tokens: [B, K, D] features. Values at padded tokens are meaningless.
-      position: [B, K, D] position encodings.
-      valid: bool [B, K], False at padded tokens.
-      shapes: (height, width) of each level, static; K is the sum of their products.
+      tokens: [B, T, D] features. Values at padded tokens are meaningless.
+      position: [B, T, D] position encodings.
+      valid: bool [B, T], False at padded tokens.
+      shapes: (height, width) of each level, static; T is the sum of their products.
     """
 
-    tokens: jax.Array
-    position: jax.Array
-    valid: jax.Array
+    tokens: Leaf
+    position: Leaf
+    valid: Leaf
     shapes: tuple[tuple[int, int], ...] = flax.struct.field(pytree_node=False)
 
     @classmethod
     def of_maps(
         cls,
-        features: Sequence[jax.Array],
-        position: Sequence[jax.Array],
-        valid: Sequence[jax.Array],
+        features: Sequence[Float[Array, "B _ _ D"]],
+        position: Sequence[Float[Array, "B _ _ D"]],
+        valid: Sequence[Bool[Array, "B _ _"]],
     ) -> "Levels":
         """Flattens and concatenates maps.
 
@@ -42,6 +44,6 @@ class Levels(flax.struct.PyTreeNode):
         return cls(_sequence(features), _sequence(position), _sequence(valid), shapes)
 
 
-def _sequence(maps: Sequence[jax.Array]) -> jax.Array:
+def _sequence(maps: Sequence[Shaped[Array, "B _ _ *D"]]) -> Shaped[jax.Array, "B _ *D"]:
     flat = [x.reshape(x.shape[0], -1, *x.shape[3:]) for x in maps]
     return flat[0] if len(flat) == 1 else jnp.concatenate(flat, axis=1)

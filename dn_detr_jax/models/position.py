@@ -11,22 +11,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dn_detr_jax.arrays import Array, Bool, Float
 
-def _sines(position: jax.Array, features: int, temperature: float) -> jax.Array:
-    """Interleaves sines and cosines: angles [...] to [..., features]."""
+
+def _sines(
+    position: Float[Array, "*shape"], features: int, temperature: float
+) -> Float[jax.Array, "*shape {features}"]:
+    """Interleaves sines and cosines of angles."""
     exponent = 2.0 * (np.arange(features) // 2) / features
     angle = position[..., None] / (temperature**exponent).astype(np.float32)
     return jnp.where(np.arange(features) % 2 == 0, jnp.sin(angle), jnp.cos(angle))
 
 
 def image_encoding(
-    valid: jax.Array,
+    valid: Bool[Array, "B h w"],
     features: int,
     temperature_h: float,
     temperature_w: float,
     *,
     half_pixel: bool = False,
-) -> jax.Array:
+) -> Float[jax.Array, "B h w {features}"]:
     """Encodes the positions of a feature map, relative to the valid part of each image.
 
     Args:
@@ -59,7 +63,9 @@ def image_encoding(
     )
 
 
-def box_encoding(boxes: jax.Array, features: int, temperature: float = 10000.0) -> jax.Array:
+def box_encoding(
+    boxes: Float[Array, "*boxes coords"], features: int, temperature: float = 10000.0
+) -> Float[jax.Array, "*boxes coords*{features}"]:
     """Encodes anchors as sines and cosines.
 
     Args:

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
+from dn_detr_jax.arrays import Array, Float, Int
 from dn_detr_jax.models.images import valid_tokens
 from dn_detr_jax.models.initializers import torch_default_kernel
 from dn_detr_jax.models.layers import Linear
@@ -26,11 +27,14 @@ class LastLevel(nn.Module):
     hidden_dim: int
     temperature_h: float
     temperature_w: float
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
-        self, features: tuple[jax.Array, ...], size: jax.Array, canvas: Sequence[int]
+        self,
+        features: tuple[Float[Array, "B _ _ _"], ...],
+        size: Int[Array, "B 2"],
+        canvas: Sequence[int],
     ) -> Levels:
         """Projects features and encodes their positions.
 

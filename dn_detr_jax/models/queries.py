@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dn_detr_jax import denoising
+from dn_detr_jax.arrays import Array, Float, Leaf
 from dn_detr_jax.boxes import inverse_sigmoid
 from dn_detr_jax.denoising import Denoising
 from dn_detr_jax.models.levels import Levels
@@ -26,16 +27,16 @@ class Queries(flax.struct.PyTreeNode):
       outputs: further outputs of the detector by name, for losses of their own.
     """
 
-    content: jax.Array
-    anchors: jax.Array
-    mask: jax.Array
-    outputs: dict[str, jax.Array] = flax.struct.field(default_factory=dict)
+    content: Leaf
+    anchors: Leaf
+    mask: Leaf
+    outputs: dict[str, Leaf] = flax.struct.field(default_factory=dict)
 
 
 def with_denoising(
-    content: jax.Array,
-    anchors: jax.Array,
-    label_table: jax.Array,
+    content: Float[Array, "B N D"],
+    anchors: Float[Array, "B N 4"],
+    label_table: Float[Array, "_ _"],
     dn: Denoising | None,
     *,
     indicator: bool = True,

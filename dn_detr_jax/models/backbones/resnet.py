@@ -11,7 +11,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
+from dn_detr_jax.arrays import Array, Bool, Float, Int
 from dn_detr_jax.models.images import valid_tokens
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
@@ -26,11 +28,13 @@ class FrozenBatchNorm(nn.Module):
     """Batch norm as a fixed affine map, with the statistics as parameters that are not trained."""
 
     eps: float = 1e-5
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, valid: jax.Array) -> jax.Array:
-        """Maps [B, H, W, C]; ignores `valid`."""
+    def __call__(
+        self, x: Float[Array, "B h w D"], valid: Bool[Array, "B h w 1"]
+    ) -> Float[jax.Array, "B h w D"]:
+        """Scales and shifts every channel; ignores `valid`."""
         shape = (x.shape[-1],)
         scale = self.param("scale", nn.initializers.ones, shape)
         bias = self.param("bias", nn.initializers.zeros, shape)
@@ -49,11 +53,13 @@ class GroupNorm(nn.Module):
 
     max_groups: int = 32
     eps: float = 1e-5
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, valid: jax.Array) -> jax.Array:
-        """Normalizes [B, H, W, C] over the pixels where `valid` [B, H, W, 1] is True."""
+    def __call__(
+        self, x: Float[Array, "B h w D"], valid: Bool[Array, "B h w 1"]
+    ) -> Float[jax.Array, "B h w D"]:
+        """Normalizes over the pixels where `valid` is True."""
         channels = x.shape[-1]
         groups = min(self.max_groups, channels // 4)
         scale = self.param("scale", nn.initializers.ones, (channels,))
@@ -81,11 +87,11 @@ NORMS = {"frozen_batch_norm": FrozenBatchNorm, "group_norm": GroupNorm}
 class _Masks:
     """Masks [B, H, W, 1] of the valid pixels at any resolution, each made once."""
 
-    def __init__(self, size: jax.Array, canvas: tuple[int, ...]):
+    def __init__(self, size: Int[Array, "B 2"], canvas: tuple[int, ...]):
         self._size, self._canvas = size, canvas
         self._cache: dict[tuple[int, ...], jax.Array] = {}
 
-    def __call__(self, shape: tuple[int, ...]) -> jax.Array:
+    def __call__(self, shape: tuple[int, ...]) -> Bool[jax.Array, "B {shape[0]} {shape[1]} 1"]:
         if shape not in self._cache:
             self._cache[shape] = valid_tokens(self._size, self._canvas, shape)[..., None]
         return self._cache[shape]
@@ -100,11 +106,16 @@ class _Block(nn.Module):
     dilation: int
     norm: Callable[..., nn.Module]
     mask_padding: bool
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: jax.Array, valid: jax.Array, valid_out: jax.Array) -> jax.Array:
-        """Maps [B, H, W, C], given masks [B, ., ., 1] of its valid pixels and of the result's."""
+    def __call__(
+        self,
+        x: Float[Array, "B h w _"],
+        valid: Bool[Array, "B h w 1"],
+        valid_out: Bool[Array, "B h2 w2 1"],
+    ) -> Float[jax.Array, "B h2 w2 _"]:
+        """Applies the block, given masks of the valid pixels of `x` and of the result."""
 
         def masks(x):
             return valid if x.shape[1:3] == valid.shape[1:3] else valid_out
@@ -167,11 +178,13 @@ class ResNet(nn.Module):
     stem: str = "standard"
     dilation: bool = False
     mask_padding: bool = True
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     remat: bool = False
 
     @nn.compact
-    def __call__(self, image: jax.Array, size: jax.Array) -> tuple[jax.Array, ...]:
+    def __call__(
+        self, image: Float[Array, "B H W 3"], size: Int[Array, "B 2"]
+    ) -> tuple[Float[jax.Array, "B _ _ _"], ...]:
         """Computes the features of a batch.
 
         Args:
