@@ -18,7 +18,7 @@ Signatures and docstrings name sizes by these letters:
 | S | denoising slots, of all groups |
 | Q | queries, S + N |
 | L | decoder layers |
-| C | classes |
+| C | classes; of a backbone's feature map: channels |
 | K | logits of a query: C, or C + 1 with "no object" |
 | D | channels of the transformer |
 | T | tokens: the pixels of all feature levels |

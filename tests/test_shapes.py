@@ -6,7 +6,7 @@ import pytest
 from jaxtyping import TypeCheckError
 
 from dn_detr_jax import boxes, criterion, denoising, losses, matching
-from dn_detr_jax.evaluation import postprocess
+from dn_detr_jax.evaluation import detect, postprocess
 from dn_detr_jax.models.attention import attention
 from dn_detr_jax.models.heads import SharedHeads
 
@@ -33,6 +33,9 @@ WRONG = {
         **TERMS, **TARGETS, assignment=zeros(1, 2, 3)
     ),
     "detections of all layers": lambda: postprocess.select_detections(*MATCHED[:2], 4),
+    "images of floats": lambda: detect.detect(
+        {}, zeros(1, 8, 8, 3), zeros(1, 2, dtype=np.int32), model=None, config=None
+    ),
     "a mask of other keys": lambda: attention(
         zeros(1, 2, 8), zeros(1, 3, 8), zeros(1, 3, 8), zeros(1, 1, 2, dtype=bool), 2
     ),

@@ -32,8 +32,8 @@ class FrozenBatchNorm(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B h w D"], valid: Bool[Array, "B h w 1"]
-    ) -> Float[jax.Array, "B h w D"]:
+        self, x: Float[Array, "B h w C"], valid: Bool[Array, "B h w 1"]
+    ) -> Float[jax.Array, "B h w C"]:
         """Scales and shifts every channel; ignores `valid`."""
         shape = (x.shape[-1],)
         scale = self.param("scale", nn.initializers.ones, shape)
@@ -57,8 +57,8 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B h w D"], valid: Bool[Array, "B h w 1"]
-    ) -> Float[jax.Array, "B h w D"]:
+        self, x: Float[Array, "B h w C"], valid: Bool[Array, "B h w 1"]
+    ) -> Float[jax.Array, "B h w C"]:
         """Normalizes over the pixels where `valid` is True."""
         channels = x.shape[-1]
         groups = min(self.max_groups, channels // 4)
