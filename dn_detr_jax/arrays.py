@@ -3,7 +3,7 @@
 `Float[Array, "B M 4"]` is an array of that shape, as jaxtyping writes it: equal names in one
 signature are equal sizes, `_` is any size, `...` any number of axes, `*name` several axes that are
 equal, `#` marks sizes that broadcast. A lone name has a space in front, `" L"`, by which linters
-tell it from a forward reference. The tests check types and shapes at run time (`pyproject.toml`);
+tell it from a forward reference. Tests check types and shapes at run time, `tests/typecheck.py`;
 elsewhere they cost nothing.
 
 Signatures and docstrings name sizes by these letters:

@@ -1,5 +1,8 @@
 """What several tests share."""
 
+import typecheck  # noqa: F401, before the modules that it checks
+
+# isort: split
 import fast_jit
 import pytest
 from data import tiny as tiny_config

@@ -19,7 +19,7 @@ MATCHED = (zeros(2, 1, 6, 5), zeros(2, 1, 6, 4), {}, None, None)
 TERMS = {"pred_logits": MATCHED[0], "pred_boxes": MATCHED[1], "valid": zeros(1, 3, dtype=bool)}
 TARGETS = {"labels": zeros(1, 3, dtype=np.int32), "boxes": zeros(1, 3, 4)}
 
-# What catches a module that is missing in `--jaxtyping-packages`, or was imported too early.
+# What catches a module that `typecheck.py` does not list, or that was imported before it.
 WRONG = {
     "corners without a side": lambda: boxes.generalized_iou(zeros(2, 3), zeros(2, 3)),
     "boxes that do not broadcast": lambda: losses.box_losses(zeros(2, 4), zeros(3, 4)),

@@ -33,7 +33,7 @@ def normalize_images(
 
 def valid_tokens(
     size: Int[Array, "B 2"], canvas: Sequence[int], shape: Sequence[int]
-) -> Bool[jax.Array, "B {shape[0]} {shape[1]}"]:
+) -> Bool[Array, "B {shape[0]} {shape[1]}"]:
     """Masks the pixels of a feature map that belong to the image.
 
     Args:
@@ -50,7 +50,7 @@ def valid_tokens(
     return rows[:, :, None] & columns[:, None, :]
 
 
-def _valid_lines(size: Int[Array, " B"], full: int, reduced: int) -> Bool[jax.Array, "B {reduced}"]:
+def _valid_lines(size: Int[Array, " B"], full: int, reduced: int) -> Bool[Array, "B {reduced}"]:
     """Masks the valid lines of `reduced`, by nearest neighbor in `full` lines: bool [B, reduced].
 
     Line i of the reduced map corresponds to line floor(i * full / reduced) of the canvas.

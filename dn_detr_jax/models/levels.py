@@ -44,6 +44,6 @@ class Levels(flax.struct.PyTreeNode):
         return cls(_sequence(features), _sequence(position), _sequence(valid), shapes)
 
 
-def _sequence(maps: Sequence[Shaped[Array, "B _ _ *D"]]) -> Shaped[jax.Array, "B _ *D"]:
+def _sequence(maps: Sequence[Shaped[Array, "B _ _ *D"]]) -> Shaped[Array, "B _ *D"]:
     flat = [x.reshape(x.shape[0], -1, *x.shape[3:]) for x in maps]
     return flat[0] if len(flat) == 1 else jnp.concatenate(flat, axis=1)

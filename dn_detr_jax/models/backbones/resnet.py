@@ -91,7 +91,7 @@ class _Masks:
         self._size, self._canvas = size, canvas
         self._cache: dict[tuple[int, ...], jax.Array] = {}
 
-    def __call__(self, shape: tuple[int, ...]) -> Bool[jax.Array, "B {shape[0]} {shape[1]} 1"]:
+    def __call__(self, shape: tuple[int, ...]) -> Bool[Array, "B {shape[0]} {shape[1]} 1"]:
         if shape not in self._cache:
             self._cache[shape] = valid_tokens(self._size, self._canvas, shape)[..., None]
         return self._cache[shape]
