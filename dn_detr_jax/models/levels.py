@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import flax.struct
-import jax
 import jax.numpy as jnp
 
 from dn_detr_jax.arrays import Array, Bool, Float, Leaf, Shaped
