@@ -54,9 +54,9 @@ def define_flags(batch_size: Sequence[str] = (), dtype: Sequence[str] = ()) -> N
     config = str(ROOT / "configs" / "coco_r50.py")
     config_flags.DEFINE_config_file("config", config, "The experiment, a file in configs/.")
     flags.DEFINE_list("canvas", [], "HEIGHTxWIDTH, several by commas; default: the config's first.")
-    flags.DEFINE_list("batch_size", list(batch_size), "Pictures per step, several by commas.")
+    flags.DEFINE_list("batch_size", list(batch_size), "Images per step, several by commas.")
     flags.DEFINE_list("dtype", list(dtype), "float32, bfloat16, or both by a comma.")
-    flags.DEFINE_float("objects", 7.3, "Mean number of objects of a picture; COCO has 7.3.")
+    flags.DEFINE_float("objects", 7.3, "Mean number of objects of an image; COCO has 7.3.")
     flags.DEFINE_integer("rounds", 5, "Rounds to time, after one that is not.", lower_bound=1)
     flags.DEFINE_integer("steps", 4, "Steps of a round.", lower_bound=1)
     flags.DEFINE_float("timeout", 300, "Seconds for one setting, the compiler included.")
@@ -146,11 +146,11 @@ def apply_setting(config: ConfigDict, setting: Setting) -> None:
 def made_up_batch(
     config: ConfigDict, objects: float | None = None, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """Noise as pictures that fill nine tenths of the canvas, with random boxes.
+    """Noise as images that fill nine tenths of the canvas, with random boxes.
 
     Args:
       config: whole configuration; its first canvas, `train.batch_size` and `data.max_objects`.
-      objects: their mean number per picture, drawn from a geometric distribution and cut at
+      objects: their mean number per image, drawn from a geometric distribution and cut at
         `data.max_objects`; None: the flag `--objects`.
       seed: of the noise.
     """

@@ -2,17 +2,17 @@
 
     python -m benchmarks.denoising_layouts --data PATH_OF_COCO --canvas 160x224 --batch_size 2
 
-Prints three tables, of the paper's layout (groups x `data.max_objects` slots for every picture) and
+Prints three tables, of the paper's layout (groups x `data.max_objects` slots for every image) and
 of the packed one:
 
 - Slots: on the object counts of a directory in COCO format, for several `dn.slots`. "used" is the
   share of slots that hold an object, "given" the share of an object's copies in all groups that
-  find a place, "all groups" the share of the pictures with all of them. The last rows are of one
-  batch of 16 with a picture of `--crowd` objects. "largest of batch" is what PyTorch code does,
+  find a place, "all groups" the share of the images with all of them. The last rows are of one
+  batch of 16 with an image of `--crowd` objects. "largest of batch" is what PyTorch code does,
   groups x the most objects in each batch of 16, which is no static shape.
-- The step of the config at its own canvas, `--large_batch_size` pictures, in bfloat16, traced and
+- The step of the config at its own canvas, `--large_batch_size` images, in bfloat16, traced and
   not run: the model's flops, and the bytes that wait for the backward pass.
-- The compiled step at `--canvas` and `--batch_size`, its first picture with `--crowd` objects:
+- The compiled step at `--canvas` and `--batch_size`, its first image with `--crowd` objects:
   planned memory, and the time of both layouts in turns.
 """
 
@@ -54,7 +54,7 @@ def with_layout(config: ConfigDict, layout: str, slots: int | None = None) -> Co
 
 
 def usage(counts: np.ndarray, config: ConfigDict) -> dict[str, Any]:
-    """Slots computed and used for pictures with these numbers of objects."""
+    """Slots computed and used for images with these numbers of objects."""
     objects, groups = config.data.max_objects, config.dn.groups
     counts = np.minimum(counts, objects)
     valid = np.arange(objects) < counts[:, None]
@@ -88,7 +88,7 @@ def slot_rows(config: ConfigDict) -> Iterator[dict[str, Any]]:
         counts = open_dataset(config.data, split).annotations.counts
         crowded = np.append(counts[: BATCH - 1], FLAGS.crowd)
         for name, numbers in ((split, counts), (f"{split}, one crowd", crowded)):
-            head = {"pictures": name, "objects": f"{numbers.mean():.1f}, most {numbers.max()}"}
+            head = {"images": name, "objects": f"{numbers.mean():.1f}, most {numbers.max()}"}
             largest = largest_of_batch(numbers, config) if name == split else {}
             if largest:
                 yield head | {"layout": "largest of batch"} | largest
@@ -117,7 +117,7 @@ def traced(config: ConfigDict) -> dict[str, Any]:
 
 
 def queries(config: ConfigDict) -> int:
-    """Decoder queries of a picture in training."""
+    """Decoder queries of an image in training."""
     paper = denoising.slots_needed(config.data.max_objects, config.dn.groups, config.dn.contrastive)
     slots = paper if config.dn.layout == "paper" else min(paper, config.dn.slots)
     return config.model.num_queries * max(config.model.num_patterns, 1) + slots
@@ -181,7 +181,7 @@ if __name__ == "__main__":
     common.define_flags(batch_size=["2"], dtype=["float32"])
     flags.DEFINE_string("data", None, "A directory in COCO format.")
     flags.DEFINE_list("slots", ["50", "100", "150", "200", "300"], "Numbers of packed slots.")
-    flags.DEFINE_integer("crowd", 90, "Objects of the crowded picture.", lower_bound=0)
-    flags.DEFINE_integer("large_batch_size", 2, "Pictures of the step that is only traced.")
+    flags.DEFINE_integer("crowd", 90, "Objects of the crowded image.", lower_bound=0)
+    flags.DEFINE_integer("large_batch_size", 2, "Images of the step that is only traced.")
     flags.mark_flag_as_required("data")
     run_main(main)

@@ -3,16 +3,16 @@
     python -m benchmarks.input_pipeline --data PATH_OF_COCO
     python -m benchmarks.input_pipeline --data PATH_OF_COCO --config.data.snap=0.1 --steps 100
 
-The pictures and their augmentation are those of the first training steps of `--config`. Three
+The images and their augmentation are those of the first training steps of `--config`. Three
 measurements, a table each, then everything as one JSON object:
 
-- One core: milliseconds per picture for decoding, for flip, crop and resize, and for the whole
+- One core: milliseconds per image for decoding, for flip, crop and resize, and for the whole
   batch, which is what the loader takes with one thread. The same transforms written the ordinary
   way, Pillow and a loop that ends in a normalised float array, take turns with it. Here batches
   leave the host as uint8 and are normalised on the device, so the baseline is also given without
   its conversion. Medians over the rounds, in CPU time, which other programs disturb less, and in
   wall time.
-- The loader: pictures per second and per second of CPU of all its processes, once the first batch
+- The loader: images per second and per second of CPU of all its processes, once the first batch
   has come.
 - Its memory, of all the processes together, the most in each of three parts of `--steps` steps
   (proportional set size: shared pages count once), and what is left of processes and shared
@@ -60,7 +60,7 @@ DEVIATION = np.array([0.229, 0.224, 0.225], np.float32)
 
 
 class Item(NamedTuple):
-    """A picture to prepare."""
+    """An image to prepare."""
 
     example: Example
     size: tuple[int, int]
@@ -82,7 +82,7 @@ def timed(work: Callable[[], Any]) -> Seconds:
 
 
 class Ordinary:
-    """The published transforms in Pillow and NumPy, one picture after the other, stage by stage."""
+    """The published transforms in Pillow and NumPy, one image after the other, stage by stage."""
 
     stages = ("decode", "resize", "float")
 
@@ -90,7 +90,7 @@ class Ordinary:
         self._items = items
 
     def run(self) -> dict[str, Seconds]:
-        """Prepares every picture once; the seconds of each stage and their sum, `total`."""
+        """Prepares every image once; the seconds of each stage and their sum, `total`."""
         sums = {stage: Seconds(0.0, 0.0) for stage in self.stages}
         for item in self._items:
             result: Any = item.example.image
@@ -104,27 +104,27 @@ class Ordinary:
 
     @staticmethod
     def decode(data: bytes, geometry: transforms.Geometry) -> Image.Image:
-        """Bytes to a picture."""
+        """Bytes to an image."""
         del geometry
         return Image.open(io.BytesIO(data)).convert("RGB")
 
     @staticmethod
-    def resize(picture: Image.Image, geometry: transforms.Geometry) -> Image.Image:
+    def resize(image: Image.Image, geometry: transforms.Geometry) -> Image.Image:
         """Resize and crop if there is a crop, then the final resize and the flip."""
         top, left, height, width = geometry.crop.tolist()
         resized = tuple(geometry.resized[::-1].tolist())
-        if (width, height) != picture.size or resized != picture.size:
-            picture = picture.resize(resized, Image.Resampling.BILINEAR)
-            picture = picture.crop((left, top, left + width, top + height))
+        if (width, height) != image.size or resized != image.size:
+            image = image.resize(resized, Image.Resampling.BILINEAR)
+            image = image.crop((left, top, left + width, top + height))
         if geometry.flip:
-            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return picture.resize(tuple(geometry.size[::-1].tolist()), Image.Resampling.BILINEAR)
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return image.resize(tuple(geometry.size[::-1].tolist()), Image.Resampling.BILINEAR)
 
     @staticmethod
-    def float(picture: Image.Image, geometry: transforms.Geometry) -> np.ndarray:
-        """A picture to a float32 array, normalised."""
+    def float(image: Image.Image, geometry: transforms.Geometry) -> np.ndarray:
+        """An image to a float32 array, normalised."""
         del geometry
-        return (np.asarray(picture, np.float32) / 255 - MEAN) / DEVIATION
+        return (np.asarray(image, np.float32) / 255 - MEAN) / DEVIATION
 
 
 class Ours:
@@ -157,7 +157,7 @@ class Ours:
             pass
 
     def run(self) -> dict[str, Seconds]:
-        """Seconds of each stage for every picture once; `batch` is what the loader adds to them."""
+        """Seconds of each stage for every image once; `batch` is what the loader adds to them."""
         decode, resize = timed(self._decode_all), timed(self._apply_all)
         total = timed(self._load)
         batch = Seconds(*(t - d - r for t, d, r in zip(total, decode, resize, strict=True)))
@@ -172,7 +172,7 @@ def with_loader(config: ConfigDict, **values: int) -> ConfigDict:
 
 
 def items_of(dataset: Dataset, config: ConfigDict, steps: int) -> list[Item]:
-    """The pictures of the first training steps."""
+    """The images of the first training steps."""
     plan = train_plan(dataset, config)
     specs = [plan.batch(step) for step in range(steps)]
     return [
@@ -183,7 +183,7 @@ def items_of(dataset: Dataset, config: ConfigDict, steps: int) -> list[Item]:
 
 
 def one_core(dataset: Dataset, config: ConfigDict, rounds: int, steps: int) -> dict[str, Any]:
-    """Milliseconds per picture of both ways, in rounds that take turns."""
+    """Milliseconds per image of both ways, in rounds that take turns."""
     items = items_of(dataset, config, steps)
     ways = {"ours": Ours(items, dataset, config, steps), "pillow": Ordinary(items)}
     runs: dict[str, list[dict[str, Seconds]]] = {name: [] for name in ways}
@@ -193,9 +193,9 @@ def one_core(dataset: Dataset, config: ConfigDict, rounds: int, steps: int) -> d
             if i > 0:  # the first warms up
                 runs[name].append(seconds)
 
-    result: dict[str, Any] = {"pictures": len(items), "rounds": rounds}
+    result: dict[str, Any] = {"images": len(items), "rounds": rounds}
     for name, rows in runs.items():
-        result[name] = {clock: per_picture(rows, clock, len(items)) for clock in Seconds._fields}
+        result[name] = {clock: per_image(rows, clock, len(items)) for clock in Seconds._fields}
     pairs = list(zip(runs["ours"], runs["pillow"], strict=True))
     ratios = [theirs["total"].cpu / ours["total"].cpu for ours, theirs in pairs]
     uint8 = [
@@ -207,12 +207,12 @@ def one_core(dataset: Dataset, config: ConfigDict, rounds: int, steps: int) -> d
     return result
 
 
-def per_picture(rows: list[dict[str, Seconds]], clock: str, count: int) -> dict[str, float]:
-    """Median milliseconds of each stage per picture, and pictures per second."""
+def per_image(rows: list[dict[str, Seconds]], clock: str, count: int) -> dict[str, float]:
+    """Median milliseconds of each stage per image, and images per second."""
     milliseconds = {
         stage: 1e3 / count * median(getattr(row[stage], clock) for row in rows) for stage in rows[0]
     }
-    milliseconds["pictures_per_second"] = 1e3 / milliseconds["total"]
+    milliseconds["images_per_second"] = 1e3 / milliseconds["total"]
     return {stage: round(value, 3) for stage, value in milliseconds.items()}
 
 
@@ -306,8 +306,8 @@ def loader(dataset: Dataset, config: ConfigDict, steps: int) -> dict[str, Any]:
 
 def print_core(core: dict[str, Any]) -> None:
     """The table of `one_core`."""
-    print(f"One core, {core['pictures']} pictures, medians of {core['rounds']} rounds")
-    print(f"{'ms per picture':24}{'CPU':>10}{'wall':>10}")
+    print(f"One core, {core['images']} images, medians of {core['rounds']} rounds")
+    print(f"{'ms per image':24}{'CPU':>10}{'wall':>10}")
     for name in ("ours", "pillow"):
         for stage in core[name]["cpu"]:
             cpu, wall = (core[name][clock][stage] for clock in Seconds._fields)

@@ -4,7 +4,7 @@
     python -m benchmarks.matching --canvas 256x320 --rounds 3 --steps 1  # on a CPU
 
 The first table has a row for every combination of batch size, decoder layers, queries and objects
-per picture, on random predictions and boxes (`--objects_each`: so many in every picture). Times are
+per image, on random predictions and boxes (`--objects_each`: so many in every image). Times are
 medians in milliseconds of
 
 - `cost_ms`: the costs on the device;
@@ -101,7 +101,7 @@ def measure_step(
 
     Args:
       config: whole configuration.
-      objects: numbers of objects, each in every picture of its batch.
+      objects: numbers of objects, each in every image of its batch.
       rounds: to time, in turn with and without the callback, after one that is not.
       steps: of a round.
     """
@@ -198,7 +198,7 @@ if __name__ == "__main__":
     common.define_flags(["1", "16", "64"])
     flags.DEFINE_list("layers", ["6"], "Decoder layers, several by commas; the first table's.")
     flags.DEFINE_list("queries", ["300"], "Queries, several by commas; the first table's.")
-    flags.DEFINE_list("objects_each", ["1", "7", "20", "100"], "Objects of every picture.")
+    flags.DEFINE_list("objects_each", ["1", "7", "20", "100"], "Objects of every image.")
     flags.DEFINE_integer("step_batch_size", 0, "Of the second table; 0: the config's.")
     flags.DEFINE_bool("step", True, "Also the share of the real training step.")
     run_main(main)

@@ -2,11 +2,11 @@
 
     python -m benchmarks.overfit --data PATH_OF_COCO --workdir runs/overfit
 
-Takes the first pictures with objects of the validation annotations, trains on them from scratch
-through the real loop (packing, plan, step, checkpoints) and evaluates on the same pictures against
+Takes the first images with objects of the validation annotations, trains on them from scratch
+through the real loop (packing, plan, step, checkpoints) and evaluates on the same images against
 their annotations. A detector that does not reach a high AP50 here has a bug in boxes, labels,
-matching or evaluation; nothing is said about pictures it has not seen. Ends with the COCO table,
-a JSON line and the curve beside the work directory's other pictures. Any value of the config can be
+matching or evaluation; nothing is said about images it has not seen. Ends with the COCO table,
+a JSON line and the curve beside the work directory's other images. Any value of the config can be
 overridden. It took 19 minutes on two busy CPU cores, to AP50 0.97.
 """
 
@@ -27,7 +27,7 @@ FLAGS = flags.FLAGS
 
 
 def small_config() -> ConfigDict:
-    """A detector of a few million parameters for pictures of about 160 x 224 pixels."""
+    """A detector of a few million parameters for images of about 160 x 224 pixels."""
     config = base_config()
     config.data.update(
         labels="contiguous",
@@ -71,12 +71,12 @@ def small_config() -> ConfigDict:
 config_flags.DEFINE_config_dict("config", small_config())
 flags.DEFINE_string("data", None, "COCO 2017: annotations/ and val2017/.")
 flags.DEFINE_string("workdir", None, "For everything that the training writes.")
-flags.DEFINE_integer("pictures", 16, "How many to learn.", lower_bound=1)
+flags.DEFINE_integer("images", 16, "How many to learn.", lower_bound=1)
 flags.mark_flags_as_required(["data", "workdir"])
 
 
 def write_subset(source: Path, target: Path, count: int) -> int:
-    """Writes the annotations of the first `count` pictures with objects; returns their number."""
+    """Writes the annotations of the first `count` images with objects; returns their number."""
     coco = json.loads(source.read_text(encoding="utf-8"))
     objects = [a for a in coco["annotations"] if not a.get("iscrowd")]
     with_objects = {a["image_id"] for a in objects}
@@ -102,7 +102,7 @@ def main(argv: Sequence[str]) -> None:
     log_to_terminal()
     workdir, data = Path(FLAGS.workdir).resolve(), Path(FLAGS.data).resolve()
     subset = workdir / "data" / "annotations.json"
-    objects = write_subset(data / "annotations/instances_val2017.json", subset, FLAGS.pictures)
+    objects = write_subset(data / "annotations/instances_val2017.json", subset, FLAGS.images)
     config = FLAGS.config
     config.data.dir = str(subset.parent)
     for split in ("train", "validation"):
@@ -112,7 +112,7 @@ def main(argv: Sequence[str]) -> None:
     if evaluation is None:
         return
     result = {
-        "pictures": FLAGS.pictures,
+        "images": FLAGS.images,
         "objects": objects,
         "AP50": round(evaluation.metrics["AP50"], 4),
         "AP": round(evaluation.metrics["AP"], 4),

@@ -2,18 +2,18 @@
 
     python -m benchmarks.padding --data PATH_OF_COCO
 
-Reads the sizes of a directory in COCO format, draws pictures from them with replacement, augments
+Reads the sizes of a directory in COCO format, draws images from them with replacement, augments
 them as configs/coco_r50.py does (or another --config), and prints a table and one JSON object.
 Padding is the share of padded pixels among all that are computed:
 
-- every picture on one square of 1333 pixels;
+- every image on one square of 1333 pixels;
 - batches of a plain shuffle, each padded to its largest height and width: of 16, and of 2;
 - canvases that `dn_detr_jax.data.canvases` proposes: if all batches were full ("assigned"), and in
   the batches of a whole epoch plan ("planned"), for the published augmentation and with a scale
   that may move by up to 10%; and the canvases of the config.
 
-"together" counts how often two pictures of a batch meet again in the next epoch, as a multiple of
-what a plain shuffle gives. Pictures of like shape meet more often, since a batch has one canvas.
+"together" counts how often two images of a batch meet again in the next epoch, as a multiple of
+what a plain shuffle gives. Images of like shape meet more often, since a batch has one canvas.
 """
 
 import itertools
@@ -45,7 +45,7 @@ config_flags.DEFINE_config_file(
     "The experiment, a file in configs/.",
 )
 flags.DEFINE_string("data", None, "A directory in COCO format.")
-flags.DEFINE_integer("images", 118_287, "Pictures of an epoch, drawn from those of the directory.")
+flags.DEFINE_integer("images", 118_287, "Images of an epoch, drawn from those of the directory.")
 flags.DEFINE_integer("epochs", 5, "Epochs of which each two successive ones are compared.")
 flags.mark_flag_as_required("data")
 
@@ -53,14 +53,14 @@ BATCH = 16
 
 
 def padded_to_maximum(sizes: np.ndarray, batch: int) -> float:
-    """The share of padding if each batch is as high and as wide as its largest pictures."""
+    """The share of padding if each batch is as high and as wide as its largest images."""
     batches = sizes[: len(sizes) // batch * batch].reshape(-1, batch, 2).astype(np.int64)
     area = batches.max(1).prod(-1).sum() * batch
     return float(1 - batches.prod(-1).sum() / area)
 
 
 def pairs(indices: np.ndarray, count: int) -> np.ndarray:
-    """One number for each two pictures that share a batch."""
+    """One number for each two images that share a batch."""
     rows = np.sort(indices, axis=1)
     first, second = np.triu_indices(rows.shape[1], 1)
     return (rows[:, first] * count + rows[:, second]).ravel()
@@ -71,7 +71,7 @@ def met_again(batches: list[np.ndarray], count: int) -> dict[str, float]:
 
     Args:
       batches: int [S, B] for each epoch, positions in the data set.
-      count: pictures of the data set.
+      count: images of the data set.
 
     Returns:
       The multiple, and its standard error, since chance gives few.

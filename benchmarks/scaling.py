@@ -4,7 +4,7 @@
         --json scaling.json --plot docs/images/scaling.png
 
 Compiles the training step for each of `--topologies` (see dn_detr_jax/preflight: no TPU is
-needed, but `pip install "jax[tpu]"`), with the same number of pictures per device. Prints a table
+needed, but `pip install "jax[tpu]"`), with the same number of images per device. Prints a table
 in Markdown; the JSON has everything that the preflight knows, and is written after each topology.
 Each takes minutes; `--resume` takes those that the JSON has already.
 """
@@ -28,7 +28,7 @@ from dn_detr_jax.preflight.report import memory_text, quantity
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "The experiment, a file in configs/.")
 flags.DEFINE_list("topologies", ["v5e:1x1", "v5e:2x4", "v5e:8x8", "v5e:16x16"], "What for.")
-flags.DEFINE_integer("batch_per_device", 2, "Pictures.", lower_bound=1)
+flags.DEFINE_integer("batch_per_device", 2, "Images.", lower_bound=1)
 flags.DEFINE_string("json", None, "File to write everything to.")
 flags.DEFINE_bool("resume", False, "Do not compile again what the JSON file has.")
 flags.DEFINE_string("plot", None, "File to draw the figure into.")
@@ -38,7 +38,7 @@ flags.mark_flag_as_required("config")
 def table(records: Sequence[dict[str, Any]]) -> str:
     """One row per topology, in Markdown."""
     names = ["devices", "memory", "operations", "memory traffic", "collectives", "sent"]
-    names += ["least time", "of which collectives", "pictures per second, at most"]
+    names += ["least time", "of which collectives", "images per second, at most"]
     rows = [names, ["---"] * len(names)]
     for record in records:
         cost, bound = record["cost"], record["roofline_seconds"]

@@ -1,6 +1,6 @@
 """Where the time of a training step goes: its parts as programs of their own.
 
-- backbone: from the uint8 pictures to the features, and back to the gradients of its parameters;
+- backbone: from the uint8 images to the features, and back to the gradients of its parameters;
 - encoder: input projection, position encoding and encoder, forwards and backwards to the features;
 - decoder: queries, denoising ones too, decoder and heads, forwards and backwards to the memory;
 - matching: costs on the device, their way to the host, the assignments, and the way back;

@@ -1,7 +1,7 @@
 """The architecture of a config in PyTorch, as `transformers` has it: its DAB-DETR.
 
 What the peer gets so that the comparison is fair to it: channels last, TensorFloat-32 and autotuned
-convolutions where the device has them, fused AdamW, pictures that are already normalised in
+convolutions where the device has them, fused AdamW, images that are already normalised in
 training, and no denoising queries. What it gets so that both do the same work: the auxiliary losses
 of all decoder layers, the frozen stem and stages of the config, no dropout unless the config has
 it, a lower rate for the backbone and clipped gradients. Its Hungarian matching is its own (SciPy,
@@ -99,8 +99,8 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _pictures(batch: dict[str, np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:
-    """Normalised pictures, zero at padding, and masks of the valid pixels, on the device."""
+def _images(batch: dict[str, np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:
+    """Normalised images, zero at padding, and masks of the valid pixels, on the device."""
     image = torch.from_numpy(batch["image"]).to(device).permute(0, 3, 1, 2).float()
     size = torch.from_numpy(batch["size"]).to(device)
     mean = torch.tensor(IMAGE_MEAN, device=device)[:, None, None]
@@ -147,7 +147,7 @@ class Training:
             fused=True,
         )
         self._trained = groups[True] + groups[False]
-        self._pictures = _pictures(batch, self.device)
+        self._images = _images(batch, self.device)
         self._labels = [
             {
                 "class_labels": torch.from_numpy(labels[valid]).long().to(self.device),
@@ -166,7 +166,7 @@ class Training:
         bfloat16 = self._config.model.dtype == "bfloat16"
         for _ in range(steps):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
-                loss = self._model(**self._pictures, labels=self._labels).loss
+                loss = self._model(**self._images, labels=self._labels).loss
             self._optimizer.zero_grad(set_to_none=True)
             loss.backward()
             if self._config.optimizer.clip_norm:
@@ -189,7 +189,7 @@ class Training:
 
 
 class Inference:
-    """The peer's detections: pictures on the host in, the best boxes on the host out."""
+    """The peer's detections: images on the host in, the best boxes on the host out."""
 
     def __init__(self, config: ConfigDict, *, compiled: bool):
         """Builds it; arguments as for `Training`."""
@@ -206,7 +206,7 @@ class Inference:
             torch.inference_mode(),
             torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16),
         ):
-            found = self._model(**_pictures(batch, self.device))
+            found = self._model(**_images(batch, self.device))
             scores = found.logits.float().sigmoid().flatten(1)
             scores, pair = scores.topk(self._config.eval.num_select)
             query = (pair // found.logits.shape[-1])[..., None].expand(-1, -1, 4)

@@ -1,4 +1,4 @@
-"""Times the compiled training step on made-up pictures: no data set, no loader.
+"""Times the compiled training step on made-up images: no data set, no loader.
 
     python -m benchmarks.train_step --canvas 800x1344 --batch_size 16,64 --dtype bfloat16
     python -m benchmarks.train_step --config configs/digits.py

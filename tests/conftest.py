@@ -84,5 +84,5 @@ def digits_run(tmp_path_factory, digits_dir):
 
 @pytest.fixture(scope="session")
 def predictor(digits_run):
-    """The detector of `digits_run`, two pictures at a time."""
+    """The detector of `digits_run`, two images at a time."""
     return dn_detr_jax.load(digits_run, batch_size=2)

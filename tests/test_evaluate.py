@@ -35,7 +35,7 @@ def finds_everything(config):
 
 
 class Damaged:
-    """A source of which some pictures can't be read."""
+    """A source of which some images can't be read."""
 
     def __init__(self, source, positions):
         self.source, self.positions = source, positions
@@ -86,7 +86,7 @@ def test_other_classes_than_the_run_are_named(validation):
         with_labels_of_run(validation, run, "the run")
 
 
-def test_an_unreadable_picture_counts_as_one_without_detections(validation, digits_config, caplog):
+def test_an_unreadable_image_counts_as_one_without_detections(validation, digits_config, caplog):
     """Against leaving its detections out; its objects must not be left out of the recall."""
     digits_config.data.skip_bad = True
     counts = validation.annotations.counts

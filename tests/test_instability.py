@@ -64,7 +64,7 @@ def test_a_moved_object_counts_twice_and_an_exchange_twice():
     for epoch, expected in (
         ([[0, 1], [2, -1]], None),
         ([[0, 1], [2, -1]], 0.0),
-        ([[0, 3], [2, -1]], 1.0),  # one of two pictures: query 1 lost it, query 3 took it
+        ([[0, 3], [2, -1]], 1.0),  # one of two images: query 1 lost it, query 3 took it
         ([[3, 0], [2, -1]], 1.0),  # two queries exchanged their objects
     ):
         measure.update([1, 2], match_vectors(np.array(epoch), 4))
@@ -109,8 +109,8 @@ def test_a_missing_image_is_an_error():
         measure.finish()
 
 
-def test_absent_pictures_count_as_unchanged_where_they_may():
-    """The first picture is absent from the start, the last one later."""
+def test_absent_images_count_as_unchanged_where_they_may():
+    """The first image is absent from the start, the last one later."""
     first, second, third, *_ = random_assignments(3)
     measure = MatchingInstability(IDS, N)
 
@@ -127,7 +127,7 @@ def test_absent_pictures_count_as_unchanged_where_they_may():
     assert run(third, [IDS[0], IDS[-1]]) == slow_instability(constant, middle)
 
 
-def test_pictures_outside_the_set_are_ignored():
+def test_images_outside_the_set_are_ignored():
     epochs = random_assignments(1)
     measure = MatchingInstability(IDS, N)
     for number, epoch in enumerate(epochs[:2]):

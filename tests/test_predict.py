@@ -180,7 +180,7 @@ def test_exif_orientation_is_applied_as_pillow_does(tmp_path, orientation, suffi
         ),
         (np.zeros((2, 4, 5, 3), np.uint8), r"uint8\[2, 4, 5, 3\]"),
         (np.zeros((0, 5, 3), np.uint8), "no pixels"),
-        (b"no picture", "10 bytes that are no readable image"),
+        (b"no image", "8 bytes that are no readable image"),
         (5, "int as an image, expected a path"),
     ],
 )

@@ -388,7 +388,7 @@ def test_files_that_are_no_cases_are_one_line(tmp_path, capsys):
     ],
 )
 def test_other_cases_are_set_up(tmp_path, counts, change):
-    """Other numbers of pictures and objects, none at all, and the variants of the model.
+    """Other numbers of images and objects, none at all, and the variants of the model.
 
     The names and shapes of each are those of the weights: see the tests of the import.
     """

@@ -150,15 +150,15 @@ def test_a_signal_during_start_up_ends_at_once_with_status_0(tmp_path, digits_di
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_output_ends_with_table_checkpoint_and_pictures(finished):
+def test_output_ends_with_table_checkpoint_and_images(finished):
     workdir, done = finished
     tail = done.stdout.strip().splitlines()
     assert tail[-2].split()[0] == "checkpoint" and Path(tail[-2].split()[1]).is_dir()
     assert tail[-1].split() == ["pictures", str(workdir / "pictures")]
     assert re.search(r"AP +@\[ IoU=0.50:0.95 .*= 0\.\d{3}", done.stdout)
     for name in ("detections", "attention_mask", "noised_boxes", "curves"):
-        with Image.open(workdir / "pictures" / f"{name}.png") as picture:
-            assert min(picture.size) > 200
+        with Image.open(workdir / "pictures" / f"{name}.png") as image:
+            assert min(image.size) > 200
     assert list((workdir / "tensorboard").iterdir())
 
 

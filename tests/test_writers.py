@@ -138,7 +138,7 @@ def test_two_writers_at_once_share_no_file(tmp_path):
 def test_disabled_writes_nothing(tmp_path):
     with MetricWriter(tmp_path / "run", enabled=False) as writer:
         writer.scalars(1, {"loss": 1.0})
-        writer.images(1, {"picture": np.zeros((2, 2, 3), np.uint8)})
+        writer.images(1, {"image": np.zeros((2, 2, 3), np.uint8)})
         writer.text("config", "x")
     assert not (tmp_path / "run").exists()
 
