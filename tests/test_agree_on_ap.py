@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 from coco_directory import photograph
-from data import tiny_processes
+from data import tiny as tiny_config
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -55,7 +55,7 @@ def paths(folder):
 
 @pytest.fixture(scope="module")
 def config():
-    config = tiny_processes.get_config()
+    config = tiny_config.processes()
     config.data.update(
         name="coco",
         labels="contiguous",

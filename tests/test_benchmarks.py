@@ -14,8 +14,9 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from data import tiny as tiny_config
 from fast_jit import XLA_FLAGS, fast_jit
-from tiny_detector import denoising_queries, image_batch, object_noise, tiny_config
+from tiny_detector import denoising_queries, image_batch, object_noise
 
 from benchmarks import common, gpu_plan, matching, peer, step_parts, train_step
 from dn_detr_jax import denoising
@@ -243,7 +244,7 @@ def test_the_peer_is_the_same_architecture():
 
 def test_flops_are_counted_where_jax_counts_none(monkeypatch):
     """Catches a row that a GPU has no flops for, as jax counts none there, and another count."""
-    config = tiny_config()
+    config = tiny_config.shared()
     config.model.update(encoder_layers=0, decoder_layers=1)
     config.model.backbone.stages, config.dn.groups = 1, 0
     model, mesh = build_model(config.model), make_mesh(1, jax.devices("cpu"))

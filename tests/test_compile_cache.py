@@ -5,18 +5,21 @@ import pwd
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import fast_jit
 import jax
 import numpy as np
 import pytest
-from tiny_detector import tiny_config
+from data import tiny as tiny_config
 
 from dn_detr_jax.evaluation.detect import jit_eval_step, jit_match
 from dn_detr_jax.models.registry import abstract_params, build_model
 from dn_detr_jax.sharding import make_mesh
 from dn_detr_jax.training.compile_cache import use_compile_cache
 from dn_detr_jax.training.step import abstract_batch
+
+_ROOT = Path(__file__).parents[1]
 
 # The first version of jax that keeps programs which call the host:
 # https://github.com/jax-ml/jax/pull/38405
@@ -27,8 +30,8 @@ _KEEPS_CALLS = jax.__version_info__ >= (0, 11)
 _SCRIPT = """
 import hashlib, logging, sys
 import jax, jax.numpy as jnp, numpy as np
+import tiny
 from flax import traverse_util
-from dn_detr_jax.config import base_config
 from dn_detr_jax.matching import host_timer
 from dn_detr_jax.models.registry import abstract_params, build_model, trainable
 from dn_detr_jax.sharding import make_mesh, put_batch
@@ -49,12 +52,10 @@ x = jnp.linspace(0.0, 1.0, 64).reshape(8, 8)
 pure = jax.jit(lambda x: jnp.sin(x @ x).sum())
 print(float(compile_and_log(pure.lower(x), "pure")(x)))
 
-config, mesh = base_config(), make_mesh(1)
-config.data.update(canvases=((32, 32),), max_objects=3)
-config.model.update(num_classes=4, hidden_dim=16, num_heads=2, ffn_dim=16, encoder_layers=0,
-                    decoder_layers=1, num_queries=6)
-config.model.backbone.update(depth=18, width=8, stages=1, norm="group_norm", stem="light",
-                             frozen_stages=1)
+config, mesh = tiny.step(), make_mesh(1)
+config.data.canvases = ((32, 32),)
+config.model.encoder_layers = 0
+config.model.backbone.norm = "group_norm"
 config.train.batch_size = 2
 model = build_model(config.model)
 shapes = abstract_params(model)
@@ -90,6 +91,7 @@ print(hashlib.sha256(b"".join(leaves)).hexdigest())
 def _compile(folder, *arguments):
     """What was printed, and which programs came from the cache."""
     env = os.environ | {
+        "PYTHONPATH": f"{_ROOT}{os.pathsep}{_ROOT / 'tests' / 'data'}",
         "JAX_PLATFORMS": "cpu",
         "JAX_ENABLE_COMPILATION_CACHE": "true",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -161,7 +163,7 @@ def test_no_folder_and_one_from_elsewhere(cache_allowed, tmp_path):
 
 def test_detections_do_not_call_the_host():
     """Catches a program of the evaluation that JAX 0.10 would not keep."""
-    config, mesh = tiny_config(), make_mesh(1)
+    config, mesh = tiny_config.shared(), make_mesh(1)
     model = build_model(config.model)
     batch = abstract_batch(config, "eval", mesh)
     detect = jit_eval_step(model=model, config=config, mesh=mesh)

@@ -17,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from damage import damaged, examples, one_line, within
+from data import tiny as tiny_config
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_fuzz_config import ANYTHING
-from tiny_detector import random_params, tiny_config
+from tiny_detector import random_params
 
 from dn_detr_jax.checkpoints.manager import (
     Checkpoints,
@@ -46,7 +47,7 @@ HOST = {"epoch": 3, "drawn": np.arange(3)}
 
 
 def config_of_run():
-    config = tiny_config()
+    config = tiny_config.shared()
     config.train.ema_decay = 0.9
     config.data.eval_short_side, config.data.eval_max_long_side = 48, 64
     return config
@@ -274,7 +275,8 @@ def test_any_config_of_a_run_is_used_or_named(saved, tmp_path_factory, data):
     (workdir / "checkpoints").symlink_to(saved / "checkpoints")
     document = json.loads((saved / "config.json").read_text())
     for _ in range(data.draw(st.integers(1, 3))):
-        key = data.draw(st.sampled_from([*flat_keys(tiny_config()), "model", "data.augment", ""]))
+        keys = [*flat_keys(tiny_config.shared()), "model", "data.augment", ""]
+        key = data.draw(st.sampled_from(keys))
         place, value = document["config"], data.draw(JSON_VALUES)
         *path, last = key.split(".")
         for part in path:

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from absl import flags
 from damage import examples, one_line, within
+from data import tiny as tiny_config
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict, config_flags
-from tiny_detector import tiny_config
 
 from dn_detr_jax.commands import command_line
 from dn_detr_jax.config import (
@@ -235,7 +235,7 @@ def make_all(config):
 @given(data=st.data())
 def test_what_is_valid_can_be_traced(data):
     """Catches rules that are missing: the error would come from within JAX or NumPy."""
-    config = tiny_config()
+    config = tiny_config.shared()
     config.train.batch_size = config.eval.batch_size = 4
     config.optimizer.lr_multipliers = ()
     config.train.duration = "200 steps"

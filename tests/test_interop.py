@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from data import tiny as tiny_config
 from flax import traverse_util
 
 from dn_detr_jax.checkpoints.manager import Checkpoints
@@ -45,19 +46,7 @@ REPOSITORY = Path(__file__).parent.parent
 
 
 def small_config(**model):
-    config = base_config()
-    config.model.update(
-        num_classes=7,
-        hidden_dim=32,
-        num_heads=4,
-        ffn_dim=64,
-        encoder_layers=1,
-        decoder_layers=2,
-        num_queries=5,
-    )
-    config.model.backbone.update(depth=18, width=8)
-    config.model.update(model)
-    config.eval.num_select = 10
+    config = tiny_config.weights(**model)
     validate(config)
     return config
 

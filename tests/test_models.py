@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from data import tiny as tiny_config
 from fast_jit import fast_jit
 from flax import traverse_util
 from tiny_detector import (
@@ -15,7 +16,6 @@ from tiny_detector import (
     image_batch,
     object_noise,
     random_params,
-    tiny_config,
 )
 
 from dn_detr_jax.config import base_config
@@ -115,7 +115,7 @@ def test_shapes_with_patterns_relu_and_denoising():
 
 
 def test_parameter_table_lists_everything(tiny):
-    config = tiny_config().model
+    config = tiny_config.shared().model
     config.backbone.frozen_stages = 0
     table = parameter_table(tiny.shapes, trainable(tiny.shapes, config)).splitlines()
     lines = {line.split()[0]: line for line in table[:-1]}
@@ -128,7 +128,7 @@ def test_parameter_table_lists_everything(tiny):
 
 
 def test_unknown_model_is_refused():
-    config = tiny_config().model
+    config = tiny_config.shared().model
     config.name = "dino"
     with pytest.raises(ValueError, match="'dino': unknown; known: dn_dab_detr"):
         build_model(config)
@@ -175,7 +175,7 @@ def test_first_predictions(tiny, start):
 
 def test_random_anchors_cover_the_image():
     """Option random_refpoints_xy: centers uniform, where normal logits crowd the middle."""
-    config = tiny_config().model
+    config = tiny_config.shared().model
     config.num_queries = 2000
 
     def anchors(uniform):
@@ -212,7 +212,7 @@ def test_gradient_reaches_every_parameter(tiny):
 
 def test_bfloat16_gives_float32_outputs_near_those_of_float32(tiny):
     """Catches box arithmetic in bfloat16, whose 8 bits are 4 pixels of 1000."""
-    config = tiny_config().model
+    config = tiny_config.shared().model
     config.dtype = "bfloat16"
     model, batch = build_model(config), image_batch()
     assert {leaf.dtype for leaf in jax.tree.leaves(abstract_params(model))} == {
@@ -249,7 +249,7 @@ def test_bfloat16_is_for_convolutions_and_matrices_alone(tiny):
 
     Catches a softmax or a cost in bfloat16, and a product that float32 constants made slow.
     """
-    config = tiny_config()
+    config = tiny_config.shared()
     config.model.dtype = "bfloat16"
     model, batch = build_model(config.model), image_batch()
 
@@ -272,7 +272,7 @@ def test_bfloat16_is_for_convolutions_and_matrices_alone(tiny):
 
 def rematerialized(tiny, parts):
     """The loss as a function of parameters, batch and noise, with these parts rematerialized."""
-    config = tiny_config()
+    config = tiny_config.shared()
     config.model.remat = parts
     model = build_model(config.model)
     assert jax.tree.structure(abstract_params(model)) == jax.tree.structure(tiny.shapes)
@@ -521,14 +521,15 @@ def test_fused_attention_has_the_gradient_of_the_plain_one(shape):
         np.testing.assert_allclose(value, expected, atol=1e-5)
 
 
-_ATTENTIONS = tiny_config().model.encoder_layers + 2 * tiny_config().model.decoder_layers
+_MODEL = tiny_config.shared().model
+_ATTENTIONS = _MODEL.encoder_layers + 2 * _MODEL.decoder_layers
 # Private to jax. Without a GPU it says that there is no cuDNN.
 _CUDNN_VERSION = "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version"
 
 
 def traced_gradient(tiny, kind):
     """The gradient of a loss, of a model in bfloat16 with that kind of attention."""
-    config = tiny_config()
+    config = tiny_config.shared()
     config.model.dtype = "bfloat16"
     model = build_model(config.model, kind)
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import fast_jit
@@ -17,19 +18,16 @@ _SCRIPT = """
 import sys
 from pathlib import Path
 import jax, numpy as np
+import tiny
 from flax import traverse_util
-from dn_detr_jax.config import base_config
 from dn_detr_jax.models.registry import abstract_params, build_model
 from dn_detr_jax.sharding import make_mesh, over_data, put_batch, replicated
 from dn_detr_jax.training import step as steps
 
 folder = Path(sys.argv[1])
-config = base_config()
-config.data.update(canvases=((32, 48),), max_objects=3)
-config.model.update(num_classes=4, hidden_dim=16, num_heads=2, ffn_dim=16, encoder_layers=1,
-                    decoder_layers=2, num_queries=6)
-config.model.backbone.update(depth=18, width=8, stages=1, norm="group_norm", stem="light",
-                             frozen_stages=-1)
+config = tiny.step()
+config.model.decoder_layers = 2
+config.model.backbone.update(norm="group_norm", frozen_stages=-1)
 config.train.batch_size = 8
 rng = np.random.default_rng(0)
 counts = np.array([0, 1, 2, 3, 3, 0, 1, 2])
@@ -72,7 +70,9 @@ config.model.num_queries = 10
 (folder / "10.txt").write_text(lower(config, mesh).compile().as_text())
 """
 
+_ROOT = Path(__file__).parents[1]
 _EIGHT_DEVICES = {
+    "PYTHONPATH": f"{_ROOT}{os.pathsep}{_ROOT / 'tests' / 'data'}",
     "JAX_PLATFORMS": "cpu",
     "JAX_NUM_CPU_DEVICES": "8",
     "XLA_FLAGS": fast_jit.XLA_FLAGS,

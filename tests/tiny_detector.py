@@ -6,40 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
+from data import tiny as tiny_config
+from data.tiny import CANVAS, GROUPS
 from fast_jit import fast_jit
 from flax import traverse_util
 
 from dn_detr_jax import denoising
-from dn_detr_jax.config import base_config
 from dn_detr_jax.models.images import normalize_images
 from dn_detr_jax.models.registry import abstract_params, build_model
 from dn_detr_jax.sharding import make_mesh
 from dn_detr_jax.training.step import compute_losses, criterion
-
-GROUPS, CANVAS = 3, 64
-
-
-def tiny_config():
-    config = base_config()
-    config.data.canvases = ((CANVAS, CANVAS),)
-    config.model.update(
-        {
-            "num_classes": 5,
-            "hidden_dim": 32,
-            "num_heads": 2,
-            "ffn_dim": 48,
-            "encoder_layers": 1,
-            "decoder_layers": 2,
-            "num_queries": 8,
-        }
-    )
-    config.model.backbone.update(
-        {"depth": 18, "width": 8, "stages": 1, "norm": "group_norm", "stem": "light"}
-    )
-    config.model.backbone.frozen_stages = -1
-    config.dn.groups = GROUPS
-    config.eval.num_select = 10
-    return config
 
 
 def random_params(shapes, seed=0):
@@ -108,7 +84,7 @@ class TinyDetector:
     """The model, random parameters, and functions that compile once for each shape."""
 
     def __init__(self):
-        self.config = tiny_config()
+        self.config = tiny_config.shared()
         self.model = build_model(self.config.model)
         self.mesh = make_mesh(1)
         self.shapes = abstract_params(self.model)
