@@ -157,14 +157,14 @@ def made_up_batch(
     rng = np.random.default_rng(seed)
     (height, width), slots = config.data.canvases[0], config.data.max_objects
     batch = config.train.batch_size
-    centres, sides = rng.uniform(0.3, 0.7, (2, batch, slots, 2))
+    centers, sides = rng.uniform(0.3, 0.7, (2, batch, slots, 2))
     mean = FLAGS.objects if objects is None else objects
     counts = rng.geometric(1 / (mean + 1), (batch, 1)) - 1
     return {
         "image": rng.integers(0, 256, (batch, height, width, 3), dtype=np.uint8),
         "size": np.tile(np.array([height * 9 // 10, width], np.int32), (batch, 1)),
         "labels": rng.integers(0, config.model.num_classes, (batch, slots), dtype=np.int32),
-        "boxes": np.concatenate([centres, sides / 4], axis=-1).astype(np.float32),
+        "boxes": np.concatenate([centers, sides / 4], axis=-1).astype(np.float32),
         "valid": np.arange(slots) < counts,
         "image_id": np.arange(batch, dtype=np.int32),
     }

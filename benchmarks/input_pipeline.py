@@ -8,8 +8,8 @@ measurements, a table each, then everything as one JSON object:
 
 - One core: milliseconds per image for decoding, for flip, crop and resize, and for the whole
   batch, which is what the loader takes with one thread. The same transforms written the ordinary
-  way, Pillow and a loop that ends in a normalised float array, take turns with it. Here batches
-  leave the host as uint8 and are normalised on the device, so the baseline is also given without
+  way, Pillow and a loop that ends in a normalized float array, take turns with it. Here batches
+  leave the host as uint8 and are normalized on the device, so the baseline is also given without
   its conversion. Medians over the rounds, in CPU time, which other programs disturb less, and in
   wall time.
 - The loader: images per second and per second of CPU of all its processes, once the first batch
@@ -122,7 +122,7 @@ class Ordinary:
 
     @staticmethod
     def float(image: Image.Image, geometry: transforms.Geometry) -> np.ndarray:
-        """An image to a float32 array, normalised."""
+        """An image to a float32 array, normalized."""
         del geometry
         return (np.asarray(image, np.float32) / 255 - MEAN) / DEVIATION
 

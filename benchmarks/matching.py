@@ -48,8 +48,8 @@ def predictions(
     rng = np.random.default_rng(0)
 
     def boxes(*shape):
-        centres, sides = rng.uniform(0.2, 0.8, (2, *shape, 2))
-        return np.concatenate([centres, sides / 3], axis=-1).astype(np.float32)
+        centers, sides = rng.uniform(0.2, 0.8, (2, *shape, 2))
+        return np.concatenate([centers, sides / 3], axis=-1).astype(np.float32)
 
     return {
         "pred_logits": rng.normal(-4, 1, (layers, batch, queries, classes)).astype(np.float32),

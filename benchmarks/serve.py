@@ -5,7 +5,7 @@
     python -m benchmarks.serve --canvas 256x320 --batch_size 1 --rounds 3 --steps 2  # on a CPU
 
 A call takes uint8 images on the host to the best boxes, scores and labels on the host: transfer,
-normalisation, network, selection, transfer. `latency_s` is of one call after the other (median,
+normalization, network, selection, transfer. `latency_s` is of one call after the other (median,
 fastest, slowest; `p90_s` beside it), `ready_s` from nothing to the end of the first call, the
 compiler included; `images_per_s` is measured apart, with two calls under way at a time, so that the
 host prepares one while the device works on the other. Contenders are `ours`, the compiled program

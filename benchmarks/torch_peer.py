@@ -1,7 +1,7 @@
 """The architecture of a config in PyTorch, as `transformers` has it: its DAB-DETR.
 
 What the peer gets so that the comparison is fair to it: channels last, TensorFloat-32 and autotuned
-convolutions where the device has them, fused AdamW, images that are already normalised in
+convolutions where the device has them, fused AdamW, images that are already normalized in
 training, and no denoising queries. What it gets so that both do the same work: the auxiliary losses
 of all decoder layers, the frozen stem and stages of the config, no dropout unless the config has
 it, a lower rate for the backbone and clipped gradients. Its Hungarian matching is its own (SciPy,
@@ -100,7 +100,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def _images(batch: dict[str, np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:
-    """Normalised images, zero at padding, and masks of the valid pixels, on the device."""
+    """Normalized images, zero at padding, and masks of the valid pixels, on the device."""
     image = torch.from_numpy(batch["image"]).to(device).permute(0, 3, 1, 2).float()
     size = torch.from_numpy(batch["size"]).to(device)
     mean = torch.tensor(IMAGE_MEAN, device=device)[:, None, None]

@@ -8,7 +8,7 @@ A row for every combination of canvas, batch size and dtype, with
 
 - seconds to trace and to compile, and of a step: median, fastest and slowest round;
 - the flops of the model in one step: those that the compiler's cost analysis finds in the program
-  as traced, before it is optimised and without what rematerialisation adds; MFU divides them by the
+  as traced, before it is optimized and without what rematerialization adds; MFU divides them by the
   step's time and by the peak of the devices, and is empty where
   `dn_detr_jax.preflight.accelerators` does not know the device;
 - memory: what the compiler planned for a device (arguments, results and temporaries), and the

@@ -91,7 +91,7 @@ def test_open_mpi(environment):
     assert (found.count, found.index) == (4, 2)
 
 
-def test_a_launcher_that_jax_does_not_know_is_no_licence_to_train_alone(environment):
+def test_a_launcher_that_jax_does_not_know_is_no_license_to_train_alone(environment):
     """Catches as many trainings as processes, in one work directory."""
     environment(_OPEN_MPI_5)
     with pytest.raises(DistributedError, match=r"OMPI_COMM_WORLD_SIZE=4.*--coordinator_address"):

@@ -104,7 +104,7 @@ def test_another_process_with_jax_alone_finds_the_same(
         for i, wanted in enumerate(expected.predict(images, threshold=0.0)):
             height, width = wanted.size
             assert len(wanted) == found["scores"].shape[1] == run.config.eval.num_select
-            # A grey level more or less in resizing moves the scores of random parameters a little.
+            # A gray level more or less in resizing moves the scores of random parameters a little.
             np.testing.assert_allclose(found["scores"][i], wanted.scores, atol=2e-3)
             same = found["labels"][i] == wanted.labels
             assert same.mean() > 0.8

@@ -42,14 +42,14 @@ def exif(orientation):
     return tags
 
 
-GREY16 = Image.fromarray(np.arange(23 * 31, dtype=np.uint16).reshape(23, 31))
+GRAY16 = Image.fromarray(np.arange(23 * 31, dtype=np.uint16).reshape(23, 31))
 PALETTE = PHOTO.quantize(20)
 FILES = {
     "jpeg": encoded(PHOTO, "JPEG"),
     "progressive": encoded(PHOTO, "JPEG", progressive=True, exif=exif(6)),
     "cmyk": encoded(PHOTO.convert("CMYK"), "JPEG"),
     "png": encoded(PHOTO, "PNG", exif=exif(8)),
-    "png16": encoded(GREY16, "PNG"),
+    "png16": encoded(GRAY16, "PNG"),
     "palette": encoded(PALETTE, "PNG", transparency=bytes(range(20))),
     "apng": encoded(PHOTO, "PNG", save_all=True, append_images=[PHOTO.rotate(180)]),
     "webp": encoded(PHOTO, "WEBP", exif=exif(3)),
@@ -58,7 +58,7 @@ FILES = {
     "bmp": encoded(PHOTO, "BMP"),
     "tiff": encoded(PHOTO, "TIFF", exif=exif(5)),
     "tiff lzw": encoded(PHOTO.convert("CMYK"), "TIFF", compression="tiff_lzw"),
-    "tiff16": encoded(GREY16, "TIFF"),
+    "tiff16": encoded(GRAY16, "TIFF"),
     "ppm": encoded(PHOTO, "PPM"),
     "jpeg 2000": encoded(PHOTO, "JPEG2000"),
 }

@@ -91,13 +91,13 @@ def png16(values: np.ndarray) -> bytes:
 
 
 def test_of_16_bits_the_upper_8_remain():
-    """Clipping them to 255, as Pillow does for grey ones, would leave white images."""
+    """Clipping them to 255, as Pillow does for gray ones, would leave white images."""
     rng = np.random.default_rng(0)
-    grey, color = rng.integers(0, 65536, (5, 7)), rng.integers(0, 65536, (5, 7, 3))
-    expected = np.repeat((grey // 256)[..., None], 3, axis=2)
-    np.testing.assert_array_equal(decode(png16(grey)), expected)
+    gray, color = rng.integers(0, 65536, (5, 7)), rng.integers(0, 65536, (5, 7, 3))
+    expected = np.repeat((gray // 256)[..., None], 3, axis=2)
+    np.testing.assert_array_equal(decode(png16(gray)), expected)
     np.testing.assert_array_equal(decode(png16(color)), color // 256)
-    data = encoded(Image.fromarray(grey.astype(np.int32)), "TIFF")
+    data = encoded(Image.fromarray(gray.astype(np.int32)), "TIFF")
     np.testing.assert_array_equal(decode(data), expected)
 
 
@@ -236,7 +236,7 @@ def test_damaged_exif_does_not_hide_a_good_image():
 
 @pytest.mark.parametrize("kind,mode", [("JPEG", "RGB"), ("JPEG", "CMYK"), ("PNG", "RGB")])
 def test_a_file_that_is_cut_off_is_refused(kind, mode):
-    """Older versions of OpenCV give an image whose lower part is grey."""
+    """Older versions of OpenCV give an image whose lower part is gray."""
     data = encoded(PHOTO.convert(mode), kind)
     for length in (len(data) // 3, len(data) // 2, len(data) * 9 // 10):
         with pytest.raises(DataError, match=r"damaged|no readable image"):

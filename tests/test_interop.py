@@ -211,7 +211,7 @@ def test_the_stored_command_line_tells_what_shapes_do_not(config, state):
         check_config(found, config, reset_heads=False)
 
 
-def test_other_models_are_recognised(config):
+def test_other_models_are_recognized(config):
     deformable = {
         "transformer.encoder.layers.0.self_attn.sampling_offsets.weight": np.zeros((4, 4))
     }

@@ -42,7 +42,7 @@ AMPLIFIED = (
 
 @pytest.fixture(scope="module")
 def components():
-    """What the command prints, in a process of its own that does not optimise the programs."""
+    """What the command prints, in a process of its own that does not optimize the programs."""
     environment = os.environ | {"XLA_FLAGS": fast_jit.XLA_FLAGS, "PYTHONPATH": str(DATA.parents[2])}
     path = DATA / "components.npz"
     command = [sys.executable, "-m", "dn_detr_jax", "check-reference", str(path)]

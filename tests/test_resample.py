@@ -13,7 +13,7 @@ NO_BOXES, NO_LABELS = np.zeros((0, 4), np.float32), np.zeros(0, np.int32)
 
 
 def noise(rng, height, width):
-    """The hardest image: neighbours have nothing to do with each other."""
+    """The hardest image: neighbors have nothing to do with each other."""
     return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
@@ -52,7 +52,7 @@ def pixels(image, geometry, **options):
     return apply(image, NO_BOXES, NO_LABELS, geometry, **options)[0]
 
 
-def grey_levels(a, b):
+def gray_levels(a, b):
     """Absolute differences."""
     return np.abs(a.astype(np.int16) - b)
 
@@ -80,7 +80,7 @@ def test_a_crop_is_pillows_resampling_of_its_region(enlarge, tolerance):
         expected = pillow(image, geometry)
         if geometry.flip:
             expected = expected[:, ::-1]
-        assert grey_levels(pixels(image, geometry), expected).max() <= tolerance
+        assert gray_levels(pixels(image, geometry), expected).max() <= tolerance
 
 
 @pytest.mark.parametrize("case", ["same", "larger", "smaller", "crop", "cropped smaller"])
@@ -115,7 +115,7 @@ def test_a_canvas_is_written_in_its_corner_only(case, flip):
 def test_validation_photographs_are_pillows():
     for image in photographs("val2017"):
         geometry = eval_geometry(np.array([image.shape[:2]]), 800, 1333).at(0)
-        assert grey_levels(pixels(image, geometry), pillow(image, geometry)).max() <= 1
+        assert gray_levels(pixels(image, geometry), pillow(image, geometry)).max() <= 1
 
 
 @needs_coco_sample
@@ -129,7 +129,7 @@ def test_photographs_cropped_in_one_step_are_the_published_ones_or_sharper():
     for i, image in enumerate(images):
         geometry = geometries.at(i)
         ours, theirs = pixels(image, geometry), published(image, geometry)
-        assert grey_levels(ours, theirs).mean() < 6
+        assert gray_levels(ours, theirs).mean() < 6
         assert edges(ours) > edges(theirs)
         # Without the fine detail, which one step keeps, they are the same at the same place.
         ours, theirs = (cv2.GaussianBlur(a.astype(np.float32), (0, 0), 3) for a in (ours, theirs))
@@ -141,5 +141,5 @@ def test_photographs_cropped_in_one_step_are_the_published_ones_or_sharper():
 
 
 def edges(image):
-    """Mean change between neighbours: how sharp an image is."""
+    """Mean change between neighbors: how sharp an image is."""
     return np.abs(cv2.Laplacian(image, cv2.CV_16S)).mean()

@@ -21,7 +21,7 @@ from dn_detr_jax.checkpoints.lock import WorkdirLock
 
 _ROOT = Path(__file__).parent.parent
 _CONFIG = _ROOT / "tests" / "data" / "tiny.py"
-# Optimising the tiny programs takes longer than running them.
+# Optimizing the tiny programs takes longer than running them.
 _ENV = os.environ | {
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": fast_jit.XLA_FLAGS,

@@ -14,13 +14,13 @@ from dn_detr_jax.visualize.boxes import LabeledImage
 NAMES = [str(i) for i in range(10)]
 
 
-def rgb(colour):
-    return np.round(np.array(to_rgb(colour)) * 255).astype(np.uint8)
+def rgb(color):
+    return np.round(np.array(to_rgb(color)) * 255).astype(np.uint8)
 
 
-def extent(image, colour):
-    """left, top, right, bottom (inclusive) of the pixels of a colour."""
-    rows, columns = np.nonzero((image == rgb(colour)).all(axis=-1))
+def extent(image, color):
+    """left, top, right, bottom (inclusive) of the pixels of a color."""
+    rows, columns = np.nonzero((image == rgb(color)).all(axis=-1))
     return columns.min(), rows.min(), columns.max(), rows.max()
 
 
@@ -148,11 +148,11 @@ def attention(valid, groups, matching, attend_padding=False):
     return mask, group, valid
 
 
-def share(image, colour):
-    return (image == rgb(colour)).all(axis=-1).mean()
+def share(image, color):
+    return (image == rgb(color)).all(axis=-1).mean()
 
 
-def test_attention_mask_colours():
+def test_attention_mask_colors():
     valid = np.array([True, True, False])
     plain = plots.render_attention_mask(*attention(valid, 3, 9))
     leak = plots.render_attention_mask(*attention(valid, 3, 9, attend_padding=True))
@@ -255,7 +255,7 @@ def test_global_state_of_matplotlib_is_left_alone(tmp_path):
 
 
 def test_detections_are_drawn_at_its_own_resolution():
-    """Catches boxes off by one, colours that don't follow the label, the order of drawing."""
+    """Catches boxes off by one, colors that don't follow the label, the order of drawing."""
     black = np.zeros((400, 500, 3), np.uint8)
     corners = np.array([[100, 100, 300, 200], [200, 150, 450, 390], [-20, 350, 40, 900]])
     drawn = boxes.draw_detections(black, corners, [0, 2, 2], [0.9, 0.8, 0.7], ["a", "b", "c"])

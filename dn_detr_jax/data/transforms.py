@@ -219,7 +219,7 @@ def _resample(
             cv2.resize(image, (width, height), dst=out, interpolation=cv2.INTER_LINEAR)
             return
     elif step_x <= 1.0 and step_y <= 1.0:
-        # Centres of pixels lie at halves in `region`, at whole numbers in OpenCV's matrix.
+        # Centers of pixels lie at halves in `region`, at whole numbers in OpenCV's matrix.
         matrix = np.array(
             [[step_x, 0.0, left + (step_x - 1) / 2], [0.0, step_y, top + (step_y - 1) / 2]]
         )

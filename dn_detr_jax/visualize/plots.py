@@ -179,7 +179,7 @@ def read_curves(path: str | os.PathLike) -> dict[str, tuple[np.ndarray, np.ndarr
 
 
 def _plot(axes: Axes, steps: np.ndarray, values: np.ndarray, **style: Any) -> None:
-    """One curve; a long one as means of as many neighbouring values as needed."""
+    """One curve; a long one as means of as many neighboring values as needed."""
     width = math.ceil(len(steps) / _MOST_POINTS)
     starts = np.arange(0, len(steps), width)
     counts = np.diff(np.append(starts, len(steps)))
