@@ -1,10 +1,10 @@
-"""What the benchmarks share: made-up batches, workers, timing by rounds, tables and JSON.
+"""Shared parts of the benchmarks: made-up batches, workers, timing by rounds, tables and JSON.
 
-Every setting (a canvas, a batch size, a dtype, a framework) is measured by a process of its own, a
-worker, for three reasons: the peak of the device's memory is that of one setting, frameworks do not
-fight for the device, and a setting that runs out of memory or time becomes a row that says so. A
-worker answers lines on its standard input by lines of JSON; everything that libraries print goes
-to standard error. Nothing here imports a framework.
+A worker process measures one setting (a canvas, a batch size, a dtype, a framework). There are
+three reasons: the peak of the device's memory is that of one setting, frameworks do not compete for
+the device, and a setting that runs out of memory or time becomes a row with the reason. A worker
+answers each line on its standard input with a line of JSON; everything that libraries print goes
+to standard error. This module imports no framework.
 """
 
 import contextlib
@@ -37,10 +37,10 @@ MODULES = "jax", "jaxlib", "flax", "torch", "transformers", "scipy", "numpy"
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
-    """Peak of one device in flop/s for that dtype of the compute; None where it is not known.
+    """Returns the peak of one device in flop/s for a dtype of the compute; None if it is unknown.
 
-    For float32 it is that of the products which jax takes by default: on NVIDIA in TensorFloat-32,
-    half the rate of bfloat16, on TPU in bfloat16.
+    For float32 it is the peak of jax's default matrix products: TensorFloat-32 on NVIDIA, half the
+    rate of bfloat16, and bfloat16 on TPU.
     """
     chip = CHIPS.get(device_kind)
     if chip is None:
@@ -57,10 +57,10 @@ def define_flags(batch_size: Sequence[str] = (), dtype: Sequence[str] = ()) -> N
     flags.DEFINE_list("batch_size", list(batch_size), "Images per step, several by commas.")
     flags.DEFINE_list("dtype", list(dtype), "float32, bfloat16, or both by a comma.")
     flags.DEFINE_float("objects", 7.3, "Mean number of objects of an image; COCO has 7.3.")
-    flags.DEFINE_integer("rounds", 5, "Rounds to time, after one that is not.", lower_bound=1)
+    flags.DEFINE_integer("rounds", 5, "Timed rounds, after an untimed one.", lower_bound=1)
     flags.DEFINE_integer("steps", 4, "Steps of a round.", lower_bound=1)
-    flags.DEFINE_float("timeout", 300, "Seconds for one setting, the compiler included.")
-    flags.DEFINE_float("time_limit", 570, "Seconds for the command; what is left then is not run.")
+    flags.DEFINE_float("timeout", 300, "Seconds for one setting, compilation included.")
+    flags.DEFINE_float("time_limit", 570, "Seconds for the command; later settings are not run.")
     flags.DEFINE_string("json", "", "Write the rows to this file, too.")
     flags.DEFINE_string("worker", "", "For the benchmarks' own use: the setting to measure.")
 
@@ -73,7 +73,7 @@ class Setting:
       canvas: (height, width).
       batch_size: over all devices.
       dtype: of the compute.
-      contender: who runs it, where there are several.
+      contender: the implementation to run, in benchmarks with several.
     """
 
     canvas: tuple[int, int]
@@ -83,16 +83,16 @@ class Setting:
 
     @classmethod
     def from_json(cls, text: str) -> "Setting":
-        """The setting in a worker's flag."""
+        """Reads a setting from a worker's flag."""
         values = json.loads(text)
         return cls(**values | {"canvas": tuple(values["canvas"])})
 
     def as_json(self) -> str:
-        """The reverse of `from_json`."""
+        """Returns the text that `from_json` reads."""
         return json.dumps(dataclasses.asdict(self))
 
     def columns(self) -> dict[str, Any]:
-        """The first columns of the table."""
+        """Returns the first columns of the table."""
         canvas = "{}x{}".format(*self.canvas)
         return {"canvas": canvas, "batch_size": self.batch_size, "dtype": self.dtype}
 
@@ -100,15 +100,15 @@ class Setting:
 def settings_of_flags(
     config: ConfigDict, contenders: Sequence[str] = (), batch_sizes: Sequence[str] | None = None
 ) -> list[Setting]:
-    """Every combination of the flags; what they leave out is the config's.
+    """Returns every combination of the flags; the config gives the values of empty flags.
 
     Args:
       config: whole configuration.
-      contenders: those of every combination; none: one without a name.
-      batch_sizes: in place of the flag's.
+      contenders: each is combined with all other flags; empty: one without a name.
+      batch_sizes: replace those of the flag.
 
     Raises:
-      ConfigError: a canvas or a batch size that can't be read.
+      ConfigError: a canvas or a batch size is malformed.
     """
     canvases = [_canvas(text) for text in FLAGS.canvas] or [tuple(config.data.canvases[0])]
     texts = FLAGS.batch_size if batch_sizes is None else batch_sizes
@@ -146,12 +146,13 @@ def apply_setting(config: ConfigDict, setting: Setting) -> None:
 def made_up_batch(
     config: ConfigDict, objects: float | None = None, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """Noise as images that fill nine tenths of the canvas, with random boxes.
+    """Returns a batch of noise images that fill nine tenths of the canvas, with random boxes.
 
     Args:
-      config: whole configuration; its first canvas, `train.batch_size` and `data.max_objects`.
-      objects: their mean number per image, drawn from a geometric distribution and cut at
-        `data.max_objects`; None: the flag `--objects`.
+      config: whole configuration; its first canvas, `train.batch_size` and `data.max_objects`
+        are used.
+      objects: mean number of objects per image. The numbers have a geometric distribution and
+        are limited to `data.max_objects`. None: the flag `--objects`.
       seed: of the noise.
     """
     rng = np.random.default_rng(seed)
@@ -171,38 +172,38 @@ def made_up_batch(
 
 
 def timed(call: Callable[[], Any]) -> float:
-    """Seconds of a call that returns when its work is done."""
+    """Returns the seconds of a call that returns when its work is done."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
 
 
 def summary(seconds: Sequence[float]) -> dict[str, float]:
-    """Median, fastest and slowest, rounded to 10 microseconds."""
+    """Returns median, fastest and slowest, rounded to 10 microseconds."""
     figures = {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds)}
     return {name: round(value, 5) for name, value in figures.items()}
 
 
 class WorkerError(Exception):
-    """A worker that gave no answer; the message is the row's."""
+    """A worker gave no answer; the message is for its row."""
 
 
 class Worker:
     """A process that measures one setting.
 
     Attributes:
-      ready: its first answer.
+      ready: the first answer.
     """
 
     def __init__(self, command: Sequence[str], deadline: float):
-        """Starts it and waits for the first answer.
+        """Starts the process and waits for the first answer.
 
         Args:
           command: program and arguments.
-          deadline: value of `time.monotonic` after which an answer is not waited for.
+          deadline: value of `time.monotonic` at which waiting for the answer ends.
 
         Raises:
-          WorkerError: it failed, or took too long.
+          WorkerError: the worker failed, or took too long.
         """
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by close()
         environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
@@ -222,7 +223,7 @@ class Worker:
             raise
 
     def ask(self, deadline: float) -> dict[str, Any]:
-        """One more answer; arguments and errors as above."""
+        """Returns one more answer; arguments and errors as for the constructor."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write("\n")
@@ -249,7 +250,7 @@ class Worker:
         return json.loads(line)
 
     def _reason(self) -> str:
-        """Why the process ended, from its status and the last lines that it printed."""
+        """Returns why the process ended, from its status and the last lines that it printed."""
         self._log.seek(0)
         lines = [line.strip() for line in self._log.read().splitlines() if line.strip()]
         text = "\n".join(lines).lower()
@@ -267,11 +268,11 @@ class Worker:
 
 
 def answer(first: Callable[[], dict[str, Any]], more: Callable[[], dict[str, Any]] | None) -> None:
-    """The main function of a worker.
+    """Runs a worker: answers the start, then each line of the standard input.
 
     Args:
       first: gives the answer to the start.
-      more: gives the answer to every line of the standard input; None: there are no more.
+      more: gives the answer to each line of the standard input; None: the worker ends.
     """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -286,7 +287,7 @@ def answer(first: Callable[[], dict[str, Any]], more: Callable[[], dict[str, Any
 
 
 def measured_alone(benchmark: str, setting: Setting, report: "Report") -> dict[str, Any]:
-    """The only answer of a worker, or the reason why there is none as the column `failed`."""
+    """Returns the only answer of a worker, or the reason of its failure as column `failed`."""
     if not report.in_time():
         return {"failed": f"not run: over {FLAGS.time_limit:.0f} s"}
     try:
@@ -301,7 +302,9 @@ def define_contender_flags(contenders: Sequence[str]) -> None:
     """Defines the flags of a benchmark with several contenders."""
     flags.DEFINE_list("contenders", list(contenders), f"Some of {', '.join(contenders)}.")
     flags.DEFINE_bool(
-        "interleave", None, "Contenders stay alive and take turns; by default on a CPU only."
+        "interleave",
+        None,
+        "Run all contenders at once, in turns; by default on a CPU only.",
     )
 
 
@@ -317,10 +320,11 @@ def take_turns(
 ) -> Iterator[tuple[Setting, dict[str, Any]]]:
     """Starts a worker for every setting, and asks each for `--rounds` answers.
 
-    On a CPU, or with `--interleave`, all workers live and answer in turn; else one lives at a time.
+    On a CPU, or with `--interleave`, all workers run at once and answer in turns; otherwise one
+    runs at a time.
 
     Yields:
-      Settings, each with `ready` and `rounds`, the answers of its worker, or with `failed`.
+      Settings, each with the answers of its worker, `ready` and `rounds`, or with `failed`.
     """
     waiting, alive = list(settings), {}
     results: dict[Setting, dict[str, Any]] = {setting: {"rounds": []} for setting in settings}
@@ -349,7 +353,7 @@ def take_turns(
 
 
 def _ask_in_turn(alive: dict, results: dict, report: "Report") -> None:
-    """Rounds of all workers that are alive; those that fail are not asked again."""
+    """Asks all running workers in rounds; a worker that fails is not asked again."""
     for _ in range(FLAGS.rounds):
         for setting, worker in alive.items():
             result = results[setting]
@@ -362,16 +366,16 @@ def _ask_in_turn(alive: dict, results: dict, report: "Report") -> None:
 
 
 def worker_command(benchmark: str, setting: Setting) -> list[str]:
-    """The command that ran this program, for one setting."""
+    """Returns the command of this program for one setting."""
     module = f"benchmarks.{benchmark}"
     return [sys.executable, "-m", module, *sys.argv[1:], "--worker", setting.as_json()]
 
 
 class Report:
-    """The rows of a benchmark: printed as they come, then as a table; written as JSON."""
+    """The rows of a benchmark, printed as they come, then as a table, and written as JSON."""
 
     def __init__(self, benchmark: str):
-        """Prints nothing yet."""
+        """Starts an empty report."""
         self._head: dict[str, Any] = {
             "benchmark": benchmark,
             "date": datetime.date.today().isoformat(),
@@ -384,15 +388,15 @@ class Report:
         self._start = time.monotonic()
 
     def deadline(self) -> float:
-        """When a setting that starts now has to be done, as `time.monotonic`."""
+        """Returns the deadline of a setting that starts now, as `time.monotonic`."""
         return min(time.monotonic() + FLAGS.timeout, self._start + FLAGS.time_limit)
 
     def in_time(self) -> bool:
-        """Whether the command has time left."""
+        """Returns whether the command has time left."""
         return time.monotonic() < self._start + FLAGS.time_limit
 
     def add(self, row: dict[str, Any]) -> None:
-        """Adds a row, and writes the file, so that a killed command leaves what it had."""
+        """Adds a row and writes the file, so that a killed command keeps its rows."""
         device = row.pop("device", None)
         if device is not None:
             self._head["device"] = device
@@ -403,11 +407,11 @@ class Report:
             Path(FLAGS.json).write_text(json.dumps(self._head | {"rows": self._rows}, indent=2))
 
     def rows(self) -> list[dict[str, Any]]:
-        """All rows, to be changed before `show`."""
+        """Returns all rows; they may be changed before `show`."""
         return self._rows
 
     def show(self, split_by: str = "") -> None:
-        """Prints what was run, where, and the table, or one for each value of a column."""
+        """Prints command, machine and the table, or one table for each value of a column."""
         for name, value in self._head.items():
             if isinstance(value, dict):
                 value = ", ".join(f"{key} {version}" for key, version in value.items())
@@ -432,7 +436,7 @@ def _nested(value: Any) -> bool:
 
 
 def _cell(value: Any) -> str:
-    """A value as text; summaries as median (fastest to slowest)."""
+    """Returns a value as text; summaries as median (fastest to slowest)."""
     if isinstance(value, dict):
         return f"{value['median']:.4g} ({value['min']:.4g} to {value['max']:.4g})"
     if isinstance(value, float):
@@ -441,7 +445,7 @@ def _cell(value: Any) -> str:
 
 
 def table(rows: Iterable[dict[str, Any]]) -> str:
-    """Rows as a Markdown table of all their columns; columns with nested values are left out."""
+    """Returns rows as a Markdown table; columns with nested values are left out."""
     rows = list(rows)
     names = dict.fromkeys(key for row in rows for key, value in row.items() if not _nested(value))
     lines = [list(names), *([_cell(row.get(name)) for name in names] for row in rows)]

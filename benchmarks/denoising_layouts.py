@@ -1,17 +1,17 @@
-"""What the two layouts of the denoising queries cost: slots, memory, flops and time of the step.
+"""Compares the two layouts of the denoising queries: slots, memory, flops and time of the step.
 
     python -m benchmarks.denoising_layouts --data PATH_OF_COCO --canvas 160x224 --batch_size 2
 
 Prints three tables, of the paper's layout (groups x `data.max_objects` slots for every image) and
 of the packed one:
 
-- Slots: on the object counts of a directory in COCO format, for several `dn.slots`. "used" is the
-  share of slots that hold an object, "given" the share of an object's copies in all groups that
-  find a place, "all groups" the share of the images with all of them. The last rows are of one
-  batch of 16 with an image of `--crowd` objects. "largest of batch" is what PyTorch code does,
-  groups x the most objects in each batch of 16, which is no static shape.
+- Slots: for the object counts of a directory in COCO format and several `dn.slots`. "used" is the
+  share of slots that hold an object. "given" is the share of the objects' copies, one per group,
+  that get a slot. "all groups" is the share of images whose groups all get slots. The last rows
+  describe one batch of 16 with an image of `--crowd` objects. "largest of batch" is the layout of
+  the PyTorch code, groups x the most objects in each batch of 16; its shape is not static.
 - The step of the config at its own canvas, `--large_batch_size` images, in bfloat16, traced and
-  not run: the model's flops, and the bytes that wait for the backward pass.
+  not run: the model's flops, and the bytes that are kept for the backward pass.
 - The compiled step at `--canvas` and `--batch_size`, its first image with `--crowd` objects:
   planned memory, and the time of both layouts in turns.
 """
@@ -46,7 +46,7 @@ BATCH = 16
 
 
 def with_layout(config: ConfigDict, layout: str, slots: int | None = None) -> ConfigDict:
-    """A copy of the config with another layout."""
+    """Returns a copy of the config with another layout."""
     config = copy.deepcopy(config)
     config.dn.layout = layout
     config.dn.slots = config.dn.slots if slots is None else slots
@@ -54,7 +54,7 @@ def with_layout(config: ConfigDict, layout: str, slots: int | None = None) -> Co
 
 
 def usage(counts: np.ndarray, config: ConfigDict) -> dict[str, Any]:
-    """Slots computed and used for images with these numbers of objects."""
+    """Returns slots computed and used for images with these numbers of objects."""
     objects, groups = config.data.max_objects, config.dn.groups
     counts = np.minimum(counts, objects)
     valid = np.arange(objects) < counts[:, None]
@@ -74,7 +74,7 @@ def usage(counts: np.ndarray, config: ConfigDict) -> dict[str, Any]:
 
 
 def largest_of_batch(counts: np.ndarray, config: ConfigDict) -> dict[str, Any]:
-    """The same for groups x the most objects of each batch, over random batches."""
+    """Returns the same for groups x the most objects of each batch, over random batches."""
     rng, groups = np.random.default_rng(0), config.dn.groups
     batches = rng.choice(counts, (1000, min(BATCH, len(counts))))
     slots = groups * batches.max(axis=1)
@@ -83,7 +83,7 @@ def largest_of_batch(counts: np.ndarray, config: ConfigDict) -> dict[str, Any]:
 
 
 def slot_rows(config: ConfigDict) -> Iterator[dict[str, Any]]:
-    """The rows of the first table."""
+    """Yields the rows of the first table."""
     for split in ("train", "validation"):
         counts = open_dataset(config.data, split).annotations.counts
         crowded = np.append(counts[: BATCH - 1], FLAGS.crowd)
@@ -99,7 +99,7 @@ def slot_rows(config: ConfigDict) -> Iterator[dict[str, Any]]:
 
 
 def traced(config: ConfigDict) -> dict[str, Any]:
-    """Flops and kept bytes of a step that is not compiled."""
+    """Returns flops and kept bytes of a step, without compiling it."""
     model, mesh = build_model(config.model), make_mesh(1)
     shapes = abstract_params(model)
     is_trained = trainable(shapes, config.model)
@@ -117,14 +117,14 @@ def traced(config: ConfigDict) -> dict[str, Any]:
 
 
 def queries(config: ConfigDict) -> int:
-    """Decoder queries of an image in training."""
+    """Returns the number of decoder queries of an image in training."""
     paper = denoising.slots_needed(config.data.max_objects, config.dn.groups, config.dn.contrastive)
     slots = paper if config.dn.layout == "paper" else min(paper, config.dn.slots)
     return config.model.num_queries * max(config.model.num_patterns, 1) + slots
 
 
 def timed_steps(configs: dict[str, ConfigDict]) -> dict[str, dict[str, Any]]:
-    """Planned memory, and times of all layouts, one round of each after the other."""
+    """Returns planned memory and times of all layouts, which run in turns."""
     steps = {}
     for name, config in configs.items():
         step = steps[name] = Step(config)

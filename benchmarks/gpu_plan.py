@@ -1,20 +1,20 @@
-"""What the compiler plans for the training step on NVIDIA's GPUs, without having one.
+"""Prints the compiler's plan of the training step on NVIDIA's GPUs, without a GPU.
 
     pip install "jax[cuda13]"
     python -m benchmarks.gpu_plan --canvas 800x1344 --batch_size 16,64 --dtype bfloat16
 
-jax compiles ahead of time for GPUs of which it is told the properties, here Hopper's. A row for
-every batch size and every way to compute attention:
+jax compiles ahead of time for GPUs from a description of their properties, here those of Hopper.
+The table has a row for each batch size and attention:
 
-- "xla": scores are kept for the backward pass; "recomputed": `model.remat=("attention",)`;
-  "cudnn": `compile.attention="cudnn"`;
-- the memory that the compiler plans for a device: all of it, and its temporaries;
+- "xla" keeps the scores for the backward pass; "recomputed" is `model.remat=("attention",)`;
+  "cudnn" is `compile.attention="cudnn"`;
+- the memory that the compiler plans for a device: the total, and temporaries;
 - the kernels that a step starts one after the other, and how many of them are cuDNN's attention;
-- the collectives, and what they send.
+- the collectives, and the bytes that they send.
 
-With `--devices` several, the batch sizes are those of all devices together. Nothing is run, so that
-there are no times; XLA can't try out kernels, for which it would need the device, so that matrix
-products are left to cuBLAS; and it counts no operations and no memory traffic for such a program.
+With several `--devices`, the batch size is that of all devices together. Nothing is run, so there
+are no times. XLA can't autotune kernels without the device, so matrix products are left to cuBLAS.
+It counts neither operations nor memory traffic for such a program.
 """
 
 import copy
@@ -49,8 +49,8 @@ FLAGS = flags.FLAGS
 GPUS = "NVIDIA H200", "NVIDIA H100 80GB HBM3"
 ATTENTIONS = "xla", "recomputed", "cudnn"
 
-# As CUDA's device query gives it for an H100 SXM; an H200 differs in its memory alone. In the text
-# form of XLA's GpuTargetConfigProto.
+# The result of CUDA's device query for an H100 SXM, in the text form of XLA's GpuTargetConfigProto.
+# An H200 differs only in its memory.
 _HOPPER = """
 platform_name: "CUDA"
 device_description_str: "{kind}"
@@ -80,14 +80,14 @@ gpu_device_info {{
 
 
 def gpus(kind: str, number: int) -> Sequence[Any]:
-    """Devices to compile for, of one host; they can't run anything.
+    """Returns devices of one host to compile for; they can't run a program.
 
     Args:
       kind: of `GPUS`.
-      number: of them.
+      number: of devices.
 
     Raises:
-      PreflightError: jax has no compiler for GPUs here.
+      PreflightError: jax is installed without its compiler for GPUs.
     """
     try:
         cudnn = metadata.version("nvidia-cudnn-cu13").split(".")
@@ -108,21 +108,21 @@ def gpus(kind: str, number: int) -> Sequence[Any]:
 
 
 def compile_for(config: ConfigDict, mesh: Mesh) -> jax.stages.Compiled:
-    """Compiles the training step for GPUs that need not be there.
+    """Compiles the training step for GPUs that this machine need not have.
 
     Args:
-      config: whole configuration, of which the first canvas is taken.
-      mesh: of `gpus`.
+      config: whole configuration; its first canvas is used.
+      mesh: of devices from `gpus`.
     """
     config = copy.deepcopy(config)
     untried = "gpu:xla_gpu_enable_triton_gemm=false"
     config.compile.options = (untried, *config.compile.options)
-    with mock.patch.object(matching, "assign", _call_nobody):
+    with mock.patch.object(matching, "assign", _assign_without_host):
         return compile_step(config, mesh, config.data.canvases[0])
 
 
-def _call_nobody(cost: jax.Array, valid: jax.Array, mesh: Mesh) -> jax.Array:
-    """In place of `matching.assign`: its call of the host, for which jax wants a real device."""
+def _assign_without_host(cost: jax.Array, valid: jax.Array, mesh: Mesh) -> jax.Array:
+    """Replaces `matching.assign`, whose call of the host needs a real device in jax."""
 
     def call(cost, valid):
         shape = jax.ShapeDtypeStruct((*cost.shape[:2], cost.shape[3]), jnp.int32)
@@ -134,14 +134,14 @@ def _call_nobody(cost: jax.Array, valid: jax.Array, mesh: Mesh) -> jax.Array:
 
 
 def count_kernels(program: str) -> int:
-    """Kernels that a compiled program starts: of its entry, with collectives and copies."""
+    """Returns how many kernels a compiled program starts, collectives and copies included."""
     kinds = "fusion|copy|custom-call|all-reduce-start|copy-start"
     entry = program[program.index("ENTRY ") :]
     return len(re.findall(rf"^ +(?:ROOT )?%[\w.-]+ = .+? (?:{kinds})\(", entry, re.MULTILINE))
 
 
 def measure(config: ConfigDict, kind: str, devices: int) -> dict[str, Any]:
-    """The plan for the step of a config, as columns."""
+    """Returns the plan for the step of a config, as columns."""
     start = time.monotonic()
     compiled = compile_for(config, make_mesh(-1, gpus(kind, devices)))
     cost, text = Cost.of(compiled, devices), compiled.as_text()
@@ -159,7 +159,7 @@ def measure(config: ConfigDict, kind: str, devices: int) -> dict[str, Any]:
 def main(argv: Sequence[str]) -> None:
     """Runs the benchmark."""
     del argv
-    jax.config.update("jax_platforms", "cpu")  # leaves GPUs of this machine to others
+    jax.config.update("jax_platforms", "cpu")  # uses no GPU of this machine
     report = common.Report("gpu_plan")
     for setting in common.settings_of_flags(FLAGS.config):
         for attention in FLAGS.attention:
@@ -177,7 +177,7 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     common.define_flags(batch_size=["16"], dtype=["bfloat16"])
-    flags.DEFINE_enum("gpu", GPUS[0], GPUS, "What to compile for.")
-    flags.DEFINE_integer("devices", 1, "How many of them.", lower_bound=1)
+    flags.DEFINE_enum("gpu", GPUS[0], GPUS, "GPU to compile for.")
+    flags.DEFINE_integer("devices", 1, "Number of GPUs.", lower_bound=1)
     flags.DEFINE_multi_enum("attention", ATTENTIONS, ATTENTIONS, "Several by repeating the flag.")
     run_main(main)

@@ -1,17 +1,18 @@
-"""Does the memory of the host grow while a training runs?
+"""Measures whether the memory of the host grows during a training.
 
     python -m benchmarks.host_memory --json memory.json
     python -m benchmarks.host_memory --config.data.workers=2
 
-Trains a tiny detector with the real train.py for 2,000 steps, with its loader, logging, evaluations
-and checkpoints, and samples from outside the memory of the process and its children, about
-`--samples` times, when steps are logged. There are two kinds: all memory (proportional set size, in
-which shared pages count in part), and the anonymous part, without mapped files, where leaks are.
+The benchmark trains a tiny detector with the real train.py for 2,000 steps, with its loader,
+logging, evaluations and checkpoints. It samples the memory of the process and its children about
+`--samples` times, when steps are logged. It records two kinds of memory: all of it (proportional
+set size, which counts shared pages in part), and the anonymous part without mapped files, which
+contains leaks.
 
-The row has the largest memory in each quarter of the steps, and the slope over the second half, in
-MB per 1,000 steps, by least squares over the means of ten equal parts of it, with the standard
-error from the parts' deviations from the line. Some steps follow an evaluation and others do not;
-means over parts average that out. Linux only.
+A row has the largest memory in each quarter of the steps, and the slope over the second half in MB
+per 1,000 steps. The slope is a least-squares fit to the means of ten equal parts of that half; its
+standard error follows from their deviations from the line. The means average over steps that follow
+an evaluation and steps that do not. Linux only.
 """
 
 import dataclasses
@@ -36,7 +37,7 @@ PARTS = 10
 
 
 def long_config() -> ConfigDict:
-    """The tiny detector, for 2,000 steps."""
+    """Returns the config of the tiny detector, for 2,000 steps."""
     config = small_config()
     config.train.update(
         duration="2000 steps",
@@ -48,9 +49,9 @@ def long_config() -> ConfigDict:
 
 
 def define_flags() -> None:
-    """Defines them, when this is the program."""
+    """Defines the flags of this command."""
     config_flags.DEFINE_config_dict("config", long_config())
-    flags.DEFINE_integer("samples", 400, "How often to look, at most.", lower_bound=4 * PARTS)
+    flags.DEFINE_integer("samples", 400, "Number of samples, at most.", lower_bound=4 * PARTS)
     flags.DEFINE_string("folder", "", "For data, run and log; empty: a temporary one.")
     flags.DEFINE_string("json", "", "Write the rows to this file, too.")
 
@@ -65,7 +66,7 @@ class Sample:
 
 
 def watch(training: Training, total: int) -> list[Sample]:
-    """Samples of a training, from its first step to its last."""
+    """Returns samples of a training, from its first step to its last."""
     samples: list[Sample] = []
     every = total / FLAGS.samples
     due = 0.0
@@ -76,7 +77,7 @@ def watch(training: Training, total: int) -> list[Sample]:
 
     while training.wait_until(is_due):
         step = last_line(training.workdir)["step"]
-        if step >= total:  # what follows, the report, is not the training
+        if step >= total:  # the report that follows is not part of the training
             break
         pids = family(training.process.pid)
         samples.append(Sample(step, megabytes(pids), megabytes(pids, "Pss_Anon")))
@@ -86,7 +87,7 @@ def watch(training: Training, total: int) -> list[Sample]:
 
 
 def slope(steps: np.ndarray, values: np.ndarray) -> tuple[float, float]:
-    """The slope of a line through the means of equal parts, and its standard error.
+    """Returns the slope of a line through the means of equal parts, and its standard error.
 
     Args:
       steps: [n], ascending.
@@ -125,7 +126,7 @@ def memory_rows(samples: Sequence[Sample], total: int) -> list[dict[str, Any]]:
 
 
 def measure(folder: Path) -> None:
-    """The run in a folder, and its report."""
+    """Runs the training in a folder, and prints the report."""
     report = common.Report("host_memory")
     total = int(FLAGS.config.train.duration.split()[0])
     training = Training(write_config(FLAGS.config, folder), folder / "run")

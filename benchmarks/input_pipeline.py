@@ -1,22 +1,20 @@
-"""Times the input of training on one core, then the loader's threads and processes.
+"""Times the input of training on one core, then with the loader's threads and processes.
 
     python -m benchmarks.input_pipeline --data PATH_OF_COCO
     python -m benchmarks.input_pipeline --data PATH_OF_COCO --config.data.snap=0.1 --steps 100
 
-The images and their augmentation are those of the first training steps of `--config`. Three
-measurements, a table each, then everything as one JSON object:
+The images and their augmentation are those of the first training steps of `--config`. The benchmark
+prints a table for each of three measurements, then everything as one JSON object:
 
-- One core: milliseconds per image for decoding, for flip, crop and resize, and for the whole
-  batch, which is what the loader takes with one thread. The same transforms written the ordinary
-  way, Pillow and a loop that ends in a normalized float array, take turns with it. Here batches
-  leave the host as uint8 and are normalized on the device, so the baseline is also given without
-  its conversion. Medians over the rounds, in CPU time, which other programs disturb less, and in
-  wall time.
-- The loader: images per second and per second of CPU of all its processes, once the first batch
-  has come.
-- Its memory, of all the processes together, the most in each of three parts of `--steps` steps
-  (proportional set size: shared pages count once), and what is left of processes and shared
-  memory when it has closed. Linux only.
+- One core: milliseconds per image for decoding, for flip, crop and resize, and for the whole batch,
+  as the loader makes it with one thread. A baseline of the same transforms in Pillow and NumPy,
+  which ends in a normalized float array, runs in turns with it. The loader's batches are uint8 and
+  are normalized on the device, so the baseline is also given without its conversion. Figures are
+  medians over the rounds in CPU time, which other programs disturb less, and in wall time.
+- The loader: images per second, and per CPU second of all its processes, after the first batch.
+- The loader's memory: the maximum over all processes together in each of three parts of `--steps`
+  steps (proportional set size, which counts shared pages once), and the processes and shared memory
+  that remain after it closes. Linux only.
 """
 
 import importlib.metadata
@@ -53,7 +51,7 @@ config_flags.DEFINE_config_file("config", "configs/coco_r50.py", "The experiment
 flags.DEFINE_string("data", None, "Replaces data.dir of the config.")
 flags.DEFINE_integer("rounds", 5, "Rounds on one core, each of both ways.", lower_bound=1)
 flags.DEFINE_integer("round_steps", 4, "Training steps in a round.", lower_bound=1)
-flags.DEFINE_integer("steps", 14, "Steps of each loader, then thrice for memory.", lower_bound=1)
+flags.DEFINE_integer("steps", 14, "Steps of each loader; thrice for memory.", lower_bound=1)
 
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 DEVIATION = np.array([0.229, 0.224, 0.225], np.float32)
@@ -75,7 +73,7 @@ class Seconds(NamedTuple):
 
 
 def timed(work: Callable[[], Any]) -> Seconds:
-    """How long a call takes."""
+    """Returns the duration of a call."""
     cpu, wall = time.process_time(), time.perf_counter()
     work()
     return Seconds(time.process_time() - cpu, time.perf_counter() - wall)
@@ -90,7 +88,7 @@ class Ordinary:
         self._items = items
 
     def run(self) -> dict[str, Seconds]:
-        """Prepares every image once; the seconds of each stage and their sum, `total`."""
+        """Prepares each image once; returns the seconds of each stage and their sum, `total`."""
         sums = {stage: Seconds(0.0, 0.0) for stage in self.stages}
         for item in self._items:
             result: Any = item.example.image
@@ -104,13 +102,13 @@ class Ordinary:
 
     @staticmethod
     def decode(data: bytes, geometry: transforms.Geometry) -> Image.Image:
-        """Bytes to an image."""
+        """Decodes an image."""
         del geometry
         return Image.open(io.BytesIO(data)).convert("RGB")
 
     @staticmethod
     def resize(image: Image.Image, geometry: transforms.Geometry) -> Image.Image:
-        """Resize and crop if there is a crop, then the final resize and the flip."""
+        """Resizes and crops if there is a crop, then resizes to the final size and flips."""
         top, left, height, width = geometry.crop.tolist()
         resized = tuple(geometry.resized[::-1].tolist())
         if (width, height) != image.size or resized != image.size:
@@ -122,7 +120,7 @@ class Ordinary:
 
     @staticmethod
     def float(image: Image.Image, geometry: transforms.Geometry) -> np.ndarray:
-        """An image to a float32 array, normalized."""
+        """Converts an image to a normalized float32 array."""
         del geometry
         return (np.asarray(image, np.float32) / 255 - MEAN) / DEVIATION
 
@@ -157,7 +155,7 @@ class Ours:
             pass
 
     def run(self) -> dict[str, Seconds]:
-        """Seconds of each stage for every image once; `batch` is what the loader adds to them."""
+        """Prepares each image once; returns seconds by stage; `batch` is the loader's own part."""
         decode, resize = timed(self._decode_all), timed(self._apply_all)
         total = timed(self._load)
         batch = Seconds(*(t - d - r for t, d, r in zip(total, decode, resize, strict=True)))
@@ -165,14 +163,14 @@ class Ours:
 
 
 def with_loader(config: ConfigDict, **values: int) -> ConfigDict:
-    """A copy with other values under `data`."""
+    """Returns a copy with other values under `data`."""
     config = config.copy_and_resolve_references()
     config.data.update(values)
     return config
 
 
 def items_of(dataset: Dataset, config: ConfigDict, steps: int) -> list[Item]:
-    """The images of the first training steps."""
+    """Returns the images of the first training steps."""
     plan = train_plan(dataset, config)
     specs = [plan.batch(step) for step in range(steps)]
     return [
@@ -183,7 +181,7 @@ def items_of(dataset: Dataset, config: ConfigDict, steps: int) -> list[Item]:
 
 
 def one_core(dataset: Dataset, config: ConfigDict, rounds: int, steps: int) -> dict[str, Any]:
-    """Milliseconds per image of both ways, in rounds that take turns."""
+    """Returns milliseconds per image of loader and baseline, measured in turns."""
     items = items_of(dataset, config, steps)
     ways = {"ours": Ours(items, dataset, config, steps), "pillow": Ordinary(items)}
     runs: dict[str, list[dict[str, Seconds]]] = {name: [] for name in ways}
@@ -208,7 +206,7 @@ def one_core(dataset: Dataset, config: ConfigDict, rounds: int, steps: int) -> d
 
 
 def per_image(rows: list[dict[str, Seconds]], clock: str, count: int) -> dict[str, float]:
-    """Median milliseconds of each stage per image, and images per second."""
+    """Returns median milliseconds of each stage per image, and images per second."""
     milliseconds = {
         stage: 1e3 / count * median(getattr(row[stage], clock) for row in rows) for stage in rows[0]
     }
@@ -217,12 +215,12 @@ def per_image(rows: list[dict[str, Seconds]], clock: str, count: int) -> dict[st
 
 
 def median(values: Iterable[float]) -> float:
-    """The median as a float."""
+    """Returns the median as a float."""
     return float(statistics.median(values))
 
 
 def family_cpu() -> float:
-    """CPU seconds of all the processes that are there now."""
+    """Returns the CPU seconds of this process and its descendants."""
     ticks = 0
     for pid in family(os.getpid()):
         try:
@@ -234,17 +232,17 @@ def family_cpu() -> float:
 
 
 def family_megabytes() -> float:
-    """Memory of all the processes together, shared pages counted once."""
+    """Returns the memory of these processes in MB; shared pages count once."""
     return megabytes(family(os.getpid()))
 
 
 def segments() -> set[str]:
-    """Names in the shared memory of the machine."""
+    """Returns the names in the shared memory of the machine."""
     return {path.name for path in Path("/dev/shm").iterdir()}
 
 
 class PeakMemory:
-    """The largest memory of the family since the last `take`, looked at ten times a second."""
+    """The largest memory of all processes since the last `take`, sampled every 0.1 s."""
 
     def __init__(self) -> None:
         self._most, self._end = 0.0, threading.Event()
@@ -255,7 +253,7 @@ class PeakMemory:
             self._most = max(self._most, family_megabytes())
 
     def take(self) -> float:
-        """Megabytes; starts anew."""
+        """Returns the maximum in megabytes, and resets it."""
         most, self._most = self._most, 0.0
         return max(most, family_megabytes())
 
@@ -269,10 +267,10 @@ class PeakMemory:
 
 
 def loader(dataset: Dataset, config: ConfigDict, steps: int) -> dict[str, Any]:
-    """Speed of the loader over `steps` steps, then its memory over three times as many."""
+    """Returns the loader's speed over `steps` steps, then its memory over three times as many."""
     before_memory, before_segments = family_megabytes(), segments()
     start = time.perf_counter()
-    batches = train_batches(dataset, config, 0, 1 + 4 * steps + 8)  # closed with some made ahead
+    batches = train_batches(dataset, config, 0, 1 + 4 * steps + 8)  # closed with some prefetched
     next(batches)
     first = time.perf_counter() - start
     cpu, wall = family_cpu(), time.perf_counter()
@@ -288,7 +286,7 @@ def loader(dataset: Dataset, config: ConfigDict, steps: int) -> dict[str, Any]:
     start = time.perf_counter()
     batches.close()
     close = time.perf_counter() - start
-    time.sleep(1.0)  # the last batch is unmapped by a thread of grain
+    time.sleep(1.0)  # a thread of grain unmaps the last batch
     images = steps * config.train.batch_size
     return {
         "workers": config.data.workers,
@@ -305,7 +303,7 @@ def loader(dataset: Dataset, config: ConfigDict, steps: int) -> dict[str, Any]:
 
 
 def print_core(core: dict[str, Any]) -> None:
-    """The table of `one_core`."""
+    """Prints the table of `one_core`."""
     print(f"One core, {core['images']} images, medians of {core['rounds']} rounds")
     print(f"{'ms per image':24}{'CPU':>10}{'wall':>10}")
     for name in ("ours", "pillow"):
@@ -318,7 +316,7 @@ def print_core(core: dict[str, Any]) -> None:
 
 
 def print_loaders(rows: Sequence[dict[str, Any]]) -> None:
-    """The table of `loader`."""
+    """Prints the table of `loader`."""
     titles = {
         "workers": "workers",
         "threads": "threads",
@@ -339,7 +337,7 @@ def print_loaders(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers belong to."""
+    """Returns a description of machine and versions."""
     model = [
         line.partition(":")[2].strip()
         for line in Path("/proc/cpuinfo").read_text().splitlines()

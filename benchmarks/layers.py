@@ -1,16 +1,16 @@
-"""Two choices in the transformer, each against the other way of writing the same thing.
+"""Compares two implementations for each of two parts of the transformer.
 
     python -m benchmarks.layers --canvas 640x672 --batch_size 2 --rounds 10
 
-- "scores": the scores of the decoder's cross-attention have a content and a position part. Here
-  both lie side by side in every head and are one matrix product of twice the width; the other way
-  is two products, added. Forward and backward pass of one attention.
-- "layers": the encoder's layers one after the other in the program, or `flax.linen.scan` over their
-  stacked parameters, which is one layer in a loop. Forward and backward pass of the encoder's
-  layers.
+- "scores": the scores of the decoder's cross-attention have a content and a position part. This
+  package concatenates both in every head for one matrix product of twice the width; the alternative
+  adds two products. Measured: forward and backward pass of one attention.
+- "layers": the program has the encoder's layers one after the other, or `flax.linen.scan` over
+  their stacked parameters, one layer in a loop. Measured: forward and backward pass of the
+  encoder's layers.
 
-Tokens are those of the canvas at stride 32, all other sizes the config's. Both ways of a pair take
-turns; "against the first" is the ratio of their times.
+The number of tokens is that of the canvas at stride 32; all other sizes are the config's. Both
+implementations of a pair run in turns; "against the first" is the ratio of their times.
 """
 
 import functools
@@ -40,14 +40,14 @@ STRIDE = 32
 
 
 def side_by_side(query, query_sine, key, key_position, value, mask, heads: int) -> jax.Array:
-    """Content and position as the two halves of every head."""
+    """Computes the attention with content and position as the two halves of every head."""
     query = interleave_heads(query, query_sine, heads)
     key = interleave_heads(key, key_position, heads)
     return attention(query, key, value, mask, heads)
 
 
 def two_products(query, query_sine, key, key_position, value, mask, heads: int) -> jax.Array:
-    """The same by two products of half the width."""
+    """Computes the same attention by two products of half the width."""
 
     def split(x):
         return x.reshape(*x.shape[:2], heads, -1)
@@ -92,7 +92,7 @@ class Layers(nn.Module):
 
 
 def pairs(config: ConfigDict) -> dict[str, dict[str, tuple[Callable, Sequence[Any]]]]:
-    """{choice: {way: (function to differentiate by its first argument, arguments)}}."""
+    """Returns {choice: {way: (function, arguments)}}; gradients are for the first argument."""
     model, dtype = config.model, jnp.dtype(config.model.dtype)
     batch, (height, width) = config.train.batch_size, config.data.canvases[0]
     tokens = math.ceil(height / STRIDE) * math.ceil(width / STRIDE)
@@ -132,7 +132,7 @@ def _run(layers: nn.Module, energy: Callable, params: Any, *inputs: jax.Array) -
 
 
 def measure(ways: dict[str, tuple[Callable, Sequence[Any]]]) -> dict[str, dict[str, Any]]:
-    """The figures of both ways of a pair, measured in turns."""
+    """Returns the figures of both ways of a pair, measured in turns."""
     calls, rows, seconds = {}, {}, {name: [] for name in ways}
     for name, (function, arguments) in ways.items():
         lowered = jax.jit(jax.value_and_grad(function)).lower(*arguments)

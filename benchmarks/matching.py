@@ -1,20 +1,20 @@
-"""What the matching on the host costs: alone, and in the real training step.
+"""Times the matching on the host: alone, and in the real training step.
 
     python -m benchmarks.matching --canvas 800x1344 --step_batch_size 16 --dtype bfloat16
     python -m benchmarks.matching --canvas 256x320 --rounds 3 --steps 1  # on a CPU
 
 The first table has a row for every combination of batch size, decoder layers, queries and objects
-per image, on random predictions and boxes (`--objects_each`: so many in every image). Times are
-medians in milliseconds of
+per image (`--objects_each`, the same number in each image), for random predictions and boxes. Times
+are medians in milliseconds of
 
 - `cost_ms`: the costs on the device;
 - `solve_ms`: SciPy, inside the callback;
 - `transfer_ms`: the rest of the callback: costs to the host, assignments to the device, waiting;
 - `all_ms`: costs, callback and assignments as one program.
 
-The second table is about the training step of the config, for each number of objects: the share of
-its time during which SciPy solves, and what the whole callback adds, by comparison with the same
-step with a fixed assignment computed on the device. `--nostep` saves the time to compile the two.
+The second table describes the training step of the config for each number of objects: the share of
+its time that SciPy takes, and the share that the whole callback adds, by comparison with the same
+step with a fixed assignment computed on the device. `--nostep` skips it and its two compilations.
 """
 
 import itertools
@@ -44,7 +44,7 @@ FLAGS = flags.FLAGS
 def predictions(
     batch: int, layers: int, queries: int, objects: int, slots: int, classes: int = 91
 ) -> dict[str, np.ndarray]:
-    """Random arguments of `matching.matching_cost`, and `valid`: `objects` of the `slots`."""
+    """Returns random arguments of `matching.matching_cost`, and `valid` for `objects` slots."""
     rng = np.random.default_rng(0)
 
     def boxes(*shape):
@@ -61,11 +61,11 @@ def predictions(
 
 
 def measure_alone(arguments: dict[str, np.ndarray], repeats: int) -> dict[str, float]:
-    """Milliseconds of the parts of one matching, see the module's text.
+    """Returns milliseconds of the parts of one matching, as the module docstring lists them.
 
     Args:
       arguments: from `predictions`.
-      repeats: the medians are of so many, after two that are not timed.
+      repeats: number of timed runs, after two untimed ones.
     """
     arguments = jax.device_put(arguments)
     valid = arguments["valid"]
@@ -97,13 +97,13 @@ def measure_alone(arguments: dict[str, np.ndarray], repeats: int) -> dict[str, f
 def measure_step(
     config: ConfigDict, objects: Sequence[int], *, rounds: int, steps: int
 ) -> list[dict[str, Any]]:
-    """The share of the matching in the real step, see the module's text.
+    """Returns the rows of the second table.
 
     Args:
       config: whole configuration.
-      objects: numbers of objects, each in every image of its batch.
-      rounds: to time, in turn with and without the callback, after one that is not.
-      steps: of a round.
+      objects: numbers of objects per image, one for each row.
+      rounds: timed rounds, in turns with and without the callback, after an untimed one.
+      steps: per round.
     """
     real = Step(config)
     with mock.patch.object(matching, "assign", _fixed_assignment):
@@ -136,18 +136,18 @@ def measure_step(
 
 
 def _fixed_assignment(cost: jax.Array, valid: jax.Array, mesh: Any = None) -> jax.Array:
-    """In place of `matching.assign`: object i has query i. It needs the costs, as that does."""
+    """Replaces `matching.assign`: assigns query i to object i. It reads the costs, too."""
     del mesh
     batch, layers, queries, slots = cost.shape
     query = jnp.arange(slots, dtype=jnp.int32) % queries
-    query = jnp.where(jnp.sum(cost) == jnp.inf, 0, query)  # never so, but costs are not dropped
+    query = jnp.where(jnp.sum(cost) == jnp.inf, 0, query)  # never true; keeps the costs
     return jnp.broadcast_to(
         jnp.where(valid, query, -1).astype(jnp.int32)[:, None], (batch, layers, slots)
     )
 
 
 def measure_all_alone(config: ConfigDict) -> dict[str, Any]:
-    """What the worker for the first table answers."""
+    """Returns the answer of the worker for the first table."""
     rows = []
     names = "batch_size", "layers", "queries", "objects_each"
     for shape in itertools.product(*(_numbers(name) for name in names)):
@@ -158,7 +158,7 @@ def measure_all_alone(config: ConfigDict) -> dict[str, Any]:
 
 
 def measure_all_steps(config: ConfigDict) -> dict[str, Any]:
-    """What the worker for the second table answers."""
+    """Returns the answer of the worker for the second table."""
     objects = dict.fromkeys(min(n, config.data.max_objects) for n in _numbers("objects_each"))
     rows = measure_step(config, list(objects), rounds=FLAGS.rounds, steps=FLAGS.steps)
     return {"device": device(), "rows": rows}
@@ -180,7 +180,7 @@ def main(argv: Sequence[str]) -> None:
         return
     validate(config)
     batch_size = FLAGS.step_batch_size or config.train.batch_size
-    sizes = [str(batch_size)]  # the flag is about the first table
+    sizes = [str(batch_size)]  # the flag is for the first table
     settings = common.settings_of_flags(config, list(tasks) if FLAGS.step else ["alone"], sizes)
     report = common.Report("matching")
     for setting in settings:
@@ -198,7 +198,7 @@ if __name__ == "__main__":
     common.define_flags(["1", "16", "64"])
     flags.DEFINE_list("layers", ["6"], "Decoder layers, several by commas; the first table's.")
     flags.DEFINE_list("queries", ["300"], "Queries, several by commas; the first table's.")
-    flags.DEFINE_list("objects_each", ["1", "7", "20", "100"], "Objects of every image.")
-    flags.DEFINE_integer("step_batch_size", 0, "Of the second table; 0: the config's.")
-    flags.DEFINE_bool("step", True, "Also the share of the real training step.")
+    flags.DEFINE_list("objects_each", ["1", "7", "20", "100"], "Objects of each image.")
+    flags.DEFINE_integer("step_batch_size", 0, "Batch size of the second table; 0: the config's.")
+    flags.DEFINE_bool("step", True, "Also make the second table.")
     run_main(main)

@@ -1,11 +1,11 @@
-"""What a training step keeps from its forward to its backward pass, by what it computes again.
+"""Counts the bytes that a training step keeps for its backward pass, by rematerialization.
 
     python -m benchmarks.memory --canvas 800x1344 --batch_size 2 --dtype bfloat16
 
-A row for every choice of `model.remat` and every layout of the denoising queries: the bytes that
-wait for the backward pass, parameters included, on one device. The loss is traced and neither
-compiled nor run, so that this takes any device's place; a compiler may keep a little less, by
-fusion, and its temporaries come on top.
+The table has a row for each choice of `model.remat` and each layout of the denoising queries: the
+bytes that are kept for the backward pass on one device, parameters included. The loss is traced and
+neither compiled nor run, so the figures hold for every device. A compiler may keep a little less
+because of fusion, and needs temporaries besides.
 """
 
 import copy
@@ -30,7 +30,7 @@ PARTS = "backbone", "encoder", "decoder"
 
 
 def kept_bytes(config: ConfigDict) -> int:
-    """Bytes that the forward pass leaves for the backward pass, by tracing, on one device."""
+    """Returns the bytes that the forward pass keeps for the backward pass on one device."""
     model, mesh = build_model(config.model), make_mesh(1)
 
     def backward(params, batch):

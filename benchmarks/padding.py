@@ -1,19 +1,19 @@
-"""How much of what a detector computes is padding, and how random the batches stay.
+"""Measures the share of padding in the batches, and how random the batches are.
 
     python -m benchmarks.padding --data PATH_OF_COCO
 
-Reads the sizes of a directory in COCO format, draws images from them with replacement, augments
-them as configs/coco_r50.py does (or another --config), and prints a table and one JSON object.
-Padding is the share of padded pixels among all that are computed:
+The benchmark reads the image sizes of a directory in COCO format, draws from them with replacement,
+augments them as configs/coco_r50.py (or another --config) does, and prints a table and one JSON
+object. Padding is the share of padded pixels among all pixels of a batch:
 
-- every image on one square of 1333 pixels;
-- batches of a plain shuffle, each padded to its largest height and width: of 16, and of 2;
-- canvases that `dn_detr_jax.data.canvases` proposes: if all batches were full ("assigned"), and in
-  the batches of a whole epoch plan ("planned"), for the published augmentation and with a scale
-  that may move by up to 10%; and the canvases of the config.
+- with each image on one square of 1333 pixels;
+- in batches of 16 and of 2 from a plain shuffle, padded to their largest height and width;
+- with the canvases that `dn_detr_jax.data.canvases` proposes, for the published augmentation and
+  for a scale that may change by up to 10%, and with the canvases of the config: if all batches
+  were full ("assigned"), and in the batches of a whole epoch plan ("planned").
 
-"together" counts how often two images of a batch meet again in the next epoch, as a multiple of
-what a plain shuffle gives. Images of like shape meet more often, since a batch has one canvas.
+"together" counts how often two images of a batch share a batch again in the next epoch, relative to
+a plain shuffle. Images of similar shape do so more often, since a batch has one canvas.
 """
 
 import itertools
@@ -46,35 +46,35 @@ config_flags.DEFINE_config_file(
 )
 flags.DEFINE_string("data", None, "A directory in COCO format.")
 flags.DEFINE_integer("images", 118_287, "Images of an epoch, drawn from those of the directory.")
-flags.DEFINE_integer("epochs", 5, "Epochs of which each two successive ones are compared.")
+flags.DEFINE_integer("epochs", 5, "Number of epochs; successive ones are compared.")
 flags.mark_flag_as_required("data")
 
 BATCH = 16
 
 
 def padded_to_maximum(sizes: np.ndarray, batch: int) -> float:
-    """The share of padding if each batch is as high and as wide as its largest images."""
+    """Returns the share of padding if each batch is padded to its largest height and width."""
     batches = sizes[: len(sizes) // batch * batch].reshape(-1, batch, 2).astype(np.int64)
     area = batches.max(1).prod(-1).sum() * batch
     return float(1 - batches.prod(-1).sum() / area)
 
 
 def pairs(indices: np.ndarray, count: int) -> np.ndarray:
-    """One number for each two images that share a batch."""
+    """Returns one number for each pair of images that share a batch."""
     rows = np.sort(indices, axis=1)
     first, second = np.triu_indices(rows.shape[1], 1)
     return (rows[:, first] * count + rows[:, second]).ravel()
 
 
 def met_again(batches: list[np.ndarray], count: int) -> dict[str, float]:
-    """Pairs of a batch that meet again in the next epoch, as a multiple of what chance gives.
+    """Counts pairs that share a batch again in the next epoch, relative to chance.
 
     Args:
       batches: int [S, B] for each epoch, positions in the data set.
-      count: images of the data set.
+      count: number of images of the data set.
 
     Returns:
-      The multiple, and its standard error, since chance gives few.
+      The ratio, and its standard error; the number of pairs is small.
     """
     numbers = [pairs(indices, count) for indices in batches]
     again = sum(len(np.intersect1d(a, b)) for a, b in itertools.pairwise(numbers))
@@ -89,7 +89,7 @@ def met_again(batches: list[np.ndarray], count: int) -> dict[str, float]:
 def measure_plan(
     sizes: np.ndarray, canvases: Sequence[Canvas], snap: float, data_config: ConfigDict
 ) -> dict[str, Any]:
-    """Padding and randomness of the plans of a few epochs."""
+    """Returns padding and randomness of the plans of a few epochs."""
     start = time.perf_counter()
     plans = [
         plan_epoch(
@@ -120,7 +120,7 @@ def measure_canvases(
     snap: float,
     data_config: ConfigDict,
 ) -> dict[str, Any]:
-    """Everything about a set of canvases."""
+    """Returns all figures of a set of canvases."""
     limit = data_config.augment.max_long_side
     chosen, placed = place(drawn, canvases, snap, limit)
     touching = (placed == np.asarray(canvases)[chosen]).any(1).mean()
@@ -141,7 +141,7 @@ def measure_canvases(
 
 
 def measure(directory: Path, config: ConfigDict) -> dict[str, dict[str, Any]]:
-    """All the rows of the table, by name, for the training of `config.data`."""
+    """Returns the rows of the table by name, for the training of `config.data`."""
     training, validation = (
         coco.load_split(find_split(directory, split, config[split]))[0].sizes
         for split in ("train", "validation")

@@ -1,4 +1,4 @@
-"""The training step against the same architecture in PyTorch: device, canvas and batch are equal.
+"""Compares the training step with the same architecture in PyTorch, on equal batches.
 
     pip install -r benchmarks/requirements.txt
     python -m benchmarks.peer --canvas 800x1344 --batch_size 16 --dtype bfloat16,float32
@@ -6,18 +6,17 @@
 
 The contenders (`--contenders`):
 
-- `ours`: this project without denoising queries, plain DAB-DETR: the same work as the peer's;
-- `ours_dn`: with the denoising queries of the config, which the peer has not;
-- `peer`: DAB-DETR of `transformers`, eager, see `torch_peer` for how it is set up;
-- `peer_compiled`: the same by `torch.compile`.
+- `ours`: this project without denoising queries, plain DAB-DETR, which does the peer's work;
+- `ours_dn`: this project with the denoising queries of the config, which the peer lacks;
+- `peer`: DAB-DETR of `transformers`, eager; `torch_peer` describes its setup;
+- `peer_compiled`: the same with `torch.compile`.
 
-Each is a process of its own. On a CPU all stay alive and take turns by rounds, so that a machine
-that is slow for a while is slow for all; on an accelerator they run one after the other, because
-they would not all fit (`--interleave` and `--nointerleave` decide otherwise). `ratio` is the step
-time of the fastest peer of the same setting and dtype, divided by that of the row: above 1 the row
-is faster. `parameters` include the statistics of the frozen batch norms; the peer has those of this
-project except for the embedding of the labels, which denoising needs: 23,460 of 43.8 million for
-COCO.
+Each contender is a process. On a CPU all of them run in turns, so that a slow phase of the machine
+affects all of them. On an accelerator they run one after the other, because they do not all fit
+(`--interleave` and `--nointerleave` override this). `ratio` is the step time of the fastest peer of
+the same setting and dtype, divided by that of the row; above 1 the row is faster. `parameters`
+include the statistics of the frozen batch norms. The peer has the same parameters except for the
+embedding of the labels, which denoising needs: 23,460 of 43.8 million for COCO.
 """
 
 import sys
@@ -38,14 +37,14 @@ CONTENDERS = "ours", "ours_dn", "peer", "peer_compiled"
 
 
 def work(config: ConfigDict, setting: common.Setting) -> None:
-    """What the worker of a contender does: it answers with the seconds of a step, by rounds."""
+    """Runs the worker of a contender, which answers with the seconds of a step, by rounds."""
     common.apply_setting(config, setting)
     if setting.contender == "ours":
         config.dn.groups = 0
 
     def start():
         nonlocal run, peak
-        # Frameworks are imported by the workers that use them, and only there.
+        # Only the workers that use a framework import it.
         if setting.contender.startswith("peer"):
             from benchmarks import torch_peer
 
@@ -72,7 +71,7 @@ def work(config: ConfigDict, setting: common.Setting) -> None:
 
 
 def row_of(setting: common.Setting, result: dict[str, Any]) -> dict[str, Any]:
-    """The row of a contender from what its worker answered."""
+    """Returns the row of a contender from its worker's answers."""
     first = {"contender": setting.contender} | setting.columns()
     if "failed" in result:
         return first | {"failed": result["failed"]}
@@ -91,7 +90,7 @@ def row_of(setting: common.Setting, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def add_ratios(rows: list[dict[str, Any]], column: str) -> None:
-    """Adds `ratio` to rows that have a time, see the module's text."""
+    """Adds `ratio` to rows that have a time, as the module docstring defines it."""
     settings = "canvas", "batch_size", "dtype"
     for row in rows:
         like = [other for other in rows if all(other[name] == row[name] for name in settings)]

@@ -5,23 +5,23 @@ from pathlib import Path
 
 
 def family(pid: int) -> list[int]:
-    """A process and all that descend from it."""
+    """Returns a process and its descendants."""
     found = [pid]
     for member in found:
         try:
             for task in Path(f"/proc/{member}/task").iterdir():
                 found += [int(child) for child in (task / "children").read_text().split()]
-        except OSError:  # it has ended
+        except OSError:  # the process has ended
             continue
     return found
 
 
 def megabytes(pids: Iterable[int], kind: str = "Pss") -> float:
-    """Memory of processes together, shared pages counted once.
+    """Returns the memory of processes together in MB; shared pages count once.
 
     Args:
-      pids: those that have ended count as nothing.
-      kind: "Pss", all of it, or a part, such as "Pss_Anon": without files that are mapped.
+      pids: processes that have ended count as 0.
+      kind: "Pss", all memory, or a part, such as "Pss_Anon", without mapped files.
     """
     kilobytes = 0
     for pid in pids:

@@ -1,12 +1,13 @@
-"""Runs small inputs made from public bug reports, and compares what happens with what is right.
+"""Runs small inputs made from public bug reports, and compares the outcomes with the right ones.
 
     python -m benchmarks.public_cases --cases ../shared/cases
     python -m benchmarks.public_cases --cases ../shared/cases --only ctrl_c --only tilde
 
-Each folder of `--cases` with a `run.sh` is a case. `run.sh` finds the checkout in REPO, an
-interpreter in PYTHON, and works on a temporary copy of its data. What it must print, must not print
-and its exit status are written in `EXPECTED`, from the reports and not from this program's output.
-There is a line for each case; the exit status is 1 if one fails or is not known here.
+Each folder of `--cases` with a `run.sh` is a case. `run.sh` finds the checkout in REPO and an
+interpreter in PYTHON, and works on a temporary copy of its data. `EXPECTED` has the text that it
+must print or must not print and its exit status, taken from the reports and not from this program's
+output. The command prints a line for each case; its exit status is 1 if a case fails or is missing
+from `EXPECTED`.
 """
 
 import dataclasses
@@ -40,7 +41,7 @@ class Expected:
       absent: patterns that it must not contain, besides a traceback.
       status: exit status; None: any.
       equal: a pattern of two groups, which must be equal.
-      script: commands in place of those of `run.sh`, where it names a module that has moved.
+      script: commands that replace those of `run.sh`, if it names a module that has moved.
     """
 
     printed: tuple[str, ...] = ()
@@ -103,7 +104,7 @@ def define_flags() -> None:
 
 
 def failures(output: str, status: int, expected: Expected) -> list[str]:
-    """Returns what is wrong with an outcome, in words.
+    """Returns descriptions of what is wrong with an outcome.
 
     Examples:
       >>> failures("AP = 0.1", 0, Expected(printed=("0.283",)))
@@ -153,7 +154,7 @@ def run_case(folder: Path, expected: Expected) -> tuple[str, int]:
 
 
 def copy_cases(source: Path, target: Path) -> None:
-    """Copies the cases, so that a script may be replaced; adds the module that `one.py` imports."""
+    """Copies the cases, so that scripts can be replaced; adds the module that `one.py` imports."""
     shutil.copytree(source, target)
     for path in (target, *target.rglob("*")):
         path.chmod(path.stat().st_mode | 0o200)

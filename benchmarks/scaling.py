@@ -1,12 +1,12 @@
-"""How the training step's cost grows with the number of devices, from compilations for TPUs.
+"""Shows how the cost of the training step grows with the number of devices, for TPUs.
 
     python -m benchmarks.scaling --config configs/coco_r50.py --config.model.dtype=bfloat16 \\
         --json scaling.json --plot docs/images/scaling.png
 
-Compiles the training step for each of `--topologies` (see dn_detr_jax/preflight: no TPU is
-needed, but `pip install "jax[tpu]"`), with the same number of images per device. Prints a table
-in Markdown; the JSON has everything that the preflight knows, and is written after each topology.
-Each takes minutes; `--resume` takes those that the JSON has already.
+The benchmark compiles the training step for each of `--topologies` with the same number of images
+per device. It needs no TPU, but `pip install "jax[tpu]"` (see dn_detr_jax/preflight). It prints a
+table in Markdown; the JSON has all figures of the preflight, and is written after each topology.
+Each topology takes minutes; `--resume` reuses those of the JSON file.
 """
 
 import json
@@ -27,18 +27,18 @@ from dn_detr_jax.preflight.report import memory_text, quantity
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "The experiment, a file in configs/.")
-flags.DEFINE_list("topologies", ["v5e:1x1", "v5e:2x4", "v5e:8x8", "v5e:16x16"], "What for.")
-flags.DEFINE_integer("batch_per_device", 2, "Images.", lower_bound=1)
-flags.DEFINE_string("json", None, "File to write everything to.")
-flags.DEFINE_bool("resume", False, "Do not compile again what the JSON file has.")
+flags.DEFINE_list("topologies", ["v5e:1x1", "v5e:2x4", "v5e:8x8", "v5e:16x16"], "To compile for.")
+flags.DEFINE_integer("batch_per_device", 2, "Images per device.", lower_bound=1)
+flags.DEFINE_string("json", None, "File to write all figures to.")
+flags.DEFINE_bool("resume", False, "Reuse the topologies in the JSON file.")
 flags.DEFINE_string("plot", None, "File to draw the figure into.")
 flags.mark_flag_as_required("config")
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
-    """One row per topology, in Markdown."""
+    """Returns a Markdown table with a row for each topology."""
     names = ["devices", "memory", "operations", "memory traffic", "collectives", "sent"]
-    names += ["least time", "of which collectives", "images per second, at most"]
+    names += ["least time", "collectives alone", "images per second, at most"]
     rows = [names, ["---"] * len(names)]
     for record in records:
         cost, bound = record["cost"], record["roofline_seconds"]
@@ -61,7 +61,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 
 
 def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Bytes per device, and the least times, by number of devices; both axes logarithmic."""
+    """Draws bytes per device and least times by number of devices, on logarithmic axes."""
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
@@ -92,7 +92,7 @@ def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def _recorded() -> list[dict[str, Any]]:
-    """What an earlier run with these options has written, with `--resume`."""
+    """Returns the records of an earlier run with the same options, with `--resume`."""
     if not (FLAGS.resume and FLAGS.json and Path(FLAGS.json).exists()):
         return []
     wanted = (FLAGS.batch_per_device, FLAGS.config.model.dtype, versions())
@@ -113,7 +113,7 @@ def main(argv: Sequence[str]) -> None:
         print(f"compiling for {topology} ...", file=sys.stderr, flush=True)
         result = run_preflight(FLAGS.config, topology, FLAGS.batch_per_device)
         if result.cost is None or result.chip is None:
-            raise PreflightError(f"{topology}: the step does not fit, or the chip is not known")
+            raise PreflightError(f"{topology}: the step does not fit, or the chip is unknown")
         records.append(result.record())
         if FLAGS.json:
             Path(FLAGS.json).write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")

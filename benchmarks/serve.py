@@ -1,15 +1,16 @@
-"""Inference against the same architecture in PyTorch: latency and throughput.
+"""Compares inference with the same architecture in PyTorch: latency and throughput.
 
     pip install -r benchmarks/requirements.txt
     python -m benchmarks.serve --canvas 800x1344 --batch_size 1,16 --dtype bfloat16
     python -m benchmarks.serve --canvas 256x320 --batch_size 1 --rounds 3 --steps 2  # on a CPU
 
-A call takes uint8 images on the host to the best boxes, scores and labels on the host: transfer,
-normalization, network, selection, transfer. `latency_s` is of one call after the other (median,
-fastest, slowest; `p90_s` beside it), `ready_s` from nothing to the end of the first call, the
-compiler included; `images_per_s` is measured apart, with two calls under way at a time, so that the
-host prepares one while the device works on the other. Contenders are `ours`, the compiled program
-of `Predictor`, `peer` and `peer_compiled`, see `torch_peer`; they take turns as those of `peer`.
+A call turns uint8 images on the host into the best boxes, scores and labels on the host: transfer,
+normalization, network, selection, transfer. `latency_s` is the time of a call when calls run one
+after the other (median, fastest, slowest; `p90_s` is the 90th percentile). `ready_s` is the time
+from the start to the end of the first call, compilation included. `images_per_s` is measured
+separately with two calls in flight, so that the host prepares one while the device runs the other.
+Contenders are `ours`, the compiled program of `Predictor`, `peer` and `peer_compiled` (see
+`torch_peer`); they take turns as in `benchmarks.peer`.
 """
 
 import statistics
@@ -31,7 +32,7 @@ CONTENDERS = "ours", "peer", "peer_compiled"
 
 
 def our_program(config: ConfigDict, batch: dict) -> tuple[Callable, Callable, dict[str, Any]]:
-    """The compiled detection: a call that starts it, one that waits, and what it runs on."""
+    """Returns functions that start the compiled detection and wait for it, and the device."""
     import jax
     import jax.numpy as jnp
 
@@ -61,7 +62,7 @@ def our_program(config: ConfigDict, batch: dict) -> tuple[Callable, Callable, di
 def peer_program(
     config: ConfigDict, *, compiled: bool
 ) -> tuple[Callable, Callable, dict[str, Any]]:
-    """The same of the peer."""
+    """Returns the same for the peer."""
     from benchmarks import torch_peer
 
     inference = torch_peer.Inference(config, compiled=compiled)
@@ -69,7 +70,7 @@ def peer_program(
 
 
 def work(config: ConfigDict, setting: common.Setting) -> None:
-    """What the worker of a contender does: it answers with seconds of calls, by rounds."""
+    """Runs the worker of a contender, which answers with the seconds of calls, by rounds."""
     common.apply_setting(config, setting)
     batch = common.made_up_batch(config)
 
@@ -101,7 +102,7 @@ def work(config: ConfigDict, setting: common.Setting) -> None:
 
 
 def row_of(setting: common.Setting, result: dict[str, Any]) -> dict[str, Any]:
-    """The row of a contender from what its worker answered."""
+    """Returns the row of a contender from its worker's answers."""
     first = {"contender": setting.contender} | setting.columns()
     if "failed" in result:
         return first | {"failed": result["failed"]}

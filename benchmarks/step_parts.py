@@ -1,16 +1,16 @@
-"""Where the time of a training step goes: its parts as programs of their own.
+"""Times the parts of a training step, each compiled as a separate program.
 
 - backbone: from the uint8 images to the features, and back to the gradients of its parameters;
-- encoder: input projection, position encoding and encoder, forwards and backwards to the features;
-- decoder: queries, denoising ones too, decoder and heads, forwards and backwards to the memory;
+- encoder: input projection, position encoding and encoder, forward and backward to the features;
+- decoder: queries, denoising ones too, decoder and heads, forward and backward to the memory;
 - matching: costs on the device, their way to the host, the assignments, and the way back;
 - losses: all losses with their gradients to the outputs, for a given assignment;
 - optimizer: clipping, AdamW, the new parameters, and the norms that are logged.
 
-Each gets inputs, and gradients of its outputs, of the right shapes and random values. In the step
-the compiler sees everything at once, so that it may overlap and fuse what is apart here: the sum of
-the parts is close to the step but not the same, and should be reported beside it. Every part takes
-the whole batch at once, also where `train.accumulate_steps` splits that of the step.
+Inputs and gradients of outputs have the right shapes and random values. In the whole step, XLA may
+overlap and fuse operations of different parts, so the sum of the parts is close to the time of the
+step but not equal to it; report both. Each part takes the whole batch at once, even if
+`train.accumulate_steps` splits the batch of the step.
 """
 
 from collections.abc import Callable
@@ -39,7 +39,7 @@ def run_cut(
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """Runs a detector with the results of some of its parts given.
 
-    What only leads to a given result is computed by nobody: the compiler drops it.
+    The compiler removes computations that only lead to a given result.
 
     Args:
       model: detector with submodules `backbone` and `encoder`.
@@ -57,7 +57,7 @@ def run_cut(
         path = context.module.path
         if context.method_name != "__call__" or path not in (("backbone",), ("encoder",)):
             return call(*args, **kwargs)
-        if path[0] == "backbone":  # the last feature map is all that is used
+        if path[0] == "backbone":  # only the last feature map is used
             if "backbone" not in given:
                 results["backbone"] = call(*args, **kwargs)[-1]
             return (results["backbone"],)
@@ -73,12 +73,12 @@ def run_cut(
 
 
 def measure(step: Any, *, rounds: int, steps: int) -> dict[str, dict[str, float]]:
-    """Seconds of each part, see the module's text.
+    """Returns the seconds of each part.
 
     Args:
       step: a `train_step.Step`.
-      rounds: to time, after one that is not; every part once in each.
-      steps: how often a part runs in a round.
+      rounds: timed rounds, after an untimed one; each runs every part.
+      steps: number of runs of a part in a round.
     """
     calls = programs(step)
     for call in calls.values():
@@ -97,7 +97,7 @@ def measure(step: Any, *, rounds: int, steps: int) -> dict[str, dict[str, float]
 
 
 def programs(step: Any) -> dict[str, Callable[[], Any]]:
-    """The parts, compiled and with their arguments."""
+    """Returns the compiled parts as functions without arguments."""
     model, config, mesh, batch = step.model, step.config, step.mesh, step.batch
     params, state = step.state.params, step.state
     options = accepted_options(config, jax.devices()[0])

@@ -1,35 +1,36 @@
-"""Does a disturbed training end like an undisturbed one, bit for bit?
+"""Checks that a disturbed training ends like an undisturbed one, bit for bit.
 
     python -m benchmarks.survival --json survival.json
     python -m benchmarks.survival --signals 3 --config.train.duration="40 steps"
 
-Trains a tiny detector on data in COCO's format with the real train.py once to the end. Then, for
-each kind of signal (SIGKILL, SIGTERM, SIGINT), the same command gets `--signals` signals, is
-started again after each, and runs undisturbed for the last stretch; if a run ends before it got all
-its signals, another one begins. The moments are random (`--seed`) and of six kinds:
+The benchmark first trains a tiny detector on data in COCO's format with the real train.py to the
+end. Then it repeats the command for each kind of signal (SIGKILL, SIGTERM, SIGINT): it sends
+`--signals` signals, starts the command again after each, and lets the last start run to the end. If
+a run ends before all signals are sent, another run begins. The moments are random (`--seed`) and of
+six kinds:
 
 - start: while the process imports, reads its data and plans;
-- packing: while it packs the data, whose packed form was removed before;
+- packing: while it packs the data, after its packed form was removed;
 - compiling: while it initializes or restores the state and compiles;
-- step: at any time after the first step of the process;
+- step: at a random time after the first step of the process;
 - evaluation: between the metrics that precede an evaluation and its result;
-- save: while a checkpoint is written, that is while Orbax's temporary directory exists.
+- save: while a checkpoint is written, as long as Orbax's temporary directory exists.
 
-After that, `--others` times each:
+Three further disturbances follow, `--others` times each:
 
 - twice: a second training starts in the same work directory; it must be refused;
-- beside: `--eval_only --step latest` runs again and again beside the training;
-- full disk: the work directory lies on a small file system that fills; later it gets space and the
+- beside: `--eval_only --step latest` runs repeatedly beside the training;
+- full disk: the work directory is on a small file system that fills up; then it gets space and the
   same command continues. This needs `unshare` and the right to mount a tmpfs.
 
-Of each run the last checkpoint (parameters, optimizer state, moving average: all arrays, read by
-Orbax alone; and the state of the host) and `metrics.jsonl` without its times must equal those of
-the undisturbed run bit for bit. After SIGTERM and SIGINT the exit status must be 0 each time. The
-exit status of this command is 1 if anything differs. SIGTERM and SIGINT are sent from the moment
-that the program handles them, after its imports; before that they are Python's.
+The last checkpoint of each run (all arrays of parameters, optimizer state and moving average, read
+by Orbax alone, and the state of the host) and its `metrics.jsonl` without times must equal those of
+the undisturbed run bit for bit. The exit status after SIGTERM and SIGINT must be 0. The exit status
+of this command is 1 if anything differs. SIGTERM and SIGINT are sent only after the program has
+installed its handlers, which follows its imports.
 
-Linux only. The detector has moving average, dropout, augmentation and the instability of matching,
-so that a run has every kind of state; its values can be overridden.
+Linux only. The detector has a moving average, dropout, augmentation and the instability of
+matching, so that a run has every kind of state; its values can be overridden.
 """
 
 import functools
@@ -74,7 +75,7 @@ _PACKED = "packed"  # folder of the packed data, beside the config's file
 
 
 def survival_config() -> ConfigDict:
-    """The tiny detector on data in COCO's format, which is packed at the first start."""
+    """Returns the tiny detector on data in COCO's format, which the first start packs."""
     config = small_config()
     config.data.update(name="coco", labels="contiguous")
     return config
@@ -83,16 +84,16 @@ def survival_config() -> ConfigDict:
 def define_flags() -> None:
     """Defines the flags of this command."""
     config_flags.DEFINE_config_dict("config", survival_config())
-    flags.DEFINE_integer("signals", 20, "How many signals of each kind.", lower_bound=0)
-    flags.DEFINE_multi_enum("kind", list(KINDS), KINDS, "Which signals.")
-    flags.DEFINE_integer("others", 3, "How many of each other disturbance.", lower_bound=0)
-    flags.DEFINE_integer("seed", 0, "Of the moments.")
+    flags.DEFINE_integer("signals", 20, "Number of signals of each kind.", lower_bound=0)
+    flags.DEFINE_multi_enum("kind", list(KINDS), KINDS, "Signals to send.")
+    flags.DEFINE_integer("others", 3, "Number of each other disturbance.", lower_bound=0)
+    flags.DEFINE_integer("seed", 0, "Seed of the moments.")
     flags.DEFINE_string("folder", "", "For data, runs and logs; empty: a temporary one.")
     flags.DEFINE_string("json", "", "Write the rows to this file, too.")
 
 
 class Durations:
-    """How long the phases of an undisturbed run take, in seconds."""
+    """Durations of the phases of an undisturbed run, in seconds."""
 
     def __init__(self, training: Training):
         """Watches a run from its start to its end."""
@@ -124,7 +125,7 @@ class Durations:
 
 
 def phase(training: Training) -> str:
-    """Which moment it is for a process, one of `MOMENTS`, by its output and its files."""
+    """Returns the phase of a process, one of `MOMENTS`, from its output and its files."""
     if training.trains():
         if unfinished(training.workdir):
             return "save"
@@ -141,19 +142,19 @@ class Signals:
 
     Attributes:
       name: of the signal.
-      events: one for each signal that was sent.
-      runs: work directories of the runs that came to their end.
+      events: one for each sent signal.
+      runs: work directories of the finished runs.
     """
 
     def __init__(self, name: str, config_file: Path, undisturbed: Durations):
-        """Sends nothing yet; the runs will lie beside the file of their config."""
+        """Prepares runs beside the file of their config; sends no signal."""
         self.name, self.events, self.runs = name, [], []
         self._number = signal.Signals[name]
         self._config_file, self._durations = config_file, undisturbed
         self._random = random.Random(f"{FLAGS.seed} {name}")
 
     def run(self) -> None:
-        """Sends all signals, and leaves every run alone for its last stretch.
+        """Sends all signals, and lets the last start of each run finish.
 
         Raises:
           RuntimeError: a run ended with an error.
@@ -175,9 +176,9 @@ class Signals:
         return Training(self._config_file, workdir)
 
     def _reaches(self, moment: str, training: Training) -> bool:
-        """Waits for a moment of that kind; False if the training has ended before."""
+        """Waits for a moment of a kind; returns False if the training ends before."""
         durations, workdir = self._durations, training.workdir
-        # SIGTERM is the last one to get its handler.
+        # The handler of SIGTERM is installed last.
         if not training.wait_until(lambda: training.handles(signal.SIGTERM)):
             return False
         if moment == "start":
@@ -190,7 +191,7 @@ class Signals:
             return there and self._pause(training, 0.9 * durations.compiling)
         if not training.wait_until(training.trains):
             return False
-        # Some steps on, so that not every process does the same steps again.
+        # A few steps later, so that processes do not all repeat the same steps.
         goal = last_line(workdir)["step"] + self._random.randint(0, 4)
         training.wait_until(lambda: last_line(workdir)["step"] >= goal)
         if moment == "step":
@@ -208,7 +209,7 @@ class Signals:
         training.process.send_signal(self._number)
         status, seconds = training.end(), time.monotonic() - sent
         if self._number == signal.SIGKILL:
-            found = phase(training)  # nothing has changed since
+            found = phase(training)  # unchanged since the signal
         event = {
             "signal": self.name,
             "aimed_at": moment,
@@ -224,20 +225,20 @@ class Signals:
 
 
 def evaluates(workdir: Path) -> bool:
-    """Whether the metrics before an evaluation are there, and its result is not."""
+    """Returns whether the metrics before an evaluation exist, and its result does not."""
     line = last_line(workdir)
     every = int(FLAGS.config.train.eval_every.split()[0])
     return line.get("step", 1) % every == 0 and "eval/AP" not in line
 
 
 def metrics(workdir: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`; ValueError if one was cut short."""
+    """Returns the lines of `metrics.jsonl`; an incomplete line raises ValueError."""
     text = (workdir / "metrics.jsonl").read_text()
     return [json.loads(line) for line in text.splitlines()]
 
 
 def contents(workdir: Path) -> dict[str, bytes]:
-    """What two runs are compared by: arrays of the last checkpoint, host state, metrics."""
+    """Returns what is compared of a run: arrays of the last checkpoint, host state, metrics."""
     folder = workdir / "checkpoints" / str(checkpoints(workdir)[-1])
     found = {"host": (folder / "host" / "metadata").read_bytes()}
     with ocp.StandardCheckpointer() as reader:
@@ -253,7 +254,7 @@ def contents(workdir: Path) -> dict[str, bytes]:
 
 
 def differences(one: dict[str, bytes], other: dict[str, bytes]) -> list[str]:
-    """Names of what is not the same in both."""
+    """Returns the names of the parts that differ."""
     return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
 
 
@@ -272,7 +273,7 @@ def signals_row(signals: Signals, expected: dict[str, bytes]) -> dict[str, Any]:
 
 
 def comparison(runs: Sequence[Path], expected: dict[str, bytes]) -> dict[str, Any]:
-    """Returns the columns of how many parts of runs differ from the undisturbed one."""
+    """Returns columns with the number of parts that differ from the undisturbed run."""
     differing = [
         f"{run.name}: {name}" for run in runs for name in differences(expected, contents(run))
     ]
@@ -300,7 +301,7 @@ def train_twice(config_file: Path, expected: dict[str, bytes]) -> dict[str, Any]
 
 
 def evaluate_beside(config_file: Path, expected: dict[str, bytes]) -> dict[str, Any]:
-    """Evaluates the latest checkpoint beside a training, until that ends; returns the row."""
+    """Evaluates the latest checkpoint repeatedly beside a training; returns the row."""
     runs, evaluated, tables = [], 0, 0
     for number in range(FLAGS.others):
         workdir = config_file.parent / f"beside_{number}"
@@ -358,7 +359,7 @@ def fill_disks(config_file: Path, expected: dict[str, bytes]) -> dict[str, Any]:
 
 
 def is_good(row: dict[str, Any]) -> bool:
-    """Whether the runs of a row ended as they must."""
+    """Returns whether the runs of a row ended as they must."""
     if row["different"]:
         return False
     if row["run"] in ("under SIGTERM", "under SIGINT"):
@@ -371,7 +372,7 @@ def is_good(row: dict[str, Any]) -> bool:
 
 
 def measure(folder: Path) -> bool:
-    """Makes all runs in a folder; whether all ended as they must."""
+    """Makes all runs in a folder; returns whether all ended as they must."""
     config = FLAGS.config
     config.data.packed_dir = str(folder / _PACKED)
     config_file = write_config(config, folder)
@@ -406,7 +407,7 @@ def main(argv: Sequence[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     if FLAGS.folder:
         folder = Path(FLAGS.folder).absolute()
-        folder.mkdir(parents=True)  # runs that were there would be continued
+        folder.mkdir(parents=True)  # existing runs would be continued
         good = measure(folder)
     else:
         with tempfile.TemporaryDirectory() as name:

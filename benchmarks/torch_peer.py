@@ -1,12 +1,11 @@
-"""The architecture of a config in PyTorch, as `transformers` has it: its DAB-DETR.
+"""Builds the architecture of a config in PyTorch, from the DAB-DETR of `transformers`.
 
-What the peer gets so that the comparison is fair to it: channels last, TensorFloat-32 and autotuned
-convolutions where the device has them, fused AdamW, images that are already normalized in
-training, and no denoising queries. What it gets so that both do the same work: the auxiliary losses
-of all decoder layers, the frozen stem and stages of the config, no dropout unless the config has
-it, a lower rate for the backbone and clipped gradients. Its Hungarian matching is its own (SciPy,
-layer by layer). Compiled means `torch.compile` of the whole network up to the losses, which need
-SciPy.
+For a fair comparison the peer uses channels last, TensorFloat-32 and autotuned convolutions if the
+device has them, fused AdamW, images that are already normalized in training, and no denoising
+queries. For equal work it has the auxiliary losses of all decoder layers, the frozen stem and
+stages of the config, dropout only if the config has it, a lower rate for the backbone and clipped
+gradients. It uses its own Hungarian matching (SciPy, layer by layer). The compiled peer is
+`torch.compile` of the whole network up to the losses, which need SciPy.
 """
 
 import os
@@ -25,7 +24,7 @@ IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def set_up() -> torch.device:
-    """Sets threads and precision for the whole process; the device to run on."""
+    """Sets threads and precision for the whole process; returns the device to run on."""
     if hasattr(os, "sched_getaffinity"):
         torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.set_float32_matmul_precision("high")
@@ -35,14 +34,14 @@ def set_up() -> torch.device:
 
 
 def device_of(device: torch.device) -> dict[str, Any]:
-    """What a row says of the device."""
+    """Returns the description of the device for a row."""
     if device.type == "cpu":
         return {"platform": "cpu", "kind": "cpu", "count": 1}
     return {"platform": "gpu", "kind": torch.cuda.get_device_name(device), "count": 1}
 
 
 def build(config: ConfigDict, device: torch.device) -> DabDetrForObjectDetection:
-    """The detector of `config.model` with random weights.
+    """Returns the detector of `config.model` with random weights.
 
     Raises:
       ConfigError: the peer lacks an option of the config.
@@ -87,20 +86,20 @@ def build(config: ConfigDict, device: torch.device) -> DabDetrForObjectDetection
 
 
 def count_parameters(model: torch.nn.Module) -> int:
-    """Parameters, and the weights and statistics of frozen batch norms, as this project counts."""
+    """Returns the number of parameters, frozen batch norms included, as this project counts."""
     counts = [p.numel() for p in model.parameters()]
     counts += [b.numel() for n, b in model.named_buffers() if "normalization" in n]
     return sum(counts)
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until the device has done everything."""
+    """Waits until the device has finished all work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def _images(batch: dict[str, np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:
-    """Normalized images, zero at padding, and masks of the valid pixels, on the device."""
+    """Returns normalized images, zero at padding, and masks of valid pixels, on the device."""
     image = torch.from_numpy(batch["image"]).to(device).permute(0, 3, 1, 2).float()
     size = torch.from_numpy(batch["size"]).to(device)
     mean = torch.tensor(IMAGE_MEAN, device=device)[:, None, None]
@@ -117,16 +116,16 @@ class Training:
     """The peer's training step, on one batch.
 
     Attributes:
-      compile_seconds: of the first step, with whatever it compiles.
+      compile_seconds: of the first step, compilation included.
     """
 
     def __init__(self, config: ConfigDict, batch: dict[str, np.ndarray], *, compiled: bool):
-        """Builds it and takes the first step.
+        """Builds the detector and takes the first step.
 
         Args:
           config: whole configuration.
-          batch: as the loader of this project makes them.
-          compiled: by `torch.compile`.
+          batch: in the format of this project's loader.
+          compiled: whether to use `torch.compile`.
         """
         self.device = set_up()
         self._config = config
@@ -162,7 +161,7 @@ class Training:
         self.compile_seconds = time.perf_counter() - start
 
     def run(self, steps: int) -> None:
-        """So many steps, waiting for the last."""
+        """Takes a number of steps, and waits for the last."""
         bfloat16 = self._config.model.dtype == "bfloat16"
         for _ in range(steps):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
@@ -175,24 +174,24 @@ class Training:
             self._optimizer.step()
         synchronize(self.device)
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss}: times of such steps mean nothing")
+            raise FloatingPointError(f"the loss is {loss}: the times of such steps are not valid")
 
     def parameters(self) -> int:
-        """Their number, see `count_parameters`."""
+        """Returns the number of parameters, see `count_parameters`."""
         return count_parameters(self._model)
 
     def peak_bytes(self) -> int | None:
-        """The most memory that tensors took on the device; None on a CPU."""
+        """Returns the peak memory of tensors on the device; None on a CPU."""
         if self.device.type == "cpu":
             return None
         return torch.cuda.max_memory_allocated(self.device)
 
 
 class Inference:
-    """The peer's detections: images on the host in, the best boxes on the host out."""
+    """The peer's detection, from images on the host to the best boxes on the host."""
 
     def __init__(self, config: ConfigDict, *, compiled: bool):
-        """Builds it; arguments as for `Training`."""
+        """Builds the detector; arguments as for `Training`."""
         self.device = set_up()
         self._config = config
         self._model = build(config, self.device).eval()
@@ -200,7 +199,7 @@ class Inference:
             self._model.compile()
 
     def start(self, batch: dict[str, np.ndarray]) -> tuple[torch.Tensor, ...]:
-        """Detections of a batch, perhaps still being computed: scores, labels, boxes."""
+        """Starts a batch; returns scores, labels and boxes, perhaps not yet computed."""
         bfloat16 = self._config.model.dtype == "bfloat16"
         with (
             torch.inference_mode(),
@@ -215,5 +214,5 @@ class Inference:
 
     @staticmethod
     def finish(found: tuple[torch.Tensor, ...]) -> tuple[np.ndarray, ...]:
-        """Waits for them, and brings them to the host."""
+        """Waits for the detections, and copies them to the host."""
         return tuple(tensor.cpu().numpy() for tensor in found)

@@ -1,22 +1,22 @@
-"""Times the compiled training step on made-up images: no data set, no loader.
+"""Times the compiled training step on made-up images, without a data set or a loader.
 
     python -m benchmarks.train_step --canvas 800x1344 --batch_size 16,64 --dtype bfloat16
     python -m benchmarks.train_step --config configs/digits.py
     python -m benchmarks.train_step --canvas 256x320 --batch_size 1 --rounds 3 --steps 1  # on a CPU
 
-A row for every combination of canvas, batch size and dtype, with
+The table has a row for each combination of canvas, batch size and dtype, with
 
-- seconds to trace and to compile, and of a step: median, fastest and slowest round;
-- the flops of the model in one step: those that the compiler's cost analysis finds in the program
-  as traced, before it is optimized and without what rematerialization adds; MFU divides them by the
-  step's time and by the peak of the devices, and is empty where
-  `dn_detr_jax.preflight.accelerators` does not know the device;
-- memory: what the compiler planned for a device (arguments, results and temporaries), and the
-  peak that the device reports, where it does (a CPU does not);
+- the seconds to trace, to compile, and of a step (median, fastest and slowest round);
+- the flops of the model in one step, from the compiler's cost analysis of the traced program,
+  before optimization and without rematerialization. MFU divides them by the time of the step and
+  the peak of the devices; it is empty if `dn_detr_jax.preflight.accelerators` lacks the device;
+- memory: the compiler's plan for a device (arguments, results and temporaries), and the peak that
+  the device reports (a CPU reports none);
 - the share of the step during which the host solves assignments.
 
-A second table says where the time goes, from programs of their own, see `step_parts`; `--noparts`
-saves the time to compile them. Values of the config can be overridden: `--config.dn.groups=0`.
+A second table has the times of the parts of the step, from separate programs (see `step_parts`);
+`--noparts` skips their compilation. Values of the config can be overridden:
+`--config.dn.groups=0`.
 """
 
 import copy
@@ -49,20 +49,20 @@ class Step:
 
     Attributes:
       config: whole configuration.
-      mesh: devices.
+      mesh: mesh of the devices.
       model: detector.
       optimizer: of the state.
-      mask: bool for every parameter, whether it is trained.
+      mask: bool for each parameter, whether it is trained.
       state: after the steps so far.
       batch: on the devices.
       lowered: the program before compilation.
       program: compiled.
-      trace_seconds: to trace and lower it.
-      compile_seconds: to compile it.
+      trace_seconds: to trace and lower the program.
+      compile_seconds: to compile the program.
     """
 
     def __init__(self, config: ConfigDict, objects: float | None = None):
-        """Compiles it; `objects` as for `common.made_up_batch`."""
+        """Compiles the step; `objects` as for `common.made_up_batch`."""
         validate(config)
         self.config = config
         self.mesh = make_mesh(config.mesh.data)
@@ -96,22 +96,22 @@ class Step:
         return put_batch(batch, self.mesh)
 
     def run(self, steps: int) -> None:
-        """So many steps, waiting for the last."""
+        """Takes a number of steps, and waits for the last."""
         for _ in range(steps):
             self.state, metrics = self.program(self.state, self.batch)
         metrics = jax.block_until_ready((self.state, metrics))[1]
         loss = float(metrics[self._names.index("loss")])
         if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss}: times of such steps mean nothing")
+            raise FloatingPointError(f"the loss is {loss}: the times of such steps are not valid")
 
     def flops(self) -> float:
-        """Of the model in one step, over all devices, see the module's text."""
+        """Returns the flops of the model in one step, over all devices."""
         kept = not self.config.model.remat and self.config.compile.attention == "xla"
         if kept and self.config.train.accumulate_steps == 1:
             cost = self.lowered.cost_analysis()
             if cost is not None:
                 return cost["flops"]
-        # For a GPU jax counts nothing, and of a fused attention nowhere: the same step for a CPU.
+        # jax counts no flops on a GPU, and none of fused attention: count the step for a CPU.
         config = copy.deepcopy(self.config)
         config.model.remat, config.train.accumulate_steps = (), 1  # loops are counted once
         mesh, model = make_mesh(1, jax.devices("cpu")), build_model(config.model)
@@ -123,41 +123,41 @@ class Step:
         return step.lower(state, batch).cost_analysis()["flops"]
 
     def planned_bytes(self) -> int:
-        """Memory of a device that the program needs, as the compiler planned it."""
+        """Returns the memory of a device that the compiler plans for the program."""
         plan = self.program.memory_analysis()
         kept = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
         return kept + plan.temp_size_in_bytes
 
     def parameters(self) -> int:
-        """Their number."""
+        """Returns the number of parameters."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
 
 
 def device() -> dict[str, Any]:
-    """What the report's head says of the devices."""
+    """Returns the description of the devices for the report."""
     devices = jax.devices()
     found = {"kind": devices[0].device_kind, "count": len(devices)}
     return {"platform": devices[0].platform} | found
 
 
 def peak_bytes() -> int | None:
-    """The largest amount of memory that this process has used of the first device, if it says."""
+    """Returns this process's peak memory on the first device, if the device reports it."""
     return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def gigabytes(count: float | None) -> float | None:
-    """Rounded to kB."""
+    """Converts bytes to GB, rounded to kB."""
     return None if count is None else round(count / 1e9, 6)
 
 
 def measure(config: ConfigDict, *, rounds: int, steps: int, parts: bool) -> dict[str, Any]:
-    """The figures of one setting.
+    """Returns the figures of one setting.
 
     Args:
       config: whole configuration.
-      rounds: to time, after one that is not.
-      steps: of a round.
-      parts: also where the time goes.
+      rounds: timed rounds, after an untimed one.
+      steps: per round.
+      parts: whether to time the parts, too.
     """
     step = Step(config)
     step.run(steps)
@@ -186,7 +186,7 @@ def measure(config: ConfigDict, *, rounds: int, steps: int, parts: bool) -> dict
 
 
 def parts_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Where the time of each setting goes: a row for each, seconds of each part."""
+    """Returns a table with the seconds of each part, a row for each setting."""
     shown = []
     for row in rows:
         if "parts" in row:
@@ -212,12 +212,12 @@ def main(argv: Sequence[str]) -> None:
         report.add(setting.columns() | common.measured_alone("train_step", setting, report))
     report.show()
     if where := parts_table(report.rows()):
-        print(f"\nSeconds of the parts, each a program of its own:\n\n{where}")
+        print(f"\nSeconds of the parts, each a separate program:\n\n{where}")
     if not any("step_s" in row for row in report.rows()):
         sys.exit(1)
 
 
 if __name__ == "__main__":
     common.define_flags()
-    flags.DEFINE_bool("parts", True, "Also where the time goes.")
+    flags.DEFINE_bool("parts", True, "Also time the parts of the step.")
     run_main(main)

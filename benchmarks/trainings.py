@@ -1,6 +1,6 @@
-"""Trainings of a tiny detector with the real train.py, as processes that others look at.
+"""Runs trainings of a tiny detector with the real train.py as processes to observe.
 
-No flags are defined here, so that several benchmarks can share it.
+This module defines no flags, so that several benchmarks can share it.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ PATIENCE = 3600  # seconds for one start of train.py; machines may be busy
 
 
 def small_config() -> ConfigDict:
-    """A detector that compiles in seconds, and a run of a few seconds."""
+    """Returns a detector that compiles in seconds and trains in a few seconds."""
     config = base_config()
     config.data.update(
         name="digits_tiny",
@@ -65,10 +65,10 @@ def small_config() -> ConfigDict:
 
 
 def write_config(config: ConfigDict, folder: Path) -> Path:
-    """Writes a config for train.py, with data and compiled programs in a folder; its path.
+    """Writes a config for train.py with data and compiled programs in a folder; returns its path.
 
     Raises:
-      ConfigError: a value can't be.
+      ConfigError: a value is not valid.
     """
     config.data.dir, config.compile.cache_dir = str(folder / "data"), str(folder / "cache")
     validate(config)
@@ -82,19 +82,19 @@ class Training:
     """One start of train.py in a work directory.
 
     Attributes:
-      workdir: of the run, which may have been started before.
-      process: running, or ended.
+      workdir: of the run, which may have earlier starts.
+      process: the running or ended process.
       began: value of `time.monotonic` at its start.
     """
 
     def __init__(self, config_file: Path, workdir: Path, *arguments: str, log: str = ".log"):
-        """Starts it; its output is added to a file beside the work directory.
+        """Starts the process; its output is appended to a file beside the work directory.
 
         Args:
           config_file: of `write_config`.
           workdir: of the run.
-          arguments: further ones of train.py.
-          log: suffix of that file.
+          arguments: further arguments of train.py.
+          log: suffix of the output file.
         """
         self.workdir, self.began, self._began_at = workdir, time.monotonic(), time.time()
         self._log = workdir.with_suffix(log)
@@ -105,10 +105,10 @@ class Training:
             self.process = subprocess.Popen(command, stdout=file, stderr=file, env=environment())
 
     def wait_until(self, happened: Callable[[], Any]) -> bool:
-        """Waits for something; False if the process has ended before.
+        """Waits until a call returns a true value; returns False if the process ends before.
 
         Raises:
-          RuntimeError: that took too long; the process is killed.
+          RuntimeError: the wait took too long; the process is killed.
         """
         while not happened():
             if self.process.poll() is not None:
@@ -120,7 +120,7 @@ class Training:
         return self.process.poll() is None
 
     def handles(self, number: int) -> bool:
-        """Whether the process has a handler for a signal."""
+        """Returns whether the process has a handler for a signal."""
         with contextlib.suppress(OSError):
             status = Path(f"/proc/{self.process.pid}/status").read_text()
             found = re.search(r"SigCgt:\s*(\w+)", status)
@@ -128,15 +128,15 @@ class Training:
         return False
 
     def trains(self) -> bool:
-        """Whether it has logged a step of its own; the lines of processes before are older."""
+        """Returns whether this process has logged a step; lines of earlier processes are older."""
         return last_line(self.workdir).get("time", 0.0) > self._began_at
 
     def end(self) -> int:
-        """Waits for the end; the exit status."""
+        """Waits for the end; returns the exit status."""
         return self.process.wait(PATIENCE)
 
     def end_well(self) -> None:
-        """Waits for the end; RuntimeError if it is not a good one."""
+        """Waits for the end; raises RuntimeError if the exit status is not 0."""
         if self.end():
             raise RuntimeError(f"{self.workdir}: ended with an error: {self.tail()}")
 
@@ -183,7 +183,7 @@ def write_coco_data(folder: Path, images: int = 200, seed: int = 0) -> None:
 
 
 def environment() -> dict[str, str]:
-    """Of the trainings: on a CPU, programs that are compiled quickly."""
+    """Returns the environment of the trainings: the CPU, and quick compilation."""
     found = dict(os.environ)
     if found.get("JAX_PLATFORMS") == "cpu":
         import jax
@@ -198,7 +198,7 @@ def environment() -> dict[str, str]:
 
 
 def last_line(workdir: Path) -> dict[str, Any]:
-    """The last complete line of `metrics.jsonl`, {} if there is none; however long the file is."""
+    """Returns the last complete line of `metrics.jsonl`, {} if there is none."""
     try:
         with (workdir / "metrics.jsonl").open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 20_000))
@@ -209,12 +209,12 @@ def last_line(workdir: Path) -> dict[str, Any]:
 
 
 def checkpoints(workdir: Path) -> list[int]:
-    """Steps of the complete checkpoints."""
+    """Returns the steps of the complete checkpoints."""
     folder = workdir / "checkpoints"
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     return sorted(int(name) for name in names if name.isdecimal())
 
 
 def unfinished(workdir: Path) -> bool:
-    """Whether a checkpoint is being written, or was when the process ended."""
+    """Returns whether a checkpoint is being written, or was when the process ended."""
     return any((workdir / "checkpoints").glob("*orbax-checkpoint-tmp*"))
