@@ -40,7 +40,7 @@ class Totals(flax.struct.PyTreeNode):
 
     @classmethod
     def of(cls, targets: Targets, dn: denoising.Denoising | None) -> "Totals":
-        """Counts a whole batch, of which `valid` bool [B, M] is read."""
+        """Counts a whole batch from its `valid`, bool [B, M]."""
         valid = targets["valid"]
         num_objects = jnp.sum(valid, dtype=jnp.float32)
         return cls(len(valid), num_objects, None if dn is None else dn.num_targets)

@@ -6,7 +6,7 @@ A canvas is a compiled shape; the images on it are padded to its size. The comma
 training augmentation for many images of the data set, reading only their sizes, and searches for
 the 1, 2, 4, 8 and 16 canvases (or `--num_canvases`) with the least padding, once with the published
 augmentation unchanged and once with the config's `data.snap`. Every training and evaluation image
-fits a proposed canvas, whatever is drawn for it. A line to paste into the config is printed for
+fits a proposed canvas under every draw. A line to paste into the config is printed for
 each proposal, and the number of objects per image, for `data.max_objects`.
 """
 

@@ -7,7 +7,7 @@ The work directory holds one checkpoint, of step 0, and the names of COCO's clas
 `train.py --eval_only --workdir runs/official` evaluates it,
 `train.py --config.init.checkpoint=runs/official` starts a training from it. With
 `--config.init.reset_heads=True` the config may have another number of classes: the class head and
-the label embedding are initialized anew.
+the label embedding are newly initialized.
 
 SOURCE is a `.pth` or `.pth.tar`, a `.safetensors` or an `.npz`. Its state dict is a bare one or is
 stored under keys such as `model`, `state_dict` or `ema`, which may be nested. `--entry` names

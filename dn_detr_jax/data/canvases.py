@@ -111,14 +111,14 @@ def propose(
 
     Args:
       sizes: int [n, 2], final sizes as drawn (`drawn_sizes`).
-      required: int [r, 2], each of which a canvas must hold (`required_sizes`).
+      required: int [r, 2]; a canvas must hold each (`required_sizes`).
       counts: how many canvases, one or more, for each set.
       snap: share by which an image's scale may move so that it touches its canvas.
       max_long_side: of training images.
       seed: of the search.
 
     Returns:
-      A set for each of `counts`, of at most so many canvases, the largest first.
+      A set for each of `counts`, of at most that many canvases, the largest first.
     """
     rng = np.random.default_rng(seed)
     if snap and len(sizes) > _SEARCHED:

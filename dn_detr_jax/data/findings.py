@@ -171,5 +171,5 @@ class Findings:
 
 
 def shortened(text: str, length: int = 100) -> str:
-    """Returns a text of at most so many characters."""
+    """Shortens a text to a number of characters."""
     return text if len(text) <= length else text[: length - 3] + "..."

@@ -310,7 +310,7 @@ def _deep_pixels(opened: Image.Image, header: Header, data: bytes) -> np.ndarray
     """Decodes an image of 16 bits as stored: integers [H, W] or [H, W, 3].
 
     OpenCV always applies the orientation of TIFF files. So Pillow reads color TIFF files with an
-    orientation, of which it keeps 8 bits.
+    orientation; it keeps 8 bits per channel.
     """
     if opened.mode.startswith("I"):
         return _as_stored(opened, header, _load(opened, _gray_values))

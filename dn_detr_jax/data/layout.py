@@ -35,7 +35,7 @@ def find_split(directory: Path, split: str, split_config: ConfigDict) -> SplitFi
         looked for in the usual layouts.
 
     Returns:
-      Annotation file and folder, both of which exist.
+      Annotation file and folder; both exist.
 
     Raises:
       DataError: nothing is there, or several things are; says what was found or looked for.

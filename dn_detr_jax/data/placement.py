@@ -12,7 +12,7 @@ from dn_detr_jax.errors import DataError
 
 Canvas = tuple[int, int]
 
-_TIE = 1e-6  # shares of padding that differ by less are equal, whatever the rounding
+_TIE = 1e-6  # shares of padding that differ by less are equal but for rounding
 
 
 def assign_canvases(sizes: np.ndarray, canvases: Sequence[Canvas]) -> np.ndarray:

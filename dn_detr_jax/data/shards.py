@@ -56,7 +56,7 @@ def ranges(count: int) -> list[range]:
 
 
 def names(count: int) -> list[str]:
-    """Returns the file names of so many shards, as TFDS wants them."""
+    """Returns the file names of a number of shards, in the format of TFDS."""
     return [
         f"coco_records-{SPLIT}.array_record-{number:05d}-of-{count:05d}" for number in range(count)
     ]

@@ -43,7 +43,7 @@ class CocoEvaluator:
         image_id, category_id and bbox (x, y, width, height in pixels), `categories` with id
         and name. `iscrowd` counts as 0 where it is missing, `area` as that of the box.
         Annotation ids are not used (pycocotools takes an object with id 0 for unmatched, so
-        objects are numbered anew). The dict is not changed.
+        objects are renumbered). The dict is not changed.
       label_to_category: category id of each label; default: the order of `categories`. An entry
         that is no category of the ground truth means that the label stands for nothing (class
         0 of the 91 outputs of the official checkpoints).

@@ -39,7 +39,7 @@ def detect(
       images: uint8 [B, H, W, 3] RGB, anything beyond `sizes`.
       sizes: int32 [B, 2], height and width of each image on its canvas.
       model: detector.
-      config: whole configuration, of which `eval.num_select` and the class loss are read.
+      config: whole configuration; `eval.num_select` and the class loss are used.
 
     Returns:
       See `select_detections`.

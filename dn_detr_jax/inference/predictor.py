@@ -158,8 +158,8 @@ class Predictor:
         """Prepares predictions on the first device; compiles nothing yet.
 
         Args:
-          config: whole configuration, of which `model`, the canvases, the sizes of the evaluation
-            and `eval.num_select` are read.
+          config: whole configuration; `model`, the canvases, the sizes of the evaluation and
+            `eval.num_select` are used.
           params: of the model.
           categories: one per label; detections of labels without a name are left out.
           batch_size: images per call of the compiled program.
@@ -316,7 +316,7 @@ def choose_canvas(
     Args:
       size: height and width of the image.
       canvases: heights and widths.
-      data_config: `config.data`, of which the sizes of the evaluation are read.
+      data_config: `config.data`; the sizes of the evaluation are used.
 
     Returns:
       The position of its canvas, and its height and width there, int32 [2].

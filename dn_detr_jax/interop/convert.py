@@ -333,7 +333,7 @@ def reorder_heads(
 
     Args:
       params: by path, of a trained model.
-      fresh: by path, of the wanted model, of which unused labels get their values.
+      fresh: values of the wanted model by path, for unused labels.
       rows: for each label of the wanted model the label in `params`, None for an unused one.
     """
     result = reset_heads(params, fresh)

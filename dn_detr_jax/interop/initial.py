@@ -37,8 +37,8 @@ def load_initial(params: PyTree, config: ConfigDict, categories: Sequence[Catego
     Args:
       params: nested dictionary of arrays.
       config: whole configuration. `init.backbone` is a file of ResNet weights in torchvision's or
-        timm's names; `init.checkpoint` is a work directory, of a training or an import, of which
-        the best checkpoint is taken, or the latest if none has been evaluated. With
+        timm's names; `init.checkpoint` is a work directory of a training or an import; its
+        best checkpoint is taken, or the latest if none has been evaluated. With
         `init.reset_heads` the class head and the label embedding stay fresh, except the embedding
         that stands for no class. Without it, they are matched by class name: their rows are put
         into the order of `categories`.

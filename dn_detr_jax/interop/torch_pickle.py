@@ -1,6 +1,6 @@
 """The `.pth` files of PyTorch, read and written without PyTorch and without running their content.
 
-A `.pth` file is a pickle, and a pickle is a program: a naive loader runs whatever the author put
+A `.pth` file is a pickle, and a pickle is a program: a naive loader runs all code that the author put
 into it. Here the program may only name what a state dict needs (`_PERMITTED`). Anything else ends
 the reading with an error that says what the file asked for. The permitted names are functions of
 this module that describe tensors. The numbers are read afterwards, and only those of the wanted
@@ -108,7 +108,7 @@ class TensorView(_Sealed):
 
 
 class Attributes:
-    """Stands for an object of which only the attributes matter, as `argparse.Namespace`."""
+    """Stands for an object such as `argparse.Namespace`; only its attributes are read."""
 
 
 def _rebuild_tensor(
@@ -185,7 +185,7 @@ def _next_pickle(file: BinaryIO) -> BinaryIO:
     """Returns the pickle that begins here and leaves the file at its end.
 
     The unpickler in C keeps what it remembers in an array, for which one wrong byte can ask for all
-    the memory of the machine. `pickletools.optimize` numbers those places anew, from 0, and reads
+    the memory of the machine. `pickletools.optimize` renumbers those places from 0, and reads
     every length against the bytes that are there.
     """
     start = file.tell()

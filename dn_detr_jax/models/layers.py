@@ -54,7 +54,7 @@ def call_layer(layer: nn.Module, *inputs: Any, remat: bool, **static: Any) -> ja
 def layer_norm(name: str) -> nn.LayerNorm:
     """Makes a layer norm with PyTorch's epsilon and the two-pass variance.
 
-    It computes in float32, whatever the dtype of the compute. The residual stream thus stays in
+    It computes in float32 for every dtype of the compute. The residual stream thus stays in
     float32 too: it is small, and its rounding errors would add up from layer to layer.
     """
     return nn.LayerNorm(

@@ -103,7 +103,7 @@ def compile_step(config: ConfigDict, mesh: Mesh, canvas: tuple[int, int]) -> jax
       canvas: height and width.
 
     Raises:
-      OutOfMemory: the step does not fit into a device, and the compiler knows it.
+      OutOfMemory: the compiler reports that the step does not fit into a device.
       ConfigError: of the config.
     """
     step = abstract_step(config, mesh)

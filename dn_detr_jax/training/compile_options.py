@@ -59,7 +59,7 @@ def known_options(options: dict[str, Any], device: jax.Device) -> dict[str, Any]
 
 @functools.cache
 def _refusal(name: str, value: Any, device: jax.Device) -> str:
-    """What the compiler says against an option; empty if it takes it."""
+    """Returns the compiler's objection to an option; empty if it accepts the option."""
     sharding = jax.sharding.SingleDeviceSharding(device)
     number = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding)
     try:

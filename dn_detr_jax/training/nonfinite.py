@@ -60,7 +60,7 @@ class NonFiniteGuard:
         """Starts to count skipped steps.
 
         Args:
-          config: of which `max_skipped_steps` is read.
+          config: whole configuration; `max_skipped_steps` is used.
           names: of the metrics, in their order.
           image_ids: gives the image ids of the whole batch of a step, counted from 1.
           skipped: updates that the run skipped before it was resumed.

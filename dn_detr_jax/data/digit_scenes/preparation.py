@@ -1,4 +1,4 @@
-"""Prepares `DigitScenes` once, whoever asks first."""
+"""Prepares `DigitScenes` once, for all processes that use a folder."""
 
 import contextlib
 import fcntl
