@@ -1,10 +1,11 @@
 """The `.pth` files of PyTorch, read and written without PyTorch and without running their content.
 
-A `.pth` file is a pickle, and a pickle is a program: a naive loader runs any code in it. Here the program may only name what a state dict needs (`_PERMITTED`). Anything else ends
-the reading with an error that says what the file asked for. The permitted names are functions of
-this module that describe tensors. The numbers are read afterwards, and only those of the wanted
-tensors, so that an optimizer's state in the file costs nothing. Both formats of `torch.save` are
-read: the zip archive of PyTorch 1.6 and later, and the stream of pickles before.
+A `.pth` file is a pickle, and a pickle is a program: a naive loader runs any code in it. Here
+the program may only name what a state dict needs (`_PERMITTED`). Any other name ends the reading
+with an error that has that name. The permitted names are functions of this module that describe
+tensors. The numbers are read later, and only those of the wanted tensors, so an optimizer's state
+in the file costs nothing. Both formats of `torch.save` are read: the zip archive of PyTorch 1.6 and
+later, and the stream of pickles before.
 """
 
 import collections
