@@ -292,3 +292,12 @@ def test_no_program_is_started_for_an_image():
     assert opened(script).format == "EPS"
     with pytest.raises(DataError, match="no readable image"):
         decode(script)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
+def test_a_copy_of_a_pillow_image_is_turned_like_its_file(kind):
+    """Would catch that the EXIF data of an image without a file is ignored."""
+    data = with_orientation(PHOTO, 6, kind)
+    expected = decode_upright(data)
+    assert expected.shape == (50, 37, 3)
+    np.testing.assert_array_equal(decode_upright(opened(data).copy()), expected)

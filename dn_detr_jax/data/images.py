@@ -12,11 +12,12 @@ orientation changes the size (`Exif` has the other cases).
 import functools
 import io
 import logging
-from typing import BinaryIO, Literal, NamedTuple
+from collections.abc import Callable
+from typing import IO, BinaryIO, Literal, NamedTuple
 
 import cv2
 import numpy as np
-from PIL import ExifTags, Image, features
+from PIL import ExifTags, Image, ImageFile, features
 
 from dn_detr_jax.errors import DataError
 
@@ -183,13 +184,14 @@ def _header(opened: Image.Image) -> Header:
 
 def _exif(opened: Image.Image) -> Image.Exif:
     """Reads the EXIF data of an image; decodes the pixels of a PNG only if EXIF may follow them."""
-    file = opened.fp  # None after the pixels were read
+    # None after the pixels were read. A copy of an image has no file, and may have EXIF data.
+    file = opened.fp if isinstance(opened, ImageFile.ImageFile) else None
     if opened.format == "PNG" and file is not None and not _has_late_metadata(file):
         return Image.Image.getexif(opened)
     return opened.getexif()
 
 
-def _has_late_metadata(file: BinaryIO) -> bool:
+def _has_late_metadata(file: IO[bytes]) -> bool:
     """Whether a PNG, read up to its pixels, has text or EXIF behind them."""
     pixels = file.tell()
     place = pixels - 8  # of the length and the name of the chunk
@@ -210,7 +212,7 @@ def _is_deep_color(opened: Image.Image) -> bool:
     """Whether a color PNG or TIFF has 16 bits per channel, which Pillow's mode does not say."""
     if opened.format not in ("PNG", "TIFF") or opened.mode not in ("RGB", "RGBA"):
         return False
-    tiles = getattr(opened, "tile", None)
+    tiles = getattr(opened, "tile", [])
     return bool(tiles) and "16" in str(tiles[0][3])
 
 
@@ -289,8 +291,8 @@ def _pixels(opened: Image.Image, header: Header, data: bytes) -> np.ndarray:
     file: its error says why.
     """
     if header.bits == 16:
-        pixels = _eight_bits(_deep_pixels(opened, header, data))
-        return np.repeat(pixels[..., None], 3, axis=2) if pixels.ndim == 2 else pixels
+        values = _eight_bits(_deep_pixels(opened, header, data))
+        return np.repeat(values[..., None], 3, axis=2) if values.ndim == 2 else values
     if data and opened.format in ("JPEG", "MPO") and opened.mode in ("RGB", "L"):
         pixels = _by_opencv(opened, data, cv2.IMREAD_COLOR_RGB)
         if pixels is not None:
@@ -322,7 +324,7 @@ def _deep_pixels(opened: Image.Image, header: Header, data: bytes) -> np.ndarray
     return _as_stored(opened, header, _load(opened, _to_rgb)).astype(np.uint16) << 8
 
 
-def _load(opened: Image.Image, convert) -> np.ndarray:
+def _load(opened: Image.Image, convert: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
     try:
         opened.load()
         return convert(opened)
