@@ -163,11 +163,11 @@ class _Search:
         self._weights = (weights / weights.sum()).astype(np.float32)
         self._filled = (pixels / self.area[:, None]).astype(np.float32)
         self._pixels = (pixels * self._weights).astype(np.float32)
-        self._holds = (required <= self.canvases[:, None]).all(-1)  # [C, r]
+        self._holds = np.all(required <= self.canvases[:, None], axis=-1)  # [C, r]
 
     def canvases_of(self, members: Sequence[int]) -> tuple[Canvas, ...]:
         """Heights and widths, the largest first."""
-        chosen = {tuple(map(int, self.canvases[m])) for m in members}
+        chosen = {(int(self.canvases[m, 0]), int(self.canvases[m, 1])) for m in members}
         return tuple(sorted(chosen, key=lambda canvas: (-canvas[0] * canvas[1], canvas)))
 
     def cost(self, members: list[int]) -> float:
@@ -207,19 +207,19 @@ class _Search:
 
     def _costs(self, members: list[int], others: np.ndarray | None = None) -> np.ndarray:
         """The costs of `members` with each of the `others` (by default every candidate) added."""
-        others = slice(None) if others is None else others
+        added = slice(None) if others is None else others
         filled, area, pixels = np.zeros((3, self._filled.shape[1]), np.float32)
         for m in members:
             better = self._filled[m] > filled
             filled = np.where(better, self._filled[m], filled)
             area = np.where(better, self.area[m], area)
             pixels = np.where(better, self._pixels[m], pixels)
-        better = self._filled[others] > filled
-        areas = np.where(better, self.area[others, None], area)
+        better = self._filled[added] > filled
+        areas = np.where(better, self.area[added, None], area)
         areas = np.einsum("cn,n->c", areas, self._weights)
-        real = np.where(better, self._pixels[others], pixels).sum(1)
-        held = self._holds[members].any(0) | self._holds[others]
-        broken = (~held).sum(1) + (self.area[others] > self.limit)
+        real = np.where(better, self._pixels[added], pixels).sum(1)
+        held = self._holds[members].any(0) | self._holds[added]
+        broken = (~held).sum(1) + (self.area[added] > self.limit)
         broken = broken + (self.area[members] > self.limit).sum()
         return 1 - real / np.maximum(areas, 1e-9) + broken
 

@@ -100,15 +100,14 @@ def check_split(
         kind = kinds.NO_TARGETS if name == "train" else kinds.NOTHING_TO_EVALUATE
         findings.add(kind, nothing_to_learn(annotations))
     for index in np.flatnonzero(annotations.counts > num_queries) if num_queries else ():
-        found = f"{annotations.file_names[index]}: {annotations.counts[index]} objects"
-        findings.add(kinds.TOO_MANY_OBJECTS, f"{found}, {num_queries} queries")
+        objects = f"{annotations.file_names[index]}: {annotations.counts[index]} objects"
+        findings.add(kinds.TOO_MANY_OBJECTS, f"{objects}, {num_queries} queries")
     folder = ImageFolder(files.images)
     present = coco.check_files(annotations.file_names, folder, findings)
     found = [folder.find(file_name) for file_name in annotations.file_names]
     paths = tuple(None if path is None else files.images / path for path in found)
-    split = Split(name, findings, files, annotations, categories, paths)
-    _check_images(split, present, decode, exif)
-    return split
+    _check_images(annotations, paths, present, findings, decode, exif)
+    return Split(name, findings, files, annotations, categories, paths)
 
 
 def _check_objects(
@@ -132,12 +131,19 @@ def _check_objects(
             findings.add(kinds.EMPTY_CLASS, f"{category.name} ({category.id})")
 
 
-def _check_images(split: Split, present: Sequence[int], decode: bool, exif: images.Exif) -> None:
+def _check_images(
+    table: Annotations,
+    paths: Sequence[Path | None],
+    present: Sequence[int],
+    findings: Findings,
+    decode: bool,
+    exif: images.Exif,
+) -> None:
     """Compares every image that is there with its annotated size."""
-    table, findings = split.annotations, split.findings
 
     def look(index: int) -> list[tuple[Kind, str]]:
-        path, size = split.paths[index], tuple(table.sizes[index].tolist())
+        path, size = paths[index], tuple(table.sizes[index].tolist())
+        assert path is not None  # of a position in `present`
         name = table.file_names[index]
         try:
             return [(kind, f"{name}: {text}") for kind, text in _look(path, size, decode, exif)]
@@ -213,7 +219,8 @@ def equal_files(
             by_size.setdefault(size, []).append(position)
     sizes = _sizes(paths)
     candidates = [i for i, size in enumerate(sizes) if size in by_size]
-    partners = sorted({other for i in candidates for other in by_size[sizes[i]]})
+    known = {size for size in sizes if size is not None}
+    partners = sorted({other for size in known for other in by_size.get(size, ())})
     with ThreadPoolExecutor(_READERS) as pool:
         digests = dict(zip(partners, pool.map(_digest, (others[p] for p in partners)), strict=True))
         own = list(pool.map(_digest, (paths[i] for i in candidates)))

@@ -1,6 +1,6 @@
 """The report of `data.check` as text: findings, numbers of objects, classes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,10 +31,10 @@ def report(splits: Sequence[Split]) -> str:
     parts = []
     for split in splits:
         parts.append("\n".join(_describe(split)))
-    readable = [split for split in splits if split.annotations is not None]
-    if readable:
-        parts.append(_objects_per_image(readable))
-        parts.append(_classes(readable))
+    tables = {split.name: split.annotations for split in splits if split.annotations is not None}
+    if tables:
+        parts.append(_objects_per_image(*next(iter(tables.items()))))
+        parts.append(_classes({category for s in splits for category in s.categories}, tables))
     errors = sum(finding.count for split in splits for finding in split.findings.errors.values())
     warnings = sum(f.count for split in splits for f in split.findings.warnings.values())
     verdict = "This can be trained on."
@@ -85,24 +85,21 @@ def propose_max_objects(counts: np.ndarray) -> int:
     return max(-(-bound // 5), 1) * 5
 
 
-def _objects_per_image(splits: Sequence[Split]) -> str:
-    counts = splits[0].annotations.counts
+def _objects_per_image(name: str, table: Annotations) -> str:
+    counts = table.counts
     proposal, most = propose_max_objects(counts), int(counts.max(initial=0))
     quantiles = np.quantile(counts, (0.5, 0.9, 0.99), method="higher") if len(counts) else [0] * 3
     exceeding = int((counts > proposal).sum())
     return (
-        f"objects per image ({splits[0].name}): median {quantiles[0]}, 90% have up to "
+        f"objects per image ({name}): median {quantiles[0]}, 90% have up to "
         f"{quantiles[1]}, 99% up to {quantiles[2]}, all up to {most}\n"
         f"  data.max_objects={proposal} would do: {exceeding} images have more, and learn a random "
         f"{proposal} of theirs each time (data.max_objects=0 takes all {max(most, 1)})"
     )
 
 
-def _classes(splits: Sequence[Split]) -> str:
-    categories = sorted(
-        {category for split in splits for category in split.categories},
-        key=lambda category: (category.id, category.name),
-    )
+def _classes(found: Iterable[Category], tables: Mapping[str, Annotations]) -> str:
+    categories = sorted(found, key=lambda category: (category.id, category.name))
     lines = [f"{len(categories)} classes:"]
     for labels in ("category_ids", "contiguous"):
         try:
@@ -111,11 +108,11 @@ def _classes(splits: Sequence[Split]) -> str:
             count = f"not possible: {error}"
         lines.append(f"  model.num_classes={count} with data.labels={labels}")
     width = max((len(category.name) for category in categories), default=0)
-    lines.append(f"  {'id':>6}  {'name':<{width}}  objects in {', '.join(s.name for s in splits)}")
+    lines.append(f"  {'id':>6}  {'name':<{width}}  objects in {', '.join(tables)}")
     for category in categories:
         counts = [
-            int((split.annotations.category_ids[split.annotations.targets] == category.id).sum())
-            for split in splits
+            int((table.category_ids[table.targets] == category.id).sum())
+            for table in tables.values()
         ]
         cells = "  ".join(f"{count:>9}" for count in counts)
         lines.append(f"  {category.id:>6}  {category.name:<{width}}  {cells}")

@@ -24,6 +24,7 @@ from dn_detr_jax.data.findings import Findings, shortened
 from dn_detr_jax.data.layout import ImageFolder, SplitFiles
 
 _LARGEST_ID = np.iinfo(np.int32).max  # of images: batches carry the ids as int32
+_PARTS = ("images", "annotations", "categories")  # lists of an annotation file
 _LARGEST = np.iinfo(np.int64).max
 
 
@@ -74,12 +75,15 @@ def _read_annotations(
     if not isinstance(document, dict):
         findings.add(kinds.NO_COCO, f"expected an object, got {_kind(document)}")
         return None
-    parts = {part: document.get(part) for part in ("images", "annotations", "categories")}
-    for part, entries in parts.items():
-        if not isinstance(entries, list):
+    parts: dict[str, list] = {}
+    for part in _PARTS:
+        entries = document.get(part)
+        if isinstance(entries, list):
+            parts[part] = entries
+        else:
             what = _kind(entries) if part in document else "nothing"
             findings.add(kinds.NO_COCO, f"expected a list of {part}, got {what}")
-    if not all(isinstance(entries, list) for entries in parts.values()):
+    if len(parts) < len(_PARTS):
         return None
     categories, bad_categories = _read_categories(parts["categories"], findings)
     images, bad_images = _read_images(parts["images"], findings)

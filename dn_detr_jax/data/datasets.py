@@ -22,7 +22,7 @@ from dn_detr_jax.data.coco_classes import COCO_CATEGORIES, Category
 from dn_detr_jax.data.digit_scenes import prepare
 from dn_detr_jax.data.findings import Findings
 from dn_detr_jax.data.layout import find_annotations, find_split
-from dn_detr_jax.data.records import Example, RecordSource, read_table
+from dn_detr_jax.data.records import Example, RandomAccess, RecordSource, read_table
 from dn_detr_jax.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class Dataset:
 
     name: str
     split: str
-    source: Sequence[Example]
+    source: RandomAccess[Example]
     annotations: Annotations
     categories: tuple[Category, ...]
     annotation_file: Path | None = None

@@ -20,7 +20,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import cv2
@@ -57,7 +57,7 @@ def train_batches(
     num_steps: int,
     process_index: int = 0,
     process_count: int = 1,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Yields this process's part of the training batches of some steps.
 
     Args:
@@ -89,7 +89,7 @@ def eval_batches(
     process_index: int = 0,
     process_count: int = 1,
     subset: np.ndarray | None = None,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Yields this process's part of the evaluation batches, equally many in every process.
 
     Args:
@@ -324,7 +324,7 @@ def _normalized_cxcywh(boxes: np.ndarray, height: int, width: int) -> np.ndarray
 
 def _prefetched(
     maker: Callable[[int], Batch], positions: range, data_config: ConfigDict
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Yields the batches of positions in order, made ahead by threads or processes."""
     threads, prefetch = data_config.threads, data_config.prefetch
     batches = grain.MapDataset.range(positions.start, positions.stop).map(maker)

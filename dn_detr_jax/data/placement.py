@@ -25,9 +25,9 @@ def assign_canvases(sizes: np.ndarray, canvases: Sequence[Canvas]) -> np.ndarray
     Returns:
       int32 [...], positions in `canvases`, -1 where none is large enough.
     """
-    canvases = np.asarray(canvases, np.int64)
-    fits = (np.asarray(sizes)[..., None, :] <= canvases).all(-1)
-    area = np.where(fits, canvases.prod(-1), np.iinfo(np.int64).max)
+    shapes = np.asarray(canvases, np.int64)
+    fits = (np.asarray(sizes)[..., None, :] <= shapes).all(-1)
+    area = np.where(fits, shapes.prod(-1), np.iinfo(np.int64).max)
     return np.where(fits.any(-1), area.argmin(-1), -1).astype(np.int32)
 
 
@@ -65,7 +65,7 @@ def _key(sizes: np.ndarray) -> np.ndarray:
 
 
 def canvas_factors(
-    sizes: np.ndarray, canvases: Sequence[Canvas], snap: float, max_long_side: int
+    sizes: np.ndarray, canvases: Sequence[Canvas] | np.ndarray, snap: float, max_long_side: int
 ) -> np.ndarray:
     """Returns the factors that fit each size to each canvas.
 
@@ -82,8 +82,8 @@ def canvas_factors(
     Returns:
       float64 [..., K], 0 where the image does not fit.
     """
-    sizes, canvases = np.asarray(sizes), np.asarray(canvases)
-    heights, widths = canvases.T
+    sizes = np.asarray(sizes)
+    heights, widths = np.asarray(canvases).T
     touching = np.minimum(heights / sizes[..., :1], widths / sizes[..., 1:])
     longest = np.maximum(max_long_side / sizes.max(-1, keepdims=True), 1.0)
     factors = np.minimum(touching, np.minimum(longest, 1 + snap))

@@ -168,7 +168,7 @@ def plan_epoch(
     indices = indices[shuffle].astype(np.int64)
     return EpochPlan(
         epoch=epoch,
-        canvases=tuple(tuple(int(v) for v in canvas) for canvas in canvases),
+        canvases=tuple((int(height), int(width)) for height, width in canvases),
         canvas=canvas[shuffle],
         indices=indices,
         geometry=geometry.at(indices),
@@ -302,7 +302,7 @@ class TrainPlan:
 
     def _forget(self) -> None:
         self._lock = threading.Lock()
-        self._epochs = collections.OrderedDict()
+        self._epochs: collections.OrderedDict[int, EpochPlan] = collections.OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"steps_per_epoch": self.steps_per_epoch, "_arguments": self._arguments}
@@ -368,7 +368,7 @@ def plan_eval(
     indices = np.concatenate(batches)
     return EpochPlan(
         epoch=0,
-        canvases=tuple(tuple(int(v) for v in canvas) for canvas in canvases),
+        canvases=tuple((int(height), int(width)) for height, width in canvases),
         canvas=np.array(batch_canvas, np.int32),
         indices=indices,
         geometry=geometry.at(np.maximum(indices, 0)),

@@ -7,9 +7,9 @@ import dataclasses
 import io
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -26,6 +26,17 @@ logger = logging.getLogger(__name__)
 _TABLE_FORMAT = 2
 _CLASS_KEYS = ("pythonClassName", "python_class_name", "type")  # in the JSON of TFDS' features
 _OF_TFDS = "tensorflow_datasets.core.features."
+
+
+_Item_co = TypeVar("_Item_co", covariant=True)
+
+
+class RandomAccess(Protocol[_Item_co]):
+    """Items that are read by their position, from 0 on."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, position: int, /) -> _Item_co: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +56,7 @@ class Example:
     labels: np.ndarray
 
 
-class EncodedImages(Sequence):
+class EncodedImages:
     """The bytes of the image files in the records of a split, by position.
 
     Can be pickled; reading is safe for threads.
@@ -90,7 +101,7 @@ class EncodedImages(Sequence):
             ) from error
 
 
-class RecordSource(Sequence):
+class RecordSource:
     """The examples of a split: images from the records, objects from the table.
 
     Can be pickled; reading is safe for threads.
@@ -124,7 +135,9 @@ class RecordSource(Sequence):
         )
 
 
-def open_records(folder: Path, split: str) -> tuple[Sequence[bytes], tfds.features.FeaturesDict]:
+def open_records(
+    folder: Path, split: str
+) -> tuple[RandomAccess[bytes], tfds.features.FeaturesDict]:
     """Opens the serialized records of a split, and the features to parse them with.
 
     Raises:
@@ -142,7 +155,9 @@ def open_records(folder: Path, split: str) -> tuple[Sequence[bytes], tfds.featur
         ) from error
 
 
-def _open_records(folder: Path, split: str) -> tuple[Sequence[bytes], tfds.features.FeaturesDict]:
+def _open_records(
+    folder: Path, split: str
+) -> tuple[RandomAccess[bytes], tfds.features.FeaturesDict]:
     builder = tfds.builder_from_directory(folder)
     info = builder.info
     missing = {"image", "image/id", "objects"} - set(info.features)
@@ -211,8 +226,9 @@ def read_table(folder: Path, split: str) -> tuple[Annotations, tuple[str, ...]]:
         annotations, categories = load_table(path)
         return annotations, tuple(category.name for category in categories)
     records, features = open_records(folder, split)
-    remaining = tqdm(records, f"reading sizes and objects of {split}", unit=" images", disable=None)
-    annotations = _collect(_parse(features, record) for record in remaining)
+    positions = range(len(records))
+    shown = tqdm(positions, f"reading sizes and objects of {split}", unit=" images", disable=None)
+    annotations = _collect(_parse(features, records[position]) for position in shown)
     names = tuple(features["objects"]["label"].names or ())
     try:
         save_table(path, annotations, [Category(i, name) for i, name in enumerate(names)])

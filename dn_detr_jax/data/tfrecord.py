@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 _HEADER, _FOOTER = 12, 4  # bytes around the content
 
 
-class TFRecords(Sequence):
+class TFRecords:
     """The contents of the records of several files, in order. Safe for threads, can be pickled."""
 
     def __init__(self, files: Sequence[Path], lengths: Sequence[int], index_file: Path):
@@ -40,12 +40,13 @@ class TFRecords(Sequence):
           OSError: a file can't be read.
         """
         self._files = tuple(map(os.fspath, files))
-        self._index = _saved_index(index_file, files, lengths)
-        if self._index is None:
-            self._index = np.concatenate(
+        index = _saved_index(index_file, files, lengths)
+        if index is None:
+            index = np.concatenate(
                 [_scan(number, file, lengths[number]) for number, file in enumerate(files)]
             )
-            _save(self._index, index_file)
+            _save(index, index_file)
+        self._index = index
 
     def __len__(self) -> int:
         return len(self._index)
@@ -80,8 +81,8 @@ def _scan(number: int, file: Path, length: int) -> np.ndarray:
 def _saved_index(path: Path, files: Sequence[Path], lengths: Sequence[int]) -> np.ndarray | None:
     """The index that was kept, if it is one of these files as they are now."""
     try:
-        with path.open("rb") as file:
-            index = np.lib.format.read_array(file, allow_pickle=False)
+        with path.open("rb") as stream:
+            index = np.lib.format.read_array(stream, allow_pickle=False)
     except Exception:  # none, or a damaged one
         return None
     if index.shape != (sum(lengths), 3) or index.dtype != np.int64:

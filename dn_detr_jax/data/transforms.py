@@ -136,10 +136,8 @@ def largest_sizes(sizes: np.ndarray, augment: ConfigDict) -> np.ndarray:
             for i, j in ((0, 1), (1, 0)):  # the widest crops, then the highest
                 long = np.minimum(short_side * high[:, j] // low[:, i], augment.max_long_side)
                 short = np.minimum(short_side, augment.max_long_side)
-                pair = [None, None]
-                pair[i] = np.full_like(long, short)
-                pair[j] = np.maximum(long, short)
-                candidates.append(np.stack(pair, axis=-1).astype(np.int32))
+                sides = {i: np.full_like(long, short), j: np.maximum(long, short)}
+                candidates.append(np.stack([sides[0], sides[1]], axis=-1).astype(np.int32))
     return np.stack(candidates, axis=1)
 
 

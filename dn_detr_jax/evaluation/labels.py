@@ -9,7 +9,7 @@ import numpy as np
 from dn_detr_jax.checkpoints.categories import match_labels, matched_categories
 from dn_detr_jax.data.coco_classes import Category
 from dn_detr_jax.data.datasets import Dataset
-from dn_detr_jax.data.records import Example
+from dn_detr_jax.data.records import Example, RandomAccess
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def with_labels_of_run(dataset: Dataset, run: Sequence[Category], run_name: str)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Relabeled(Sequence):
+class _Relabeled:
     """Examples with other labels; can be pickled if their source can.
 
     Attributes:
@@ -52,12 +52,12 @@ class _Relabeled(Sequence):
       labels: int32 [K], the new label of each label.
     """
 
-    source: Sequence[Example]
+    source: RandomAccess[Example]
     labels: np.ndarray
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, position):
+    def __getitem__(self, position: int) -> Example:
         example = self.source[position]
         return dataclasses.replace(example, labels=self.labels[example.labels])

@@ -93,7 +93,11 @@ def draw_scene(seed: int, split: str, index: int) -> Scene:
     height, width = _draw_size(rng)
     image = _draw_background(rng, height, width)
     num_digits = 0 if rng.random() < _EMPTY_SHARE else int(rng.integers(1, MAX_DIGITS + 1))
-    boxes, labels, digits, inks, colors = [], [], [], [], []
+    boxes: list[tuple[int, int, int, int]] = []
+    labels: list[int] = []
+    digits: list[int] = []
+    inks: list[_Ink] = []
+    colors: list[np.ndarray] = []
     for _ in range(num_digits):
         label = int(rng.integers(10))
         sample = int(rng.choice(samples[label]))
@@ -245,6 +249,7 @@ def _draw_background(rng: np.random.Generator, height: int, width: int) -> np.nd
     angle = float(rng.uniform(0.0, 2.0 * np.pi))
     cos, sin = float(np.cos(angle)), float(np.sin(angle))
     along = x * cos + y * sin
+    blend: np.ndarray  # [H, W], the share of the second color
     kind = rng.choice(5)
     if kind == 0:
         blend = np.zeros((height, width), np.float32)
