@@ -61,7 +61,7 @@ class Evaluator:
         self._num_queries = num_matching_queries(config.model)
         self.instability = None
         if config.eval.instability_images:
-            subset = dataset.image_ids[: config.eval.instability_images]
+            subset = dataset.image_ids[: config.eval.instability_images].tolist()
             self.instability = MatchingInstability(subset, self._num_queries)
 
     def __call__(self, params: dict) -> Evaluation:
@@ -91,11 +91,11 @@ class Evaluator:
         return self._result(coco)
 
     def _take(self, coco: CocoEvaluator, found: dict[str, jax.Array]) -> None:
-        found = jax.device_get(found)
-        coco.add(found["image_id"], found["scores"], found["labels"], found["boxes"])
+        on_host: dict[str, np.ndarray] = jax.device_get(found)
+        coco.add(on_host["image_id"], on_host["scores"], on_host["labels"], on_host["boxes"])
         if self.instability is not None:
-            vectors = match_vectors(found["assignment"], self._num_queries)
-            self.instability.update(found["image_id"], vectors)
+            vectors = match_vectors(on_host["assignment"], self._num_queries)
+            self.instability.update(on_host["image_id"], vectors)
 
     def _result(self, coco: CocoEvaluator) -> Evaluation:
         # The first process computes the metrics for all.

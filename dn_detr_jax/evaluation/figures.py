@@ -46,7 +46,7 @@ def detected(
         del batch["dropped_objects"], batch["bad_images"]
         own = {name: values[rows] for name, values in batch.items()}
         found = jax.device_get(detect(params, put_batch(own, mesh)))
-        for row in np.flatnonzero(batch["image_id"] >= 0):
+        for row in np.flatnonzero(batch["image_id"] >= 0).tolist():
             size, real = batch["size"][row], batch["valid"][row]
             shown.append(
                 LabeledImage(
