@@ -34,8 +34,10 @@ def use_compile_cache(cache_dir: str) -> None:
         missing home directory, is a warning. A folder that JAX has from elsewhere, such as from
         JAX_COMPILATION_CACHE_DIR, stays in use.
     """
-    wanted = cache_dir and jax.config.jax_enable_compilation_cache
-    if not wanted or jax.config.jax_compilation_cache_dir:
+    # jax adds its options at run time: type checkers do not know them.
+    enabled = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+    used_already = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    if not cache_dir or not enabled or used_already:
         return
     try:
         folder = expand_user(cache_dir, "compile.cache_dir") / _host()

@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from dn_detr_jax.checkpoints.manager import Checkpoints
 from dn_detr_jax.checkpoints.params import holds_only_parameters
 from dn_detr_jax.data.datasets import Dataset, open_dataset
-from dn_detr_jax.data.loader import train_batches, train_plan
+from dn_detr_jax.data.loader import Batch, train_batches, train_plan
 from dn_detr_jax.distributed.consistency import (
     agreed_config,
     all_gather,
@@ -142,7 +142,7 @@ def _start(
     plan: Plan,
     optimization: _Optimization,
     checkpoints: Checkpoints,
-) -> tuple["_Run", Iterator[dict], TrainState]:
+) -> tuple["_Run", Generator[Batch, None, None], TrainState]:
     """Restores or initializes the state, and compiles the programs."""
     config = setup.config
     step_function, metric_names = jit_train_step(
@@ -186,7 +186,7 @@ def _start(
 def _finish(run: "_Run", shapes: PyTree) -> Evaluation:
     """Reports on the best checkpoint; evaluates it again only if it is not the last one."""
     best = run.checkpoints.best_step()
-    step = best if best is not None else run.checkpoints.latest_step()
+    step = best if best is not None else run.checkpoints.find("latest")
     params = run.checkpoints.restore_params(shapes, step)
     if run.last_evaluation is None or run.last_evaluation[0] != step:
         evaluator = Evaluator(run.setup.validation, run.setup.config, run.detect, run.setup.mesh)
@@ -270,7 +270,7 @@ class _Run:
         self._guard, self._schedule, self._evaluator = guard, schedule, evaluator
         self._window = _Window()
 
-    def train(self, batches: Iterator[dict], state: TrainState) -> bool:
+    def train(self, batches: Generator[Batch, None, None], state: TrainState) -> bool:
         """Trains to the end of the plan; False if a signal ended it before."""
         start, first = int(state.step), jax.process_index() == 0
         workdir = self.checkpoints.workdir
@@ -291,7 +291,11 @@ class _Run:
                 self._progress.close()
 
     def _steps(
-        self, batches: Iterator[dict], state: TrainState, stop: StopRequest, profile: Profile
+        self,
+        batches: Generator[Batch, None, None],
+        state: TrainState,
+        stop: StopRequest,
+        profile: Profile,
     ) -> bool:
         plan, window = self._plan, self._window
         window.restart()
@@ -415,7 +419,7 @@ class _Run:
 class _Window:
     """Counts and metrics since the last log."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.metrics: list[jax.Array] = []
         self.restart()
 

@@ -103,7 +103,7 @@ class NonFiniteGuard:
 
     def _describe(self, step: int, row: np.ndarray) -> str:
         """Returns one line: the step, the terms that are not finite, the images of its batch."""
-        terms = [self._names[i] for i in np.flatnonzero(~np.isfinite(row))]
+        terms = [self._names[i] for i in np.flatnonzero(~np.isfinite(row)).tolist()]
         # The total and the norms follow from the others.
         terms.sort(key=lambda name: name == "loss" or name.endswith("_norm"))
         costs = row[self._column[COSTS]]

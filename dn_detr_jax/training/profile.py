@@ -46,7 +46,7 @@ class Profile:
     @contextlib.contextmanager
     def step(self, step: int) -> Iterator[None]:
         """Annotates a step; starts the trace before the first step of the range."""
-        if self._steps and step == self._steps[0]:
+        if self._folder and self._steps and step == self._steps[0]:
             jax.profiler.start_trace(self._folder)
             self._is_tracing = True
         with jax.profiler.StepTraceAnnotation("train", step_num=step):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -181,7 +182,9 @@ def _denoising(setup: Setup) -> dict[str, np.ndarray]:
     batch = next(train_batches(dataset, config, 0, 1, process_count=jax.process_count()))
     del batch["dropped_objects"], batch["bad_images"]
     image = figures.typical_image(batch)
-    dn = denoising_queries(image, jax.random.key(config.seed), config)
+    on_device = jax.tree.map(jnp.asarray, image)
+    dn = denoising_queries(on_device, jax.random.key(config.seed), config)
+    assert dn is not None  # config.dn.groups is not 0
     return figures.denoising_groups(image, dn, config, setup.class_names)
 
 

@@ -174,7 +174,7 @@ def _fingerprint(dataset: Dataset) -> str:
     table = dataset.annotations
     checksum = hashlib.sha256()
     for array in (table.image_ids, table.sizes, table.offsets, table.category_ids, table.bboxes):
-        checksum.update(np.ascontiguousarray(array))
+        checksum.update(array.tobytes())
     return f"{len(table.image_ids)} images, checksum {checksum.hexdigest()[:12]}"
 
 
@@ -204,14 +204,19 @@ class Plan:
         """Returns the durations of a config for that many training images."""
         per_epoch = steps_per_epoch(num_images, config.train.batch_size)
 
-        def steps(name, total=None):
+        def steps(name: str, total: int | None = None) -> int:
             key = f"train.{name}"
             return max(schedules.steps(config.train[name], per_epoch, total, key=key), 1)
 
         total = steps("duration")
-        every = (steps(f"{name}_every", total) for name in ("log", "eval", "checkpoint"))
-        profiled = steps("profile", total) if config.train.profile else 0
-        return cls(per_epoch, total, *every, profiled)
+        return cls(
+            per_epoch=per_epoch,
+            total=total,
+            log_every=steps("log_every", total),
+            eval_every=steps("eval_every", total),
+            checkpoint_every=steps("checkpoint_every", total),
+            profile=steps("profile", total) if config.train.profile else 0,
+        )
 
 
 def compile_programs(

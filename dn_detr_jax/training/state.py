@@ -23,8 +23,7 @@ from dn_detr_jax.training.compile_options import known_options
 PyTree = Any
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """The state that a training step updates.
 
     Attributes:
