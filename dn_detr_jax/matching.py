@@ -119,7 +119,7 @@ host_timer = HostTimer()
 
 
 def solve_on_host(
-    cost: Float[Array, "B L N M"], valid: Bool[Array, "B M"]
+    cost: Float[jax.Array | np.ndarray, "B L N M"], valid: Bool[jax.Array | np.ndarray, "B M"]
 ) -> Int[np.ndarray, "B L M"]:
     """Solves every assignment problem of a shard with SciPy.
 

@@ -191,7 +191,9 @@ class Predictor:
     @overload
     def predict(self, images: Sequence[ImageLike], threshold: float = 0.5) -> list[Detections]: ...
 
-    def predict(self, images, threshold=0.5):
+    def predict(
+        self, images: ImageLike | Sequence[ImageLike], threshold: float = 0.5
+    ) -> Detections | list[Detections]:
         """Finds the objects in an image, or in several.
 
         Args:
@@ -209,10 +211,8 @@ class Predictor:
         """
         if isinstance(images, _SINGLE):
             return next(found for _, found in self.stream([(None, images)], threshold))
-        results: list[Detections | None] = [None] * len(images)
-        for index, found in self.stream(enumerate(images), threshold):
-            results[index] = found
-        return results
+        results = dict(self.stream(enumerate(images), threshold))
+        return [results[index] for index in range(len(images))]
 
     def stream(
         self, images: Iterable[tuple[_Key, ImageLike]], threshold: float = 0.5
