@@ -1,7 +1,7 @@
 """AP of the same detector by the evaluation, by `predict --annotations` and by an exported file.
 
-The data sets number images and classes at random. Their objects are what the detector finds, moved
-a little, so that random parameters give an AP between 0 and 1.
+The data sets number images and classes at random. Their objects are the detections, moved a
+little, so that random parameters give an AP between 0 and 1.
 """
 
 import contextlib
@@ -31,13 +31,13 @@ from dn_detr_jax.inference.exported import load_exported
 from dn_detr_jax.inference.predictor import Predictor, predictor_of, read_run
 from dn_detr_jax.models.registry import abstract_params, build_model
 
-SIZE = 64, 96  # of the images and the canvas: nothing is resized
+SIZE = 64, 96  # of the images and the canvas, so that nothing is resized
 NAMES = ("square", "disc", "bar")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Six images, two with an EXIF orientation, one in a folder of its own."""
+    """Writes six images, two with an EXIF orientation, one in a subfolder."""
     folder = tmp_path_factory.mktemp("images")
     (folder / "deep").mkdir()
     for i in range(6):
@@ -96,7 +96,7 @@ def detector(workdir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def objects(predictor, paths):
-    """For each path the boxes (left, top, width, height) and class names of its objects."""
+    """Returns boxes (left, top, width, height) and class names of the objects of each path."""
     rng = np.random.default_rng(0)
     found = []
     for path, pixels in ((p, decode(p.read_bytes())) for p in paths):
@@ -116,7 +116,7 @@ def objects(predictor, paths):
 
 
 def write_annotations(directory, folder, paths, objects, rng):
-    """A data set of the images with random ids of images and classes, classes in any order."""
+    """Writes a data set with random ids of images and classes, classes in random order."""
     category_ids = rng.choice(np.arange(1, 100), len(NAMES), replace=False)
     category_ids[rng.integers(len(NAMES))] = 0  # an id, too
     ids = dict(zip(NAMES, category_ids.tolist(), strict=True))
@@ -149,7 +149,7 @@ def write_annotations(directory, folder, paths, objects, rng):
 
 
 def coco_ap(annotations, results):
-    """AP by pycocotools; `results` is a path or a list."""
+    """Returns the AP by pycocotools; `results` is a path or a list."""
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(annotations))
         evaluation = COCOeval(truth, truth.loadRes(results), "bbox")

@@ -1,4 +1,4 @@
-"""The benchmarks run, say what happened to a setting that can't, and cut the model where they say.
+"""The benchmarks run, report settings that fail, and cut the model where they claim.
 
 No times are tested.
 """
@@ -47,7 +47,7 @@ def _run(benchmark, *arguments):
 
 
 def test_the_step_is_timed(tmp_path):
-    """Catches a benchmark that no longer fits the step, and figures that do not fit each other."""
+    """Catches a benchmark that no longer fits the step, and inconsistent figures."""
     out = tmp_path / "rows.json"
     done = _run(
         "train_step",
@@ -68,7 +68,7 @@ def test_the_step_is_timed(tmp_path):
     assert row["step_s"]["median"] > 0
     assert row["images_per_s"] == pytest.approx(2 / row["step_s"]["median"], rel=0.01)
     assert row["gflop_per_step"] > 0 and row["planned_gb"] > 0
-    assert row["mfu"] is None  # the peak of this device is not known
+    assert row["mfu"] is None  # the peak of this device is unknown
     assert 0 <= row["matching_share"] < 1
     assert "| 32x32 " in done.stdout
 
@@ -91,7 +91,7 @@ def test_the_fixed_assignment_is_an_assignment():
 
 
 def test_a_cut_model_gives_what_the_whole_one_gives(tiny):
-    """Catches a part whose time would be that of something else than a part of this model."""
+    """Catches a measured part that is not a part of this model."""
     batch = {name: jax.numpy.asarray(value) for name, value in image_batch().items()}
     dn = denoising_queries(batch, object_noise())
 
@@ -118,7 +118,7 @@ def _worker(code, seconds=60.0):
 
 
 def test_a_worker_answers_through_what_libraries_print():
-    """Catches answers that a print of some library breaks, and rounds that get lost."""
+    """Catches answers that the output of a library breaks, and lost rounds."""
     worker = _worker(
         "import itertools, os\n"
         "count = itertools.count()\n"
@@ -143,7 +143,7 @@ def test_a_worker_answers_through_what_libraries_print():
     ],
 )
 def test_a_worker_that_fails_says_why(code, seconds, reason):
-    """Catches a benchmark that waits for ever, or dies with its worker."""
+    """Catches a benchmark that waits forever, or ends with its worker."""
     with pytest.raises(common.WorkerError, match=f"^{reason}$"):
         _worker(code, seconds)
 
@@ -182,7 +182,7 @@ common.answer(lambda: {{"device": device}}, one_round)
     ("platform", "order"), [("cpu", "first last first last "), ("gpu", "first first last last ")]
 )
 def test_contenders_take_turns(monkeypatch, tmp_path, platform, order):
-    """Catches rounds in the wrong order, and a contender that takes the others with it."""
+    """Catches rounds in the wrong order, and a failed contender that ends the others."""
     log = tmp_path / "log"
 
     def command(benchmark, setting):
@@ -243,19 +243,19 @@ def test_the_peer_is_the_same_architecture():
 
 
 def test_flops_are_counted_where_jax_counts_none(monkeypatch):
-    """Catches a row that a GPU has no flops for, as jax counts none there, and another count."""
+    """Catches rows without flops on a GPU, where jax counts none, and a different count."""
     config = tiny_config.shared()
     config.model.update(encoder_layers=0, decoder_layers=1)
     config.model.backbone.stages, config.dn.groups = 1, 0
     model, mesh = build_model(config.model), make_mesh(1, jax.devices("cpu"))
     shapes = abstract_params(model)
-    step = object.__new__(train_step.Step)  # without what compiles it
+    step = object.__new__(train_step.Step)  # without compiling it
     step.config, step.mask = config, jax.tree.map(lambda _: True, shapes)
     step.optimizer, _ = make_optimizer(config, shapes, 10, 100)
     made = jit_train_step(
         model=model, optimizer=step.optimizer, trainable=step.mask, config=config, mesh=mesh
     )
-    monkeypatch.setattr(train_step, "jit_train_step", lambda **_: made)  # is traced only once
+    monkeypatch.setattr(train_step, "jit_train_step", lambda **_: made)  # traced only once
     state = abstract_state(model, step.optimizer, config, mesh)
     step.lowered = made[0].lower(state, abstract_batch(config, "train", mesh))
     counted = step.flops()
@@ -268,7 +268,7 @@ def test_flops_are_counted_where_jax_counts_none(monkeypatch):
 
 
 def test_kernels_are_those_of_the_entry():
-    """Catches what runs within other kernels, and results of several arrays that are overlooked."""
+    """Catches counted operations inside other kernels, and missed results of several arrays."""
     program = """%fused (p: f32[]) -> f32[] {
   ROOT %copy.1 = f32[] copy(%p)
 }
@@ -285,7 +285,7 @@ ENTRY %main (a: f32[]) -> (f32[], f32[]) {
 
 
 def test_a_step_is_compiled_for_gpus_that_are_not_there(tmp_path):
-    """Catches an attention that cuDNN refuses, and one that goes on keeping its scores."""
+    """Catches an attention that cuDNN refuses, and one that still keeps its scores."""
     pytest.importorskip("jax_cuda13_plugin")
     config, out = _ROOT / "tests" / "data" / "tiny.py", tmp_path / "rows.json"
     arguments = "--batch_size=4", "--devices=2", f"--json={out}"

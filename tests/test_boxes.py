@@ -16,7 +16,7 @@ iou = fast_jit(lambda a, b: boxes.iou(a[:, None], b[None]))
 giou = fast_jit(lambda a, b: boxes.generalized_iou(a[:, None], b[None]))
 giou_gradient = fast_jit(jax.grad(lambda a, b: jnp.sum(boxes.generalized_iou(a, b)), (0, 1)))
 
-# Zero is drawn often: sides of length 0 and boxes that touch are where formulas break.
+# Zero is drawn often: formulas break at sides of length 0 and at boxes that touch.
 unit = st.one_of(st.sampled_from([0.0, 0.25, 0.5, 1.0]), st.floats(0, 1, width=32))
 
 
@@ -45,7 +45,7 @@ def test_overlaps_are_bounded_and_their_gradients_finite(a, b):
 
 
 def test_known_overlaps():
-    """Numbers worked out by hand, so that loop and code can't share a mistake."""
+    """Catches a mistake that loop and code share: the numbers are worked out by hand."""
     a = np.float32([[0, 0, 2, 2]])
     b = np.float32([[1, 1, 3, 3], [0, 0, 2, 2], [4, 0, 6, 2], [1, 1, 1, 1]])
     np.testing.assert_allclose(iou(a, b), [[1 / 7, 1, 0, 0]], atol=1e-5)
@@ -62,14 +62,14 @@ def test_formats_are_each_others_inverse():
 
 @pytest.mark.parametrize("x, gradient", [(-0.1, 0.0), (0.0, 1.0), (0.5, 1.0), (1.0, 1.0), (1.1, 0)])
 def test_clamp_lets_gradient_through_on_the_boundary(x, gradient):
-    """`jnp.clip` gives a half there, PyTorch gives 1: anchors at the border would learn slower."""
+    """Catches `jnp.clip`, whose gradient there is a half; that of PyTorch is 1."""
     value, slope = jax.value_and_grad(lambda v: boxes.clamp(v, 0.0, 1.0))(x)
     assert (value, slope) == (pytest.approx(min(max(x, 0.0), 1.0)), gradient)
 
 
 @given(st.floats(0.002, 0.998))
 def test_inverse_sigmoid_inverts(x):
-    """Catches a bound that bites inside the range it must leave alone."""
+    """Catches a bound that changes values inside the range."""
     assert jax.nn.sigmoid(boxes.inverse_sigmoid(jnp.float32(x))) == pytest.approx(x, abs=1e-6)
 
 

@@ -27,7 +27,7 @@ from dn_detr_jax.errors import DataError
 
 @pytest.fixture
 def config():
-    """Small images, so that all sets of canvases can be tried."""
+    """Settings for small images, so that all sets of canvases can be tried."""
     config = base_config()
     config.data.update(eval_short_side=120, eval_max_long_side=180)
     config.data.augment.update(
@@ -37,7 +37,7 @@ def config():
 
 
 def photographs(count, seed=0):
-    """Sizes of which most are wide, some upright and some square."""
+    """Draws sizes; most are wide, some upright and some square."""
     rng = np.random.default_rng(seed)
     aspects = rng.choice([1.5, 1.33, 1.0, 0.67, 1.77], count, p=[0.4, 0.3, 0.1, 0.15, 0.05])
     short = rng.integers(90, 160, count)
@@ -73,7 +73,7 @@ def test_proposals_hold_every_training_and_evaluation_image(config, snap):
 
 @pytest.mark.parametrize("snap", [0.0, 0.1])
 def test_the_search_finds_the_best_set_of_few(config, snap):
-    """Against all the sets of three canvases that hold everything."""
+    """Compares with all sets of three canvases that hold every image."""
     training = photographs(50)
     drawn = drawn_sizes(training, config.augment, 400)
     required = required_sizes(training, training, config)
@@ -100,7 +100,7 @@ def test_padding_by_hand():
 
 
 def test_the_report_can_be_pasted_and_counts_objects(digits_config):
-    """Catches a line that is no Python, or shares that belong to other canvases."""
+    """Catches a line that is not Python, or shares of other canvases."""
     train, validation = (
         open_dataset(digits_config.data, split).annotations for split in ("train", "validation")
     )
@@ -132,7 +132,7 @@ def sample_sizes(split):
 @needs_coco_sample
 @pytest.mark.parametrize(("snap", "most"), [(0.0, 0.22), (0.1, 0.085)])
 def test_eight_canvases_pad_little_on_photographs(snap, most, monkeypatch):
-    """Catches a worse search; measured on other draws than it is given."""
+    """Catches a worse search, on draws that the search did not see."""
     monkeypatch.setattr(canvases_module, "_ROUNDS", 1)
     monkeypatch.setattr(canvases_module, "_SEARCHED", 1000)
     config = base_config().data

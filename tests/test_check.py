@@ -1,4 +1,4 @@
-"""The report on a directory: every kind of defect is named, and nothing in a file makes it fail."""
+"""The report on a directory names every kind of defect, and no content of a file makes it fail."""
 
 import copy
 import json
@@ -33,7 +33,7 @@ def data_config(directory):
 
 
 def train_findings(directory, decode=False):
-    """Kinds of errors and of warnings of the training split, with their text."""
+    """Returns errors and warnings of the training split by kind, with their text."""
     train, _ = check(data_config(directory), decode)
     errors = {kind: str(finding) for kind, finding in train.findings.errors.items()}
     return errors, {kind: str(finding) for kind, finding in train.findings.warnings.items()}
@@ -227,7 +227,7 @@ def test_a_class_without_objects_is_a_warning(tmp_path):
 
 
 def test_sizes_are_compared_with_the_orientation(tmp_path):
-    """Turned by EXIF, a file fits its annotation as stored and as shown, and no other."""
+    """Catches a size check that ignores EXIF: the stored and the shown size both fit."""
     write_coco(tmp_path)
     exif_of(tmp_path / "train2017/0500.jpg", 6)
     assert not train_findings(tmp_path)[0]
@@ -243,7 +243,7 @@ def test_sizes_are_compared_with_the_orientation(tmp_path):
 
 
 def test_damaged_images(tmp_path):
-    """A header that is rubbish is seen at once, pixels that are cut off with --decode."""
+    """Catches a missed damaged header, and with --decode missing pixels."""
     write_coco(tmp_path)
     (tmp_path / "train2017/0500.jpg").write_bytes(b"rubbish")
     whole = (tmp_path / "train2017/0493.jpg").read_bytes()
@@ -299,7 +299,7 @@ def test_the_command(tmp_path):
     assert run.returncode == 0 and "This can be trained on." in run.stdout and not run.stderr
     run = run_command(tmp_path)
     assert run.returncode == 1 and "error: files not found (1)" in run.stdout and not run.stderr
-    assert "mine.json" in run.stdout  # what is there instead
+    assert "mine.json" in run.stdout  # the value that is there instead
 
 
 @pytest.mark.parametrize(
@@ -347,7 +347,7 @@ RUBBISH = st.one_of(
 
 
 def paths_in(value, path=()):
-    """The path of everything in a JSON value."""
+    """Yields the path of every item in a JSON value."""
     entries = value.items() if isinstance(value, dict) else enumerate(value)
     for key, entry in entries:
         yield (*path, key)
@@ -357,7 +357,7 @@ def paths_in(value, path=()):
 
 @pytest.fixture(scope="module")
 def fuzzed(tmp_path_factory):
-    """A directory whose annotation file is changed, and what it was."""
+    """Yields a directory whose annotation file may be changed, and the original content."""
     directory = tmp_path_factory.mktemp("fuzzed")
     content = document(3)
     write_split(directory / "train.json", directory / "train", content)
@@ -395,7 +395,7 @@ def test_whatever_a_file_says_is_reported_and_stops_a_training_or_does_not(fuzze
         usable = True
     except DataError as error:
         assert "\n" not in str(error)
-        usable = "category_ids" in str(error)  # right as such, but not as labels
+        usable = "category_ids" in str(error)  # valid numbers, but not valid labels
     assert usable == (not split.findings.errors)
 
 
@@ -417,11 +417,11 @@ def test_bytes_that_are_no_text(tmp_path):
     assert "no JSON" in train_findings(tmp_path)[0]
 
 
-# Faults of public bug reports: what a person sees of each.
+# Faults from public bug reports, with what the user reads of each.
 
 
 def rewrite(directory, change, name=TRAIN):
-    """Changes every annotation of a file; `change` gets the annotation and its image."""
+    """Changes every annotation of a file; `change` takes the annotation and its image."""
     content = json.loads((directory / name).read_text())
     sizes = {image["id"]: image for image in content["images"]}
     for annotation in content["annotations"]:
@@ -455,7 +455,7 @@ def large_boxes(annotation, image):
     ],
 )
 def test_boxes_of_another_format_are_an_error(tmp_path, change, kind):
-    """Each box alone is possible; a training on them learns nothing and says nothing."""
+    """Catches boxes that are valid one by one but make a training useless without an error."""
     write_coco(tmp_path, train=20)
     rewrite(tmp_path, change)
     errors, _ = train_findings(tmp_path)

@@ -1,4 +1,4 @@
-"""Checkpoints: bit-exact, atomic, and every failure is one line that names path and cause."""
+"""Checkpoints are bit-exact and atomic, and every failure is one line with path and cause."""
 
 import dataclasses
 import errno
@@ -114,7 +114,7 @@ def test_round_trip_is_bit_exact(saved):
 
 
 def test_parameters_to_evaluate_with_are_the_average(tmp_path):
-    """Catches an evaluation or an export of the last parameters where there is an average."""
+    """Catches an evaluation or an export of the last parameters if there is an average."""
     states = {
         step: {"params": {"w": jnp.full(3, 1.0 * step)}, "ema": ema, "step": jnp.int32(step)}
         for step, ema in ((1, None), (2, {"w": jnp.full(3, 0.5)}))
@@ -155,7 +155,7 @@ def test_restored_arrays_have_the_shardings_asked_for(saved):
 
 
 def test_donating_the_state_after_save_does_not_change_what_is_saved(tmp_path):
-    """An asynchronous save must not read buffers that the next step writes into."""
+    """Catches an asynchronous save that reads buffers which the next step overwrites."""
     step = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
     state = {"params": {"w": jnp.zeros((1000, 500))}}
     target = abstract(state)
@@ -268,7 +268,7 @@ def test_a_run_from_before_a_key_was_there_is_continued_with_its_default(copied)
     ],
 )
 def test_other_classes_are_another_run(copied, categories, difference):
-    """Catches a run that goes on with labels that mean something else."""
+    """Catches a run that continues with other classes under the same labels."""
     with pytest.raises(CheckpointError, match=difference) as error:
         Checkpoints(copied, base_config(), categories=categories)
     one_line(error)
@@ -276,7 +276,7 @@ def test_other_classes_are_another_run(copied, categories, difference):
 
 
 def test_a_document_of_names_alone_is_read_and_continued(copied):
-    """Catches a change of format that shuts out earlier runs: there, ids were the positions."""
+    """Catches a format change that breaks earlier runs, whose ids are the positions."""
     path = copied / "config.json"
     document = json.loads(path.read_text())
     del document["categories"]
@@ -359,7 +359,7 @@ def test_one_process_at_a_time_writes_and_its_death_unlocks(copied):
 
 
 def test_a_process_does_not_share_its_own_lock_and_releases_it(copied):
-    """Catches two trainings in one notebook: to a lock of the system they are one process."""
+    """Catches two trainings in one notebook, which share the process that holds the lock."""
     with (
         Checkpoints(copied, None),
         pytest.raises(CheckpointError, match=rf"this process \({os.getpid()}\)"),
@@ -380,7 +380,7 @@ def test_a_file_system_without_locks_is_a_warning(copied, monkeypatch, caplog):
 
 
 def test_parameters_are_read_while_a_training_removes_checkpoints(copied, monkeypatch):
-    """Catches an evaluation that takes the removal of a checkpoint for damage."""
+    """Catches an evaluation that reports a removed checkpoint as damaged."""
     restore, calls = Checkpoints.restore_params, []
 
     def removed_first(self, shapes, step):
@@ -439,7 +439,7 @@ def _flip(path):
 
 @pytest.mark.parametrize("damage", [os.remove, _cut, _flip])
 def test_any_damaged_file_is_an_error_or_without_effect(copied, damage):
-    """No file can be lost, cut short or changed so that other values come back in silence."""
+    """Catches a lost, cut or changed file that yields other values without an error."""
     reported = 0
     for file in _files(copied / "checkpoints" / "2"):
         content = file.read_bytes()
@@ -507,7 +507,7 @@ async def _full_disk(*args, **kwargs):
 
 
 def test_the_tasks_of_a_failed_save_are_not_told_one_by_one(copied, caplog):
-    """Catches pages of asyncio after the one line that says what happened."""
+    """Catches pages of asyncio after the one-line error."""
     with Checkpoints(copied, None):
         for place in ("/site-packages/orbax/checkpoint/serialization.py", "/mine.py"):
             logging.getLogger("asyncio").error("Task exception ...\nfuture: <defined at %s>", place)
@@ -557,7 +557,7 @@ def test_leftovers_of_a_killed_process_are_ignored_and_removed(copied):
     shutil.copytree(copied / "checkpoints" / "1", copied / "checkpoints" / "trash" / "0")
     with Checkpoints(copied, None, read_only=True) as checkpoints:
         assert checkpoints.latest_step() == 2
-    assert unfinished.exists()  # may be another process's save under way
+    assert unfinished.exists()  # may be the unfinished save of another process
     with Checkpoints(copied, None) as checkpoints:
         checkpoints.save(8, make_state(8))
     assert sorted(path.name for path in (copied / "checkpoints").iterdir()) == ["1", "2", "8"]
@@ -597,7 +597,7 @@ def test_killed_while_saving_only_complete_checkpoints_are_there(tmp_path):
         process.stdout.close()
         started = int(lines[-1])
         with Checkpoints(tmp_path, None, read_only=True) as checkpoints:
-            # Saving the last one began only when the one before was complete.
+            # The last save began only after the one before was complete.
             assert checkpoints.latest_step() >= started - 1 > latest
             for step in checkpoints.all_steps():
                 state, host = checkpoints.restore(target, step=step)

@@ -18,7 +18,7 @@ CATEGORY_IDS = (7, 3, 90, 12)  # with holes, not sorted
 
 
 def make_ground_truth(seed=0, num_images=25, crowd=0.0, empty=0.2):
-    """Images of varied size with objects from tiny to large, some images without any."""
+    """Makes images of varied size with objects from tiny to large, some without objects."""
     rng = np.random.default_rng(seed)
     images, annotations = [], []
     for image_id in rng.permutation(1000)[:num_images].tolist():
@@ -42,7 +42,7 @@ def make_ground_truth(seed=0, num_images=25, crowd=0.0, empty=0.2):
 
 
 def predictions(ground_truth, kind, seed=1, K=30):
-    """Arrays for `add`, float32 as a network gives them, slots without a detection at label -1."""
+    """Returns arrays for `add`, float32 as from a network; empty slots have label -1."""
     rng = np.random.default_rng(seed)
     images = ground_truth["images"]
     B = len(images)
@@ -70,7 +70,7 @@ def predictions(ground_truth, kind, seed=1, K=30):
 
 
 def reference(tmp_path, ground_truth, scores, labels, boxes):
-    """pycocotools on files: the twelve numbers and AP per category id."""
+    """Returns the twelve numbers and AP per category id of pycocotools on files."""
     results = []
     for b, image in enumerate(ground_truth["images"]):
         for score, label, box in zip(scores[b], labels[b], boxes[b].astype(float), strict=True):
@@ -107,13 +107,13 @@ def reference(tmp_path, ground_truth, scores, labels, boxes):
 
 
 def evaluate(ground_truth, scores, labels, boxes, batch=4, order=None):
-    """Through `add` in batches, the last one padded."""
+    """Returns the result of `add` in batches, the last one padded."""
     evaluator = CocoEvaluator(ground_truth)
     image_ids = np.array([image["id"] for image in ground_truth["images"]])
     order = np.arange(len(image_ids)) if order is None else order
     for start in range(0, len(order), batch):
         at = order[start : start + batch]
-        pad = np.resize(at, batch)  # repeats real images, so that padding that counts shows
+        pad = np.resize(at, batch)  # repeats real images, so that counted padding is noticed
         ids = np.where(np.arange(batch) < len(at), image_ids[pad], -1)
         evaluator.add(ids.astype(np.int32), scores[pad], labels[pad], boxes[pad])
     return evaluator
@@ -142,7 +142,7 @@ def test_equals_pycocotools_to_the_last_digit(tmp_path, kind, crowd):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_equals_pycocotools_on_ties_and_more_detections_than_count(tmp_path, seed):
-    """Objects on top of each other, crowds among them, equal scores, over 100 boxes of a class."""
+    """Covers overlapping objects, crowds, equal scores, and over 100 boxes of a class."""
     rng = np.random.default_rng(seed)
     ground_truth = make_ground_truth(seed, num_images=6, crowd=0.3)
     annotations = ground_truth["annotations"]
@@ -163,7 +163,7 @@ def test_equals_pycocotools_on_ties_and_more_detections_than_count(tmp_path, see
 
 
 def test_an_overlap_equal_to_the_threshold_counts(tmp_path):
-    """IoU exactly 0.5, in numbers that floats hold exactly."""
+    """Catches a strict threshold: the IoU is exactly 0.5, in exact floats."""
     ground_truth = {
         "images": [{"id": 1, "height": 64, "width": 64}],
         "annotations": [
@@ -203,7 +203,7 @@ def test_order_of_images_and_repeated_images_change_nothing():
 
 
 def test_label_that_is_no_category_is_dropped():
-    """Class ids as labels, as in the official checkpoints: label 0 of 91 is no category."""
+    """Covers class ids as labels, as in the official checkpoints; label 0 of 91 is no category."""
     ground_truth = make_ground_truth()
     scores, labels, boxes = predictions(ground_truth, "shifted")
     expected = evaluate(ground_truth, scores, labels, boxes).metrics()
@@ -215,7 +215,7 @@ def test_label_that_is_no_category_is_dropped():
 
 
 def test_an_annotation_with_id_zero_counts(tmp_path):
-    """pycocotools takes a match with annotation 0 for no match; own data often starts at 0."""
+    """Catches annotation id 0, which pycocotools treats as no match; data may start at 0."""
     ground_truth = make_ground_truth(num_images=3, empty=0.0)
     arrays = predictions(ground_truth, "perfect")
     for annotation in ground_truth["annotations"]:

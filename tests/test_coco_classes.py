@@ -8,7 +8,7 @@ from dn_detr_jax.data.coco_classes import COCO_CATEGORIES, assumed_categories, w
 
 
 def test_eighty_ids_in_order_and_91_labels():
-    """Catches a name that was left out or doubled, and labels that are off by one."""
+    """Catches missing or duplicate names, and labels that are off by one."""
     ids = [category.id for category in COCO_CATEGORIES]
     assert len(ids) == 80 and ids == sorted(set(ids))
     unused = {0, 12, 26, 29, 30, 45, 66, 68, 69, 71, 83}

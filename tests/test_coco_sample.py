@@ -1,7 +1,7 @@
-"""The path of real data, on a sample of COCO 2017 where it is there: packed, read, evaluated.
+"""The path of real data from packing to evaluation, on a sample of COCO 2017 if it is present.
 
 The evaluation must give pycocotools' numbers on the original annotation file to the last digit,
-whichever way the annotations came here.
+for each format of the annotations.
 """
 
 import contextlib
@@ -133,7 +133,7 @@ def test_ground_truth_is_the_original_to_the_last_digit(packed_dir, original, la
 
 
 def predictions(kind, original, rng):
-    """(image id, category id, bbox, score) of detections."""
+    """Returns (image id, category id, bbox, score) of detections."""
     objects = [a for a in original["annotations"] if not a["iscrowd"]]
     if kind == "empty":
         return []
@@ -160,7 +160,7 @@ def predictions(kind, original, rng):
 
 
 def reference_stats(detections):
-    """pycocotools on the original file, with nothing of this package."""
+    """Evaluates with pycocotools on the original file, without this package."""
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(ANNOTATIONS))
         results = [
@@ -180,7 +180,7 @@ def reference_stats(detections):
 
 
 def own_stats(dataset, detections):
-    """This package's evaluation, from boxes as shares of the image as a detector gives them."""
+    """Evaluates with this package, from normalized boxes as a detector returns them."""
     label_of = {category.id: label for label, category in enumerate(dataset.categories)}
     evaluator = CocoEvaluator(
         dataset.coco_ground_truth(), [category.id for category in dataset.categories]
@@ -225,7 +225,7 @@ def test_evaluation_equals_pycocotools_on_the_original_file(packed_dir, original
 
 
 def test_tfds_coco_2017_gives_the_numbers_of_the_file_back(tfds_dir, original):
-    """Boxes to two decimals, though TFDS keeps float32 shares; areas are whole numbers there."""
+    """Covers TFDS: boxes agree to two decimals (float32 shares), areas are whole numbers."""
     config = base_config().data
     for directory in (tfds_dir, tfds_dir / "coco" / "2017", tfds_dir / "coco" / "2017" / "1.1.0"):
         config.dir = str(directory)
@@ -276,7 +276,7 @@ def test_every_photograph_is_decoded_at_its_annotated_size(packed_dir):
 
 
 def test_batches_of_photographs(packed_dir):
-    """Small canvases; crowd regions are no targets, images without objects are there."""
+    """Catches crowd regions as targets and missing images without objects; small canvases."""
     config = sample_config(packed_dir)
     config.data.update({"canvases": ((128, 128),), "eval_short_side": 96})
     config.data.eval_max_long_side = 128

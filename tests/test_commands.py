@@ -1,4 +1,4 @@
-"""The commands: their table, help without JAX, and what ends each of them with one line."""
+"""The commands: their table, help without JAX, and their one-line errors."""
 
 import os
 import re
@@ -56,7 +56,7 @@ run_main(main)
 
 
 def test_every_command_has_help_without_jax():
-    """Catches an import at the top of a command, which costs seconds for each typing error."""
+    """Catches a heavy import at the top of a command, which delays every usage error."""
     done = subprocess.run(
         [sys.executable, "-c", _ALL_HELP],
         capture_output=True,
@@ -77,7 +77,7 @@ def test_every_command_has_help_without_jax():
 
 
 def test_a_closed_pipe_is_not_an_error():
-    """As of `dn-detr --help | head -1`."""
+    """Catches an error for a closed pipe, as of `dn-detr --help | head -1`."""
     reader, writer = os.pipe()
     os.close(reader)
     try:
@@ -117,7 +117,7 @@ def test_an_installed_package_has_the_same_command():
     ],
 )
 def test_a_wrong_command_is_one_line(arguments, expected, monkeypatch, capsys):
-    """In this process; every command has flags of its own, and absl's are global."""
+    """Runs in this process; absl's flags are global, and each command has its own."""
     monkeypatch.setattr(sys, "argv", ["dn-detr", *arguments])
     before = set(flags.FLAGS)
     try:

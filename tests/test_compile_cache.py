@@ -1,4 +1,4 @@
-"""Compiled programs on disk: found by the next process, and never in the way of a run."""
+"""The next process finds compiled programs on disk, and the cache never stops a run."""
 
 import os
 import pwd
@@ -25,8 +25,8 @@ _ROOT = Path(__file__).parents[1]
 # https://github.com/jax-ml/jax/pull/38405
 _KEEPS_CALLS = jax.__version_info__ >= (0, 11)
 
-# A program that does not call the host, and two steps of a training, which do. With "moved" as its
-# second argument the Python of the call lies elsewhere in memory than it would, and behind others.
+# Runs a program that does not call the host, and two steps of a training, which do. With "moved" as
+# second argument, the Python function of the call is at another address and comes after others.
 _SCRIPT = """
 import hashlib, logging, sys
 import jax, jax.numpy as jnp, numpy as np
@@ -89,7 +89,7 @@ print(hashlib.sha256(b"".join(leaves)).hexdigest())
 
 
 def _compile(folder, *arguments):
-    """What was printed, and which programs came from the cache."""
+    """Returns the output, and the programs that came from the cache."""
     env = os.environ | {
         "PYTHONPATH": f"{_ROOT}{os.pathsep}{_ROOT / 'tests' / 'data'}",
         "JAX_PLATFORMS": "cpu",
@@ -113,7 +113,7 @@ def _compile(folder, *arguments):
 @pytest.mark.smoke
 def test_the_next_process_finds_programs_and_survives_damaged_ones(tmp_path):
     """Catches a cache that is set up too late, a kept program that computes something else, and a
-    kept step of the training that calls what no longer lies where it did."""
+    kept step that calls an outdated address."""
     everything = ["pure", "step"] if _KEEPS_CALLS else ["pure"]
     first, found = _compile(tmp_path)
     assert found == []
@@ -129,7 +129,7 @@ def test_the_next_process_finds_programs_and_survives_damaged_ones(tmp_path):
 
 @pytest.fixture
 def cache_allowed():
-    """The tests run without a cache, see conftest."""
+    """Allows the cache, which `fast_jit` disables for the tests."""
     before = jax.config.jax_enable_compilation_cache, jax.config.jax_compilation_cache_dir
     jax.config.update("jax_enable_compilation_cache", True)
     yield
@@ -162,7 +162,7 @@ def test_no_folder_and_one_from_elsewhere(cache_allowed, tmp_path):
 
 
 def test_detections_do_not_call_the_host():
-    """Catches a program of the evaluation that JAX 0.10 would not keep."""
+    """Catches a program of the evaluation that JAX 0.10 does not keep."""
     config, mesh = tiny_config.shared(), make_mesh(1)
     model = build_model(config.model)
     batch = abstract_batch(config, "eval", mesh)

@@ -1,4 +1,4 @@
-"""XLA's options: those that a compiler does not know end no run, unless a user asks for them."""
+"""XLA's options: an unknown default is ignored, an unknown option of the user is an error."""
 
 import logging
 
@@ -15,7 +15,7 @@ _KNOWN, _GONE = "xla_backend_optimization_level", "xla_cpu_option_that_has_gone"
 
 @pytest.fixture
 def aged_default(monkeypatch, caplog):
-    """A version of XLA that no longer knows one of the defaults."""
+    """Simulates a version of XLA without one of the defaults."""
     before = base_config()
     before.compile.options = (f"cpu:{_KNOWN}=1", f"cpu:{_GONE}=true")
     monkeypatch.setattr(compile_options, "base_config", lambda: before)
@@ -49,7 +49,7 @@ def test_an_option_of_the_user_that_the_compiler_refuses_is_an_error(aged_defaul
 
 
 def test_every_option_is_kept_or_left_out_by_itself():
-    """Catches one unknown option that takes the known ones with it."""
+    """Catches one unknown option that drops the known ones."""
     options = {_KNOWN: 0, _GONE: 1, "xla_force_host_platform_device_count": 1}
     kept = known_options(options, jax.devices()[0])
     assert kept.keys() == {_KNOWN, "xla_force_host_platform_device_count"}

@@ -1,4 +1,4 @@
-"""Every rule of the config, and what the user sees of a wrong one."""
+"""Every rule of the config, and the error for each wrong value."""
 
 import os
 import subprocess
@@ -32,7 +32,7 @@ def _with(changes):
 
 
 def test_compiler_options_are_those_of_the_platform():
-    """Catches options for a GPU that reach the compiler of CPUs, and values that stay texts."""
+    """Catches options for a GPU that reach the compiler of CPUs, and values that stay strings."""
     options = "gpu:xla_a=false", "cpu:xla_b=2", "gpu:xla_c=0.5", "gpu:xla_d=auto", "gpu:xla_a=True"
     config = _with({"compile.options": options})
     assert compiler_options(config, "gpu") == {"xla_a": True, "xla_c": 0.5, "xla_d": "auto"}
@@ -229,7 +229,7 @@ def get_config():
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    """Runs a program with the given arguments; gives its (status, stdout, stderr)."""
+    """Runs a program with arguments; returns (status, stdout, stderr)."""
     folder = tmp_path_factory.mktemp("program")
     (folder / "program.py").write_text(PROGRAM)
     (folder / "config.py").write_text(CONFIG_FILE)

@@ -1,4 +1,4 @@
-"""The rows of the config keys, and all that is made from them."""
+"""The rows of the config keys, and everything generated from them."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def test_every_key_is_documented_and_its_occasions_fit_together(key):
 
 
 def test_the_document_is_current():
-    """Catches keys that were changed without the document."""
+    """Catches changed keys whose document is out of date."""
     command = [sys.executable, "-m", "dn_detr_jax.config.reference"]
     made = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=True).stdout
     written = (_ROOT / "docs" / "config.md").read_text()
@@ -87,7 +87,7 @@ def test_what_may_change_of_a_run(key, value, resume, evaluation):
 
 
 def test_a_run_of_before_a_key_had_its_default():
-    """Catches old work directories that are refused, or taken for equal where they are not."""
+    """Catches old work directories that are refused, or wrongly accepted as equal."""
     old = _stored()
     del old["dn"]["contrastive"], old["model"]["num_patterns"]
     assert changed_values(old, _stored()) == []
@@ -165,7 +165,7 @@ def test_a_variant_has_keys_and_rules_of_its_own(toy):
 
 
 def test_a_key_of_another_variant_is_said_to_be_one(toy):
-    """Catches "no such key" for a key that the user has seen in the reference."""
+    """Catches "no such key" for a key that the reference lists."""
     config = base_config()
     config.model.levels = 3
     expected = r"model\.levels = 3: a key of the model toy; dn_dab_detr has none"
@@ -181,7 +181,7 @@ def test_a_key_of_another_variant_is_said_to_be_one(toy):
 
 
 def test_a_name_belongs_to_one_variant(toy):
-    """Catches a variant that silently takes the place of another one; a second import is none."""
+    """Catches a variant that silently takes the place of another one; a second import does not."""
     variants.register("toy", toy)
     with pytest.raises(ValueError, match=r"'toy'.* registered with other keys"):
         variants.register("toy", toy[:1])
@@ -224,7 +224,7 @@ def test_an_experiment_is_found_by_path_and_by_name(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("path", sorted((_ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
 def test_the_experiments_are_valid(path):
-    """Catches an experiment that a change of the keys has left behind."""
+    """Catches an experiment that does not fit changed keys."""
     validate(load_config(path.stem))
 
 

@@ -1,4 +1,4 @@
-"""What two processes do together: their rows, the matching, what they gather and compare."""
+"""Two processes together: their rows, the matching, and what they gather and compare."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from dn_detr_jax.errors import ConfigError
 from dn_detr_jax.matching import solve_on_host
 from dn_detr_jax.sharding import make_mesh
 
-# One of two processes with two devices each. Writes what it found as JSON.
+# Runs as one of two processes with two devices each. Writes its results as JSON.
 _SCRIPT = """
 import json, sys
 from pathlib import Path
@@ -70,7 +70,7 @@ with launch.process_group(launch.ProcessInfo(address, 2, index)):
 
 @pytest.fixture(scope="module")
 def facts(tmp_path_factory):
-    """What each of the two processes has found."""
+    """Returns the results of the two processes."""
     folder = tmp_path_factory.mktemp("together")
     with socket.create_server(("", 0)) as listening:
         address = f"localhost:{listening.getsockname()[1]}"
@@ -104,7 +104,7 @@ def test_each_device_solves_its_own_rows_where_it_is(facts):
 
 
 def test_numbers_are_gathered_to_their_last_digit(facts):
-    """Catches float64 that becomes float32 on its way, in which an AP is another one."""
+    """Catches float64 that is sent as float32, which changes an AP."""
     expected = [[0.1, 1e300], [1.1, 1e300]]
     assert facts[0]["gathered"] == facts[1]["gathered"] == expected
 
@@ -117,7 +117,7 @@ def test_the_first_difference_is_named_in_every_process(facts):
 
 
 def test_a_folder_that_is_not_shared_is_noticed(facts):
-    """Catches checkpoints that lie in parts on as many machines."""
+    """Catches checkpoints that are split over machines."""
     for found in facts:
         assert found["shared"] == ""
         assert "machine" in found["apart"] and "process 1 does not see" in found["apart"]
@@ -132,7 +132,7 @@ class _Device:
 
 
 def _devices(*counts):
-    """As many devices as said of each process, their ids taking turns."""
+    """Returns devices of processes, with a number for each; their ids alternate."""
     each = [[(i, process) for i in range(count)] for process, count in enumerate(counts)]
     turns = sorted(pair for pairs in each for pair in pairs)
     return [_Device(number, process) for number, (_, process) in enumerate(turns)]
@@ -142,7 +142,7 @@ def _devices(*counts):
     ("wanted", "processes"), [(-1, [0, 0, 1, 1, 2, 2]), (6, [0, 0, 1, 1, 2, 2]), (3, [0, 1, 2])]
 )
 def test_the_mesh_goes_by_processes(wanted, processes):
-    """Catches the order of jax's devices, which need not be that of the rows."""
+    """Catches the order of jax's devices, which can differ from that of the rows."""
     devices = _devices(2, 2, 2)
     assert [d.process_index for d in devices] == [0, 1, 2, 0, 1, 2]
     assert [d.process_index for d in make_mesh(wanted, devices).devices.flat] == processes

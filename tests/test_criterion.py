@@ -21,7 +21,7 @@ TWICE = LossSettings(SigmoidFocalLoss(), COSTS, {name: 2 * w for name, w in WEIG
 
 
 def targets_of(rng, counts=(3, 0, 2), slots=4, classes=5):
-    """Objects of three images."""
+    """Returns objects of three images."""
     return {
         "labels": rng.integers(0, classes, (3, slots)).astype(np.int32),
         "boxes": oracle.random_boxes(rng, 3, slots),
@@ -49,7 +49,7 @@ def losses_of_parts(predicted, targets):
 
 
 def test_parts_are_matched_together_and_summed_under_their_names():
-    """Parts of other sizes, weights and targets give what each gives alone.
+    """Parts of different sizes, weights and targets give the same terms as each alone.
 
     Catches assignments that go to another part, and weights or names taken from the first one.
     """
@@ -74,7 +74,7 @@ def test_parts_are_matched_together_and_summed_under_their_names():
 
 
 def test_all_parts_share_one_callback():
-    """Each callback stops the device; catches one for every part."""
+    """Catches a callback for every part; each callback stops the device."""
     rng = np.random.default_rng(1)
     targets = targets_of(rng)
 
@@ -100,7 +100,7 @@ def test_costs_that_are_not_finite_are_counted_over_all_parts():
 
 
 def test_assignments_of_several_problems_are_those_of_each():
-    """Other numbers of layers, queries and objects; catches a wrong cut of the shared array."""
+    """Catches a wrong split of the shared array, for different layers, queries and objects."""
     rng = np.random.default_rng(3)
     problems = []
     for layers, queries, objects in ((2, 5, 4), (1, 9, 4), (3, 2, 1)):

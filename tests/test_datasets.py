@@ -1,4 +1,4 @@
-"""COCO-format directories and TFDS folders, opened as they lie there."""
+"""COCO-format directories and TFDS folders, opened without a conversion by the user."""
 
 import json
 import logging
@@ -35,7 +35,7 @@ def annotations_of(directory, name="train2017"):
 
 
 def test_examples_are_those_of_the_annotation_file(coco_dir):
-    """Against a plain account of the file: bytes, order, boxes, crowd left out."""
+    """Compares with a plain reading of the file: bytes, order, boxes, no crowd regions."""
     written = annotations_of(coco_dir)
     dataset = open_dataset(data_config(coco_dir), "train")
     assert len(dataset) == len(dataset.source) == 6
@@ -206,7 +206,7 @@ def test_wrong_named_paths_are_named(tmp_path):
 
 @pytest.fixture
 def tfds_dir(coco_dir, tmp_path):
-    """A folder of TFDS with the split `train`, made of a packed one."""
+    """Makes a TFDS folder with the split `train` from a packed one."""
     dataset = open_dataset(data_config(coco_dir), "train")
     folder = tmp_path / "coco" / "2017" / "1.1.0"
     folder.mkdir(parents=True)
@@ -223,7 +223,7 @@ def tfds_dir(coco_dir, tmp_path):
 
 
 def test_a_folder_of_tfds_with_other_classes_than_coco(tfds_dir):
-    """Its labels stand for themselves, since it has no ids."""
+    """Covers labels without ids, which stand for themselves."""
     for directory in (tfds_dir, tfds_dir / "coco/2017", tfds_dir / "coco/2017/1.1.0"):
         dataset = open_dataset(data_config(directory), "train")
         assert len(dataset) == 6 and len(dataset.source[2].image) > 0
@@ -270,9 +270,9 @@ def tfrecord_dir(tfds_dir):
 
 
 def test_a_folder_of_tfds_in_its_default_format(tfrecord_dir, tfds_dir, coco_dir):
-    """The images and objects are those of the directory that it was made of."""
+    """Compares images and objects with those of the source directory."""
     expected = open_dataset(data_config(coco_dir), "train")
-    for _ in range(2):  # the second time with the index that the first has kept
+    for _ in range(2):  # the second time with the index from the first
         found = open_dataset(data_config(tfrecord_dir), "train")
         source = pickle.loads(pickle.dumps(found.source))
         assert len(found) == len(expected) == 6
@@ -284,7 +284,7 @@ def test_a_folder_of_tfds_in_its_default_format(tfrecord_dir, tfds_dir, coco_dir
 
 @pytest.mark.parametrize("kept", [0, 5, 12, -1])
 def test_a_tfrecord_file_that_is_cut_off_is_named(tfrecord_dir, kept):
-    """Also where an index of the whole file has been kept."""
+    """Covers a kept index of the whole file, too."""
     open_dataset(data_config(tfrecord_dir), "train")
     (path,) = (tfrecord_dir / "coco/2017/1.1.0").glob("*tfrecord-00001-of-00002")
     path.write_bytes(path.read_bytes()[:kept])

@@ -1,7 +1,7 @@
-"""Query denoising: layout, noise, mask and loss against plain loops, and what must not leak.
+"""Query denoising: layout, noise, mask and loss against plain loops, and no leak of objects.
 
-The leak tests run a whole small detector. Where two calls of one compiled program must agree, they
-must agree to the bit: a masked weight is exactly zero.
+The leak tests run a whole small detector. Two calls of one compiled program must agree to the bit,
+because a masked weight is exactly zero.
 """
 
 import jax
@@ -43,10 +43,10 @@ def prepared(groups=GROUPS, label_noise=0.2, box_noise=0.4, contrastive=False):
 
 @pytest.mark.parametrize("contrastive", [False, True])
 def test_slot_of_every_object_in_every_group(contrastive):
-    """A wrong layout gives targets to other queries.
+    """Catches a layout that gives targets to other queries.
 
-    Negatives come behind the positives of their group, and every image has its own: the PyTorch
-    code takes them from the whole batch.
+    Negatives follow the positives of their group. Each image has its own number of them; the
+    PyTorch code takes it from the whole batch.
     """
     labels, boxes, valid = targets()
     dn, _ = prepared(contrastive=contrastive)
@@ -91,7 +91,7 @@ add_contrastive = fast_jit(denoising.add_contrastive_box_noise)
 
 
 def test_contrastive_noise_moves_sides_by_themselves_and_negatives_further():
-    """Positives up to `scale` half sides, negatives from there to twice that, to both sides.
+    """Positives move by up to `scale` half sides, negatives by once to twice that, both ways.
 
     Catches the two mixed up, noise of the whole side, and sides that move together.
     """
@@ -111,7 +111,7 @@ def test_contrastive_noise_moves_sides_by_themselves_and_negatives_further():
 
 
 def test_contrastive_noise_stays_in_the_image():
-    """Corners are clipped; sides that cross give a box without extent, not a negative one."""
+    """Corners are clipped; crossing sides give a box without extent, not a negative one."""
     boxes = np.float32([[[0.1, 0.9, 0.2, 0.2], [0.5, 0.5, 0.2, 0.2]]])
     noise = denoising.Noise(
         label_u=None,
@@ -284,7 +284,7 @@ def test_objects_that_do_not_fit_are_left_out_at_random():
 
 
 def test_packed_and_paper_layout_have_the_same_loss(tiny):
-    """For images whose groups all fit, with the same noise: 12 slots in place of 21."""
+    """Compares 12 slots with 21, for images whose groups all fit, with the same noise."""
     batch, noise = image_batch(7), object_noise(7)
 
     def losses(params, batch, noise):
@@ -336,7 +336,7 @@ attention_mask = fast_jit(
 @pytest.mark.parametrize("attend_padding", [False, True])
 @given(hnp.arrays(bool, (2, 6)), hnp.arrays(np.int32, (2, 6), elements=st.integers(-1, 2)))
 def test_mask_equals_a_slow_loop(attend_padding, valid, group):
-    """For any layout of groups, slots of no group included."""
+    """Covers all layouts of groups, including slots without a group."""
     valid = valid & (group >= 0)
     fields = dict.fromkeys(("labels", "boxes", "target_labels", "target_boxes", "negative"))
     dn = denoising.Denoising(group=group, valid=valid, **fields)
@@ -344,7 +344,7 @@ def test_mask_equals_a_slow_loop(attend_padding, valid, group):
     want = np.zeros((2, 9, 9), bool)
     for b, row, column in np.ndindex(want.shape):
         if column >= 6:
-            want[b, row, column] = True  # everybody sees matching queries
+            want[b, row, column] = True  # all queries attend to matching queries
         elif row < 6 and group[b, column] >= 0 and group[b, row] == group[b, column]:
             want[b, row, column] = attend_padding or valid[b, column]
     np.testing.assert_array_equal(mask, want)
@@ -384,7 +384,7 @@ def predictions(slots, seed=5):
 
 @pytest.mark.parametrize("contrastive", [False, True])
 def test_reconstruction_loss_equals_a_plain_loop(contrastive):
-    """Every layer by itself, real slots alone, divided by (objects in the batch) x groups.
+    """The loss of each layer, over real slots, is divided by (objects in the batch) x groups.
 
     Negatives have no class, no box, and do not count.
     """
@@ -400,7 +400,7 @@ def test_reconstruction_loss_equals_a_plain_loop(contrastive):
             continue
         slot = (g * copies + copy) * OBJECTS + m
         logits, box = (x[layer, b, slot] for x in (pred_logits, pred_boxes))
-        target = None if copy else labels[b, m]  # the true one, whatever the noise has made of it
+        target = None if copy else labels[b, m]  # the true one, not the noised one
         want["loss_ce"][layer] += sum(oracle.focal(x, c == target) for c, x in enumerate(logits))
         if copy:
             continue
@@ -443,12 +443,12 @@ def differs(a, b):
 
 @pytest.fixture(scope="module")
 def result(tiny):
-    """Of the batch and the noise that the other tests vary."""
+    """Returns the result of the batch and the noise that the other tests vary."""
     return tiny.train(tiny.params, image_batch(), object_noise())
 
 
 def test_matching_queries_do_not_see_denoising_queries(tiny, result):
-    """The paper's leak: objects known to the matching part in training, and not in use."""
+    """Catches the paper's leak, objects that the matching part sees in training only."""
     batch = image_batch()
     plain = tiny.detect(tiny.params, batch["image"], batch["size"])
     assert_close(result.match, plain)
@@ -458,7 +458,7 @@ def test_matching_queries_do_not_see_denoising_queries(tiny, result):
 
 
 def test_groups_do_not_see_each_other(tiny, result):
-    """Several noised copies of an object together would give its true box away."""
+    """Catches a leak between groups: several noised copies together reveal the true box."""
     first, other = object_noise(), object_noise(seed=9)
     slots = np.arange(first.label_u.shape[1]) < 4  # group 0
     mixed = jax.tree.map(
@@ -476,7 +476,7 @@ def test_groups_do_not_see_each_other(tiny, result):
 
 
 def test_objects_of_a_group_see_each_other(tiny, result):
-    """A mask that hides everything would pass the tests above."""
+    """Catches a mask that hides everything, which would pass the tests above."""
     noise = object_noise()
     noise.box_u[0, 0] = 1 - noise.box_u[0, 0]  # object 0 of group 0
     got = by_group(tiny.train(tiny.params, image_batch(), noise).dn)
@@ -488,7 +488,7 @@ def test_objects_of_a_group_see_each_other(tiny, result):
 
 
 def test_content_of_empty_slots_changes_nothing(tiny, result):
-    """Whatever a loader leaves in the padding: outputs and losses stay the same to the bit."""
+    """Catches a dependence on the content of the padding; outputs and losses are bit-equal."""
     batch = image_batch()
     invalid = ~batch["valid"]
     batch["labels"][invalid] = 77
@@ -502,10 +502,10 @@ def test_content_of_empty_slots_changes_nothing(tiny, result):
 
 @pytest.mark.parametrize("attend_padding", [False, True])
 def test_more_slots_for_objects_change_nothing(tiny, result, attend_padding):
-    """Four slots or seven for the same objects.
+    """Four or seven slots for the same objects give the same results.
 
-    With `attend_padding`, as in the PyTorch code, they do change the results: so an image depends
-    on the rest of its batch there, and this test would see it.
+    With `attend_padding`, as in the PyTorch code, they change the results, since an image then
+    depends on the rest of its batch.
     """
 
     def run(objects):
@@ -525,7 +525,7 @@ def test_more_slots_for_objects_change_nothing(tiny, result, attend_padding):
 
 
 def test_the_rest_of_the_batch_changes_nothing(tiny, result):
-    """An image among others, and the same one among other others."""
+    """Catches an image whose results depend on the other images of its batch."""
     batch = image_batch()
     batch["image"][1:] = batch["image"][1:, ::-1]
     batch["valid"][1:] = True
@@ -540,7 +540,7 @@ def test_the_rest_of_the_batch_changes_nothing(tiny, result):
 
 @pytest.mark.parametrize("objects", ["none", "mixed"])
 def test_loss_and_gradients_are_finite(tiny, objects):
-    """A batch without objects, and one in which an image has none."""
+    """Covers a batch without objects, and one with an image without objects."""
     batch = image_batch()
     batch["valid"] &= objects == "mixed"
     (loss, terms), gradient = tiny.loss_and_gradient(tiny.params, batch, object_noise())

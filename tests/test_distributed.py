@@ -1,4 +1,4 @@
-"""Who a process is among others: from flags, from the environment, or an error."""
+"""The index and count of processes come from flags or the environment, or are an error."""
 
 import os
 import socket
@@ -36,7 +36,7 @@ _OPEN_MPI_5 = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2"}
 
 @pytest.fixture
 def environment(monkeypatch):
-    """Sets variables of an environment that has no others of a cluster."""
+    """Sets the only cluster variables of an environment."""
     for name in list(os.environ):
         if name.startswith(_VARIABLES) or name == "KUBERNETES_SERVICE_HOST":
             monkeypatch.delenv(name)
@@ -49,7 +49,7 @@ def environment(monkeypatch):
 
 
 def test_alone_where_nothing_says_otherwise(environment):
-    """Catches a start of `jax.distributed` for everybody."""
+    """Catches a start of `jax.distributed` for a single process."""
     assert find_process_info() is None
 
 
@@ -60,7 +60,7 @@ def test_flags_are_enough(environment):
 
 
 def test_one_process_of_one_is_alone(environment):
-    """JAX would leave a Slurm task one GPU, of however many the machine has."""
+    """Catches JAX's default for a Slurm task, one GPU of a machine with several."""
     assert find_process_info("auto", "10.0.0.1:8476", 1, 0) is None
     environment(_SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"})
     assert find_process_info() is None
@@ -79,7 +79,7 @@ def test_slurm(environment):
 
 
 def test_all_devices_of_a_machine_for_one_task(environment):
-    """JAX_LOCAL_DEVICE_IDS is read by JAX, unless it is told otherwise."""
+    """Catches an argument that overrides JAX_LOCAL_DEVICE_IDS, which JAX reads."""
     environment(_SLURM | {"JAX_LOCAL_DEVICE_IDS": "0,1,2,3"})
     assert find_process_info().local_device_ids is None
 
@@ -92,7 +92,7 @@ def test_open_mpi(environment):
 
 
 def test_a_launcher_that_jax_does_not_know_is_no_license_to_train_alone(environment):
-    """Catches as many trainings as processes, in one work directory."""
+    """Catches a separate training for each process, all in one work directory."""
     environment(_OPEN_MPI_5)
     with pytest.raises(DistributedError, match=r"OMPI_COMM_WORLD_SIZE=4.*--coordinator_address"):
         find_process_info()
@@ -104,7 +104,7 @@ def test_a_launcher_that_jax_does_not_know_is_no_license_to_train_alone(environm
 
 @pytest.mark.parametrize("gone", ["module", "class", "method", "arguments"])
 def test_a_jax_that_can_not_be_asked_leaves_flags_and_launchers(gone, environment, monkeypatch):
-    """Its detection is no public interface: without it one process must still be able to train."""
+    """Catches a failure of a single process if jax's private detection is missing."""
     private = "jax._src.clusters"
     if gone == "module":
         monkeypatch.setitem(sys.modules, private, None)
@@ -161,7 +161,7 @@ def test_wrong_flags_end_train_py_with_one_line(tmp_path, environment):
 
 
 def test_a_coordinator_that_is_not_there_ends_train_py_with_one_line(tmp_path, environment):
-    """In bounded time, and without what JAX says: a stack trace that names no address."""
+    """Catches a long wait, and JAX's own stack trace, which names no address."""
     with socket.create_server(("", 0)) as listening:
         address = f"localhost:{listening.getsockname()[1]}"
     command = [sys.executable, str(_ROOT / "train.py"), "--config=configs/digits.py"]
@@ -194,7 +194,7 @@ with launch.process_group(launch.ProcessInfo(address, 2, index)):
 
 
 def _two(what):
-    """Two processes that have started; the second one waits for the first, or fails."""
+    """Starts two processes; the second one waits for the first, or fails."""
     with socket.create_server(("", 0)) as listening:
         address = f"localhost:{listening.getsockname()[1]}"
     env = os.environ | {"JAX_PLATFORMS": "cpu"}
@@ -210,7 +210,7 @@ def _two(what):
 
 
 def test_the_error_of_one_is_the_last_line_of_all():
-    """Catches a process that waits for ever, here in a sleep, for one that has failed."""
+    """Catches a process that waits forever, here in a sleep, for a failed one."""
     processes = _two("error")
     errors = [process.communicate(timeout=60)[1].splitlines()[-1] for process in processes]
     assert [process.returncode for process in processes] == [1, 1]
@@ -219,7 +219,7 @@ def test_the_error_of_one_is_the_last_line_of_all():
 
 
 def test_the_end_of_the_coordinator_is_noticed():
-    """JAX has noticed it too, and may be faster: then its own message has to do."""
+    """Catches a missing message; JAX may report the failure first with its own message."""
     first, second = _two("killed")
     killed = time.monotonic()
     first.kill()

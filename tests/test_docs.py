@@ -1,4 +1,4 @@
-"""Documents: their links lead somewhere, and what is written in two places is the same."""
+"""Links of the documents have targets, and facts that are written twice agree."""
 
 import re
 import tomllib
@@ -13,13 +13,13 @@ DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("tests/data
 
 
 def without_code(text):
-    """A document without its code blocks, fenced or indented after an empty line."""
+    """Returns a document without its code blocks, fenced or indented after an empty line."""
     text = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
     return re.sub(r"\n\n( {4}.*\n)+", "\n\n", text)
 
 
 def anchors(text):
-    """The names that a forge gives to a document's headings."""
+    """Returns the anchors that a forge makes of a document's headings."""
     found = []
     for heading in re.findall(r"^#+ +(.+?)\s*$", without_code(text), re.MULTILINE):
         heading = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).replace("`", "")
@@ -35,7 +35,7 @@ def links(text):
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_to_files_and_headings(path):
-    """Catches files and headings that were moved or renamed; no network is asked."""
+    """Catches files and headings that were moved or renamed, without the network."""
     broken = []
     for link in links(path.read_text(encoding="utf-8")):
         target, _, anchor = link.partition("#")
@@ -49,7 +49,7 @@ def test_links_lead_to_files_and_headings(path):
 
 
 def test_the_check_of_links_sees_them():
-    """Otherwise every document would pass."""
+    """Catches a check that passes every document."""
     text = (
         "# A `b`: c!\n\n## Two\n## Two\n[x](y.md#z) and ![i](images/i.png)\n\n    [no](no)\n\nend"
     )

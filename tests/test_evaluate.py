@@ -1,4 +1,4 @@
-"""The evaluation of a split, with a detector that finds what it is told to."""
+"""The evaluation of a split, with a detector whose detections are given."""
 
 import dataclasses
 import logging
@@ -35,7 +35,7 @@ def finds_everything(config):
 
 
 class Damaged:
-    """A source of which some images can't be read."""
+    """A source with some unreadable images."""
 
     def __init__(self, source, positions):
         self.source, self.positions = source, positions
@@ -62,9 +62,9 @@ def test_finding_everything_is_an_ap_of_one(validation, digits_config):
 
 
 def test_labels_of_a_run_are_matched_by_name(validation, digits_config):
-    """Catches classes mixed up where a run numbers them differently from the data.
+    """Catches swapped classes if a run numbers them differently from the data.
 
-    The detections have the labels of the run, whatever the data says; category ids with holes.
+    The detections have the labels of the run, not of the data; category ids have gaps.
     """
     order = np.random.default_rng(0).permutation(10)
     run = [Category(7 * i + 1, validation.categories[label].name) for i, label in enumerate(order)]
@@ -87,7 +87,7 @@ def test_other_classes_than_the_run_are_named(validation):
 
 
 def test_an_unreadable_image_counts_as_one_without_detections(validation, digits_config, caplog):
-    """Against leaving its detections out; its objects must not be left out of the recall."""
+    """Compares with omitted detections; the recall must count the objects of the image."""
     digits_config.data.skip_bad = True
     counts = validation.annotations.counts
     position = int(np.argmax(counts))

@@ -55,7 +55,7 @@ print(detector.classes[1]["name"], detector.metadata["platforms"])
 
 @pytest.fixture(scope="module")
 def images():
-    """As large as the canvas, larger, smaller and of another aspect."""
+    """Makes images as large as the canvas, larger, smaller and of another aspect."""
     rng = np.random.default_rng(0)
     sizes = [CANVAS, (240, 320), (50, 60), (70, 40), (300, 20)]
     return [rng.integers(0, 256, (*size, 3), np.uint8) for size in sizes]
@@ -104,7 +104,7 @@ def test_another_process_with_jax_alone_finds_the_same(
         for i, wanted in enumerate(expected.predict(images, threshold=0.0)):
             height, width = wanted.size
             assert len(wanted) == found["scores"].shape[1] == run.config.eval.num_select
-            # A gray level more or less in resizing moves the scores of random parameters a little.
+            # A difference of one gray level in resizing changes the scores slightly.
             np.testing.assert_allclose(found["scores"][i], wanted.scores, atol=2e-3)
             same = found["labels"][i] == wanted.labels
             assert same.mean() > 0.8

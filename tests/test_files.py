@@ -1,4 +1,4 @@
-"""Files are complete or as they were; JSON lines survive a cut."""
+"""Files are complete or unchanged; JSON lines survive a cut."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from dn_detr_jax.files import (
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
-    """Catches writing in place: half of the new text would be there, or a temporary file."""
+    """Catches writing in place, which leaves half of the new text, and a left temporary file."""
     path = tmp_path / "a.txt"
     path.write_text("old")
     with pytest.raises(KeyboardInterrupt), replace_atomically(path) as temporary:
@@ -28,7 +28,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
 
 
 def test_a_kill_leaves_the_old_file(tmp_path):
-    """Catches a replacement before the end of the block: no `finally` runs after SIGKILL."""
+    """Catches a replacement before the end of the block, as after SIGKILL."""
     path = tmp_path / "a.txt"
     path.write_text("old")
     program = (
@@ -62,7 +62,7 @@ def test_a_device_is_written_directly(tmp_path):
 
 
 def test_an_error_names_the_file_that_was_asked_for(tmp_path):
-    """Catches the temporary name in an error: the user has never seen it."""
+    """Catches the temporary name in an error, which the user does not know."""
     file = tmp_path / "file"
     file.write_text("")
     for path in file / "a.txt", tmp_path:
@@ -92,7 +92,7 @@ def test_json_lines_come_back(tmp_path):
 
 
 def test_lines_that_hold_no_object_are_skipped(tmp_path):
-    """Catches a reader that gives up, or that hands on what is no object."""
+    """Catches a reader that fails, or that returns a value that is not an object."""
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"a": 1}\n\n[1]\n{"b": \xff}\n' + b"[" * 100000 + b'\n{"c": 2}\n')
     assert read_json_lines(path) == [{"a": 1}, {"c": 2}]
