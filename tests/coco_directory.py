@@ -11,7 +11,7 @@ CATEGORIES = ({"id": 7, "name": "fish"}, {"id": 3, "name": "cat"}, {"id": 5, "na
 
 
 def photograph(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """A smooth image with some grain, uint8 [H, W, 3]."""
+    """Returns a smooth image with some grain, uint8 [H, W, 3]."""
     rng = np.random.default_rng(seed)
     coarse = rng.uniform(0, 255, (3, 4, 3)).astype(np.uint8)
     smooth = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
@@ -20,7 +20,7 @@ def photograph(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 def document(count: int = 6, seed: int = 0) -> dict[str, Any]:
-    """An annotation file of `count` images, the last of which has no objects."""
+    """Returns an annotation file of `count` images; the last one has no objects."""
     rng = np.random.default_rng([seed, count])
     images, annotations = [], []
     for i in range(count):
@@ -58,7 +58,7 @@ def write_split(annotations: Path, images: Path, content: dict[str, Any], seed: 
 
 
 def write_coco(directory: Path, train: int = 6, validation: int = 4) -> Path:
-    """A directory in the layout of COCO 2017."""
+    """Writes a directory in the layout of COCO 2017."""
     for number, (name, count) in enumerate({"train2017": train, "val2017": validation}.items()):
         path = directory / "annotations" / f"instances_{name}.json"
         write_split(path, directory / name, document(count, number), number)

@@ -7,7 +7,7 @@ import pytest
 
 
 def _beside_the_repository() -> Path:
-    """`../shared/coco_sample`, seen from the repository or from the one a worktree belongs to."""
+    """Returns `../shared/coco_sample` beside the repository or the main one of a worktree."""
     root = Path(__file__).resolve().parents[1]
     command = ["git", "rev-parse", "--path-format=absolute", "--git-common-dir"]
     found = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""What several tests share."""
+"""Fixtures and settings that several tests share."""
 
 import typecheck  # noqa: F401, before the modules that it checks
 
@@ -17,11 +17,11 @@ from dn_detr_jax.data.coco_classes import Category
 from dn_detr_jax.data.datasets import open_dataset
 from dn_detr_jax.models.registry import abstract_params, build_model
 
-collect_ignore = ["data"]  # imported by tests, and by pytest not a second time under another name
+collect_ignore = ["data"]  # tests import it; pytest must not import it again under another name
 
-# The same examples every time; no deadline, since the first example compiles.
+# Every run has the same examples; no deadline, since the first example compiles.
 settings.register_profile("tests", max_examples=25, deadline=None, derandomize=True, database=None)
-# pytest --hypothesis-profile=deep: others every time, and a hundred times as many.
+# pytest --hypothesis-profile=deep: new examples each time, and a hundred times as many.
 settings.register_profile("deep", max_examples=2500, deadline=None, database=None)
 settings.load_profile("tests")
 
@@ -44,7 +44,7 @@ def digits_dir(tmp_path_factory):
 
 @pytest.fixture
 def digits_config(digits_dir):
-    """A configuration for it: plain resize, two canvases."""
+    """A config for the digit scenes: plain resize, two canvases."""
     config = base_config()
     config.data.update(
         {
@@ -67,7 +67,7 @@ def digits_config(digits_dir):
 def digits_run(tmp_path_factory, digits_dir):
     """A work directory for `digits_tiny`, its parameters random; programs compile quickly.
 
-    Labels 0 to 9 are the categories 10, 20, ... of which label 6 stands for nothing.
+    Labels 0 to 9 are the categories 10, 20, ...; label 6 stands for nothing.
     """
     config = tiny_config.get_config()
     config.data.dir, config.data.canvases = str(digits_dir), ((96, 128), (128, 96))

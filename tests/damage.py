@@ -1,4 +1,4 @@
-"""What fuzzing tests share: damage done to files, and a limit to how long reading them may take."""
+"""Shared parts of the fuzzing tests: damage to files, and time limits for reading."""
 
 import contextlib
 import signal
@@ -14,7 +14,7 @@ def examples(number: int) -> int:
 
 @contextlib.contextmanager
 def within(seconds: float):
-    """Fails where something that takes so long at most would otherwise hang for ever."""
+    """Fails if the block takes longer than a time limit."""
 
     def fail(*_):
         raise AssertionError(f"no end after {20 * seconds} s")

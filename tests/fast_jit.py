@@ -1,4 +1,4 @@
-"""`jax.jit` for tests: a program runs a few times, so compiling it is what costs."""
+"""`jax.jit` for tests: programs run only a few times, so they are compiled quickly."""
 
 import functools
 import os
@@ -7,7 +7,7 @@ import jax
 
 from dn_detr_jax.training.compile_options import known_options
 
-# Everything is tested on the CPU, also where libtpu is installed without a TPU.
+# All tests run on the CPU, even if libtpu is installed without a TPU.
 jax.config.update("jax_platforms", "cpu")
 os.environ["JAX_PLATFORMS"] = "cpu"
 
@@ -15,8 +15,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 jax.config.update("jax_enable_compilation_cache", False)
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
-# Half to a third of the time to compile; numbers stay within float tolerance. The second option
-# went with jaxlib 0.11.
+# These reduce the compile time to a half or a third; numbers stay within float tolerance. jaxlib
+# 0.11 removed the second option.
 OPTIONS = known_options(
     {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}, jax.devices()[0]
 )

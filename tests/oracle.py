@@ -1,4 +1,4 @@
-"""The formulas of the paper once more, one number at a time in float64: what tests compare with."""
+"""Oracles for the tests: the formulas of the paper, one number at a time in float64."""
 
 import math
 
@@ -13,7 +13,7 @@ def corners(box):
 
 
 def iou_and_giou(a, b, eps=EPS):
-    """Of two boxes in corners."""
+    """Returns the value for two boxes in corners."""
     (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) = (map(float, box) for box in (a, b))
     overlap = max(min(ax1, bx1) - max(ax0, bx0), 0) * max(min(ay1, by1) - max(ay0, by0), 0)
     union = (ax1 - ax0) * (ay1 - ay0) + (bx1 - bx0) * (by1 - by0) - overlap
@@ -23,7 +23,7 @@ def iou_and_giou(a, b, eps=EPS):
 
 
 def giou(a, b):
-    """Of two boxes given by center and size."""
+    """Returns the value for two boxes given by center and size."""
     return iou_and_giou(corners(a), corners(b))[1]
 
 
@@ -37,7 +37,7 @@ def focal(logit, positive, alpha=0.25, gamma=2.0):
 
 
 def random_boxes(rng, *shape):
-    """Boxes float32 [*shape, 4] as center and size, inside the unit square."""
+    """Draws boxes as center and size inside the unit square: float32 [*shape, 4]."""
     size = rng.uniform(0.05, 0.5, (*shape, 2))
     center = size / 2 + rng.uniform(0, 1, (*shape, 2)) * (1 - size)
     return np.concatenate([center, size], axis=-1).astype(np.float32)

@@ -132,7 +132,7 @@ class _Device:
 
 
 def _devices(*counts):
-    """Returns devices of processes, with a number for each; their ids alternate."""
+    """Returns `counts` devices of each process; their ids alternate between processes."""
     each = [[(i, process) for i in range(count)] for process, count in enumerate(counts)]
     turns = sorted(pair for pairs in each for pair in pairs)
     return [_Device(number, process) for number, (_, process) in enumerate(turns)]

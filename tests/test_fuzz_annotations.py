@@ -1,8 +1,8 @@
-"""Annotation files that are damaged, odd or hostile, through everything that a training does.
+"""Damaged, odd or hostile annotation files, through everything that a training does.
 
-`test_check.py` puts single wrong values into good files; here are whole files that are damaged,
-encodings, numbers at the ends of their ranges, and what is made of the table afterwards: its file,
-plans of batches, and the evaluation.
+`test_check.py` puts single wrong values into good files. This module damages whole files, varies
+encodings, uses numbers at the ends of their ranges, and goes on to the results: the file of the
+table, plans of batches, and the evaluation.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ def data_config(directory):
 
 
 def used(directory, content: bytes) -> bool:
-    """Whether a file is used; goes through all that its numbers go through, images left out."""
+    """Puts the numbers of a file through all their uses; returns whether the file is accepted."""
     (directory / "train.json").write_bytes(content)
     config = data_config(directory)
     with within(20):
@@ -63,7 +63,7 @@ def used(directory, content: bytes) -> bool:
             one_line(error, "train.json")
             assert split.findings.errors
             return False
-        # Errors of the images' files, and of a training split alone, are not found here.
+        # Errors of image files, and of a training split alone, are not covered here.
         others = {"image that can't be used", "no object to learn from"}
         assert set(split.findings.errors) <= others
         _use(directory, table, categories)
@@ -175,14 +175,14 @@ def test_another_encoding_is_named(directory):
 
 
 def test_the_last_of_keys_that_come_twice_counts(directory):
-    """As in every reader of JSON; nothing is added up."""
+    """Catches duplicate keys that are merged; the last one counts, as in readers of JSON."""
     text = json.dumps(CONTENT)
     assert used(directory, text.replace('"images":', '"images": 3, "images":').encode())
     assert not used(directory, (text[:-1] + ', "images": 3}').encode())
 
 
 def test_deep_outlines_are_left_out_or_named(directory):
-    """Catches the end of Python's stack, wherever in the file it comes."""
+    """Catches an overflow of Python's stack, at any place in the file."""
     for depth in (100, 900, 990, 995, 1000, 5000, 100_000):
         for place in ('"segmentation": ', '"score": ', '"id": '):
             nested = place + "[" * depth + "]" * depth + ", "
@@ -191,7 +191,7 @@ def test_deep_outlines_are_left_out_or_named(directory):
 
 
 def test_sizes_that_a_file_claims_take_no_memory(directory):
-    """An image of 2**31 - 1 squared would be of 10 exabytes."""
+    """Catches memory allocated for a claimed size; (2**31 - 1)**2 pixels are 10 exabytes."""
     content = copy.deepcopy(CONTENT)
     for image in content["images"]:
         image["height"] = image["width"] = 2**31 - 1
@@ -214,7 +214,7 @@ def test_sizes_that_a_file_claims_take_no_memory(directory):
 @example(["a", "a ", "a"])
 @example(["a", "a (3)", "a"])
 def test_names_of_classes_come_back_from_what_is_packed(directory, names):
-    """Records keep them in a text file with a line each."""
+    """Catches names that do not fit the text file of the records, which has a line for each."""
     content = copy.deepcopy(CONTENT)
     for entry, name in zip(content["categories"], names, strict=True):
         entry["name"] = name
@@ -235,7 +235,7 @@ def test_names_of_classes_come_back_from_what_is_packed(directory, names):
 
 @pytest.mark.parametrize("name", ["/dev/zero", "pipe", "../../../../../../dev/urandom", "."])
 def test_a_file_without_an_end_is_no_image(directory, name):
-    """Catches packing that reads for ever, or until the memory is full."""
+    """Catches packing that reads forever, or until the memory is full."""
     pipe = directory / "train" / "pipe"
     if not pipe.exists():
         os.mkfifo(pipe)
@@ -249,7 +249,7 @@ def test_a_file_without_an_end_is_no_image(directory, name):
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
-    """A packed directory; the files of its packed folder by name."""
+    """Returns a packed directory, and the files of its packed folder by name."""
     directory = tmp_path_factory.mktemp("packed")
     write_split(directory / "train.json", directory / "train", CONTENT)
     open_dataset(data_config(directory), "train")
@@ -279,7 +279,7 @@ def test_damaged_records_are_named(packed, data):
 
 
 def test_no_code_beside_records_is_imported(packed, monkeypatch):
-    """TFDS imports the module of any feature that a folder names, such as one in that folder."""
+    """Catches code of a folder that TFDS runs: it imports the module of any named feature."""
     directory, contents = packed
     (path,) = (path for path in contents if path.name == "features.json")
     marker = directory / "marker"

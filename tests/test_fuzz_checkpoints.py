@@ -1,7 +1,7 @@
-"""Work directories and exported detectors that are damaged: the values that were saved or an error.
+"""Damaged work directories and exported detectors give the saved values or an error.
 
-`test_checkpoints.py` removes, cuts and flips every file once; here any file meets any accident, and
-all the ways to read a directory are taken.
+`test_checkpoints.py` removes, cuts and flips every file once. This module damages any file in any
+way, and reads a directory in all ways.
 """
 
 import copy
@@ -54,7 +54,7 @@ def config_of_run():
 
 
 def shapes(model=None):
-    """Of a few parameters, whatever the model: Orbax takes its time for each."""
+    """Replaces the parameters of the model by a few, since Orbax takes time for each."""
     of = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     return {"backbone": {"conv": {"kernel": of((3, 3, 3, 8))}}, "class_head": {"bias": of((5,))}}
 
@@ -90,7 +90,7 @@ def assert_same(found, expected):
 
 
 def read_all_ways(workdir, changed=""):
-    """How many of the ways to read a directory give what was saved; the others name it."""
+    """Returns how many ways of reading give the saved values; the others must name the path."""
     target = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, state_of(1)))
 
     def state():
@@ -180,14 +180,14 @@ ACCIDENTS = {
         shutil.copytree(other.parent, path.parent),
     ),
 }
-# In the work directory itself, files that nobody has promised to be regular.
+# Files in the work directory itself may be irregular.
 NO_PIPE = ("metrics.jsonl",)
 
 
 @settings(max_examples=examples(12), suppress_health_check=SAME_FIXTURES)
 @given(data=st.data())
 def test_after_any_accident_values_are_right_or_missing(saved, tmp_path_factory, data):
-    """Catches Orbax waiting for ever, errors that name no path, and other values in silence."""
+    """Catches Orbax waiting forever, errors without a path, and other values without an error."""
     workdir = tmp_path_factory.mktemp("copies") / "run"
     shutil.copytree(saved, workdir)
     names = files_of(saved)
@@ -201,7 +201,7 @@ def test_after_any_accident_values_are_right_or_missing(saved, tmp_path_factory,
     elif not (endless or whole_folder):  # checkpoints within checkpoints
         ACCIDENTS[accident](workdir / name, saved / other)
     try:
-        if name.name == "config.json":  # people change it
+        if name.name == "config.json":  # users may change it
             read_config_only(workdir)
         else:
             read_all_ways(workdir, str(name))
@@ -221,15 +221,15 @@ def read_config_only(workdir):
     "content", ["{}", '{"params/x": [1, 2]}', "[]", "3", '{"ema/x": 5}', "NaN"]
 )
 def test_checksums_that_say_nothing_are_damage(saved, tmp_path, content):
-    """Without them the parameters would be taken for the average, and nothing be compared."""
+    """Catches missing checksums: parameters pass as the average, and nothing is compared."""
     workdir = shutil.copytree(saved, tmp_path / "run")
     for step in (1, 2):
         (workdir / "checkpoints" / str(step) / "checksums.json").write_text(content)
     assert read_all_ways(workdir) == 0
 
 
-def test_a_pipe_in_an_item_that_nobody_asked_for_is_named(saved, tmp_path):
-    """Orbax reads what describes the arrays of every item, and would wait there for ever."""
+def test_a_pipe_in_an_item_that_is_not_read_is_named(saved, tmp_path):
+    """Catches Orbax waiting forever: it reads the array metadata of every item."""
     workdir = shutil.copytree(saved, tmp_path / "run")
     _to_pipe(workdir / "checkpoints" / "1" / "params" / "_METADATA", None)
     with pytest.raises(CheckpointError, match=r"1/params/_METADATA: neither a file nor a folder"):
@@ -238,7 +238,7 @@ def test_a_pipe_in_an_item_that_nobody_asked_for_is_named(saved, tmp_path):
 
 @pytest.mark.parametrize("accident", ["changed", "metrics lost", "all lost"])
 def test_damaged_metrics_do_not_make_another_step_the_best(saved, tmp_path, accident):
-    """A digit that is flipped in a file would choose what is evaluated and exported."""
+    """Catches a damaged metric that changes which step is evaluated and exported."""
     workdir = shutil.copytree(saved, tmp_path / "run")
     folder = workdir / "checkpoints" / "2"
     if accident == "changed":
@@ -269,7 +269,7 @@ JSON_VALUES = st.one_of(
 @settings(max_examples=examples(40), suppress_health_check=SAME_FIXTURES)
 @given(data=st.data())
 def test_any_config_of_a_run_is_used_or_named(saved, tmp_path_factory, data):
-    """Catches errors from within ml_collections, flax and NumPy on the way to the parameters."""
+    """Catches errors of ml_collections, flax and NumPy while the parameters are read."""
     workdir = tmp_path_factory.mktemp("config") / "run"
     workdir.mkdir()
     (workdir / "checkpoints").symlink_to(saved / "checkpoints")
@@ -309,7 +309,7 @@ def test_any_config_of_a_run_is_used_or_named(saved, tmp_path_factory, data):
 
 
 def test_compiled_programs_are_not_taken_from_where_a_run_says(saved, tmp_path, monkeypatch):
-    """They are machine code, and a work directory may be somebody else's."""
+    """Catches compiled programs from a work directory, which may be from another user."""
     workdir, given = shutil.copytree(saved, tmp_path / "run"), []
     monkeypatch.setattr(predictor, "use_compile_cache", given.append)
     document = json.loads((workdir / "config.json").read_text())
@@ -321,7 +321,7 @@ def test_compiled_programs_are_not_taken_from_where_a_run_says(saved, tmp_path, 
 
 
 def test_no_pickle_of_a_work_directory_is_read(saved, tmp_path):
-    """In the place of every file in turn; a reader that guesses the format would run it."""
+    """Catches a reader that guesses the format of any file and runs a pickle."""
     workdir = shutil.copytree(saved, tmp_path / "run")
     marker = tmp_path / "marker"
     hostile = pickle.dumps(Touch(str(marker)))
@@ -334,7 +334,7 @@ def test_no_pickle_of_a_work_directory_is_read(saved, tmp_path):
         assert read_all_ways(workdir) == 0
         for name, good in contents.items():
             (workdir / name).write_bytes(good)
-    # What is text in JSON stays text, and arrays of objects are none.
+    # Strings in JSON stay strings, and arrays of objects are not read.
     host = {"x": {"__array__": "AAAAAAAAAAA=", "dtype": "|O", "shape": [1]}}
     with Checkpoints(tmp_path / "objects", None) as checkpoints:
         checkpoints.save(1, state_of(1), host)
@@ -376,7 +376,7 @@ def whole(exported_file):
 
 
 def load(path):
-    """A detector, None after an error that names the file; whatever it says of itself is usable."""
+    """Returns a detector with usable metadata, or None after an error that names the file."""
     try:
         with within(30):
             detector = load_exported(path)
@@ -402,7 +402,7 @@ def test_a_damaged_exported_detector_is_the_same_or_named(
 
 
 def rewritten(source, target, change, members=lambda name, data: data):
-    """A copy whose checksums are right, with other metadata or members."""
+    """Writes a copy with right checksums and other metadata or members."""
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
         for name in old.namelist():
             data = old.read(name)
@@ -427,7 +427,7 @@ METADATA_KEYS = (
 @example({"versions": {}})
 @example({"platforms": 5})
 def test_any_metadata_is_used_or_named(exported_file, tmp_path_factory, changes):
-    """Catches errors that come only when the detector is used, far from the file."""
+    """Catches errors that appear only when the detector is used."""
 
     def change(metadata):
         try:
@@ -460,7 +460,7 @@ def test_parameters_and_program_belong_together(exported_file, tmp_path, members
 @settings(max_examples=examples(8), suppress_health_check=SAME_FIXTURES)
 @given(data=st.data())
 def test_a_damaged_program_does_not_end_the_process(exported_file, tmp_path_factory, data):
-    """Readers of StableHLO are written in C++: a crash would end the tests."""
+    """Catches a crash of the reader of StableHLO, which is written in C++."""
     path = tmp_path_factory.getbasetemp() / "program.zip"
 
     def members(name, content):
@@ -470,7 +470,7 @@ def test_a_damaged_program_does_not_end_the_process(exported_file, tmp_path_fact
 
 
 def test_a_program_that_calls_out_is_refused(exported_file, tmp_path):
-    """Such a program names an address of the process that is to be called."""
+    """Catches a program that calls an address of the process."""
 
     def program(params, images, sizes):
         called = jax.ffi.ffi_call("any_address", jax.ShapeDtypeStruct((), jnp.float32))(0.0)

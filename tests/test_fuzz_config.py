@@ -1,7 +1,7 @@
-"""Any value for any key: `validate` names it, or everything up to the compiler takes it.
+"""For any value of any key, `validate` names it, or everything up to the compiler accepts it.
 
-A config that passes and then fails while shapes, plans or schedules are made shows a rule that is
-missing. Nothing is compiled here: models are traced, with abstract arrays.
+A config that passes and then fails while shapes, plans or schedules are made shows a missing rule.
+Nothing is compiled here: models are traced with abstract arrays.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ def put(config, key, value):
     for part in path:
         config = config[part]
     if isinstance(value, int) and abs(value) > 10**300 and isinstance(config[last], float):
-        value = math.inf  # ml_collections makes a float of it, and can't
+        value = math.inf  # ml_collections fails to convert it to a float
     with config.ignore_type():
         config[last] = value
 
@@ -95,7 +95,7 @@ ANYTHING = st.recursive(
 @example({"model.backbone.stages": 2.0})
 @example({"model.name": ["dn_dab_detr"]})
 def test_any_value_is_right_or_named(changes):
-    """Catches rules that crash, or count for hours, on what they should refuse."""
+    """Catches rules that crash, or run for hours, on values that they should refuse."""
     config = base_config()
     for key, value in changes.items():
         put(config, key, value)
@@ -122,11 +122,11 @@ def test_a_value_of_another_type_is_named(key):
         validate(config)
 
 
-# What is made of a valid config
+# Results of a valid config
 
 
 def small_values(key, default):
-    """Values of the right type, mostly valid ones and small enough to be traced quickly."""
+    """Draws values of the right type, mostly valid and small enough for quick tracing."""
     if isinstance(default, bool):
         return st.booleans()
     if key == "optimizer.lr_multipliers":
@@ -178,7 +178,7 @@ CHOICES = {
     "dn.layout": ["packed", "paper"],
     "optimizer.schedule": ["step", "cosine"],
 }
-# What is read, written or started; it shapes no array and no plan.
+# Keys of what is read, written or started; they shape no array and no plan.
 ELSEWHERE = (
     "data.name",
     "data.dir",
@@ -193,7 +193,7 @@ SIZES = np.array([[60, 80], [100, 20], [1, 90], [2000, 3000], [64, 64]])
 
 
 def make_all(config):
-    """All that a run makes of its config before it compiles."""
+    """Makes everything that a run makes of its config before it compiles."""
     validate(config)
     durations = Plan.of(config, 100)
     data = config.data
@@ -234,7 +234,7 @@ def make_all(config):
 @settings(max_examples=examples(5))
 @given(data=st.data())
 def test_what_is_valid_can_be_traced(data):
-    """Catches rules that are missing: the error would come from within JAX or NumPy."""
+    """Catches missing rules, which lead to errors of JAX or NumPy."""
     config = tiny_config.shared()
     config.train.batch_size = config.eval.batch_size = 4
     config.optimizer.lr_multipliers = ()
@@ -257,7 +257,7 @@ def test_what_is_valid_can_be_traced(data):
 
 @pytest.fixture
 def parse(tmp_path, monkeypatch, capsys):
-    """Parses overrides as a command does; gives the config, or the line with which it ends."""
+    """Parses overrides as a command does; returns the config, or the error line."""
     file = tmp_path / "config.py"
     file.write_text(
         "from dn_detr_jax.config import base_config\ndef get_config():\n    return base_config()\n"
@@ -297,7 +297,7 @@ ARGUMENTS = st.one_of(
 @example("optimizer.lr_multipliers", "((1," * 80)
 @example("seed", "9" * 5000)
 def test_any_argument_is_taken_or_is_one_line(parse, key, argument):
-    argument = argument.replace("\0", "")  # which no argument of a process has
+    argument = argument.replace("\0", "")  # no argument of a process contains it
     with within(20), contextlib.redirect_stderr(io.StringIO()):
         result = parse(f"--config.{key}={argument}")
     if isinstance(result, str):
@@ -306,7 +306,7 @@ def test_any_argument_is_taken_or_is_one_line(parse, key, argument):
 
 @pytest.mark.parametrize("key", ["data.canvases", "seed", "optimizer.lr_multipliers", "data.dir"])
 def test_no_argument_is_run(parse, tmp_path, key):
-    """Values of tuples are literals of Python, which a careless reader would evaluate."""
+    """Catches evaluated code in values of tuples, which are literals of Python."""
     marker = tmp_path / "marker"
     for code in (f"__import__('os').mkdir({str(marker)!r})", f"[open({str(marker)!r}, 'w')]"):
         parse(f"--config.{key}={code}")
@@ -321,7 +321,7 @@ def test_no_user_of_that_name():
 
 
 def test_a_config_of_another_version_of_json_is_the_same():
-    """What `read_run_config` reads has lists for tuples: it must stay valid."""
+    """Catches a rule that refuses lists for tuples, as `read_run_config` reads them."""
     config = copy.deepcopy(base_config())
     config.update(json.loads(json.dumps(config.to_dict())))
     validate(config)

@@ -1,7 +1,6 @@
-"""Images that are damaged, odd or hostile: pixels of the right size, or a named error, in bounds.
+"""Damaged, odd or hostile images give pixels of the right size or a named error, within bounds.
 
-What a file claims is not believed before its size is: a few bytes may claim more pixels than the
-memory holds.
+A few bytes may claim more pixels than the memory holds, so readers check the size first.
 """
 
 import io
@@ -65,7 +64,7 @@ FILES = {
 
 
 def looked_at(data: bytes) -> list[np.ndarray]:
-    """What all the readers make of a file; each may refuse it, in one line."""
+    """Returns the results of all readers for a file; each may refuse it, in one line."""
     found = []
     for read in (
         lambda: decode(data),
@@ -87,7 +86,7 @@ def looked_at(data: bytes) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("kind", FILES)
 def test_every_kind_is_read(kind):
-    """A damaged file would otherwise be refused for a kind that nothing reads."""
+    """Catches damaged files that are refused for a format that no reader has."""
     assert len(looked_at(FILES[kind])) >= 4
 
 
@@ -95,7 +94,7 @@ def test_every_kind_is_read(kind):
 @settings(max_examples=examples(25))
 @given(data=st.data())
 def test_a_damaged_image_has_pixels_or_is_named(kind, data):
-    """Catches a reader's error that is no DataError, and images without pixels."""
+    """Catches a reader's error that is not a DataError, and images without pixels."""
     content = data.draw(damaged(FILES[kind]))
     try:
         size = read_header(io.BytesIO(content)).size
@@ -205,7 +204,7 @@ for path in sorted(pathlib.Path(sys.argv[1]).iterdir()):
 
 
 def test_a_few_bytes_never_take_much_memory_or_time(tmp_path):
-    """In another process, whose peak is that of the bombs alone."""
+    """Catches memory taken by bombs; another process measures their peak alone."""
     for name, data in bombs().items():
         (tmp_path / name).write_bytes(data)
     done = subprocess.run(
@@ -226,7 +225,7 @@ def test_a_few_bytes_never_take_much_memory_or_time(tmp_path):
 
 
 def test_images_of_other_programs_formats_are_not_opened(tmp_path):
-    """Formats whose readers start programs or follow names in the file to other files."""
+    """Catches formats whose readers start programs or open other files."""
     marker = tmp_path / "marker"
     scripts = {
         "eps": f"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n({marker}) (w) file closefile\n",

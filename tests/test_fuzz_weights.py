@@ -1,4 +1,4 @@
-"""Files of weights that are damaged or hostile: the right numbers or a named error, and no code."""
+"""Damaged or hostile files of weights give the right numbers or a named error, and run no code."""
 
 import argparse
 import io
@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def files(folder):
-    """The content of a good file of every kind."""
+    """Returns the content of a good file of each kind."""
     contents = {}
     for suffix in (".pth", ".safetensors", ".npz"):
         torch_files.write(folder / f"good{suffix}", ARRAYS)
@@ -47,7 +47,7 @@ def files(folder):
 
 
 def read_damaged(path, content):
-    """What is read from a file, or None after an error that names it."""
+    """Returns what is read from a file, or None after an error that names the file."""
     path.write_bytes(content)
     try:
         with within(10):
@@ -64,7 +64,7 @@ KINDS = (".pth", ".safetensors", ".npz", "compressed.npz", "zip.pth", "legacy.pt
 @settings(max_examples=examples(60))
 @given(data=st.data())
 def test_a_damaged_file_is_read_as_it_was_or_named(files, folder, kind, data):
-    """Catches crashes, and other numbers wherever the format has checksums."""
+    """Catches crashes, and other numbers if the format has checksums."""
     good = files[kind]
     path = folder / ("damaged" + kind[kind.rindex(".") :])
     state = read_damaged(path, data.draw(damaged(good)))
@@ -77,7 +77,7 @@ def test_a_damaged_file_is_read_as_it_was_or_named(files, folder, kind, data):
 
 
 def npz_claiming(shape):
-    """An `.npz` of an array of some shape, and without numbers."""
+    """Writes an `.npz` of an array of some shape, without its numbers."""
     header = str({"descr": "<f4", "fortran_order": False, "shape": shape}).encode() + b"\n"
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
@@ -96,7 +96,7 @@ def test_an_array_that_claims_to_be_huge_is_refused(folder, shape):
 @settings(max_examples=examples(4))
 @given(value=st.binary(min_size=2, max_size=4))
 def test_any_field_of_the_directory_of_a_zip_may_be_wrong(files, folder, kind, offset, value):
-    """Catches what zipfile raises for encryption, unknown compression and places beyond the end."""
+    """Catches errors of zipfile for encryption, unknown compression and offsets beyond the end."""
     content = bytearray(files[kind])
     entry = content.index(b"PK\x01\x02")
     content[entry + offset : entry + offset + len(value)] = value
@@ -158,7 +158,7 @@ def test_arrays_of_something_else_than_numbers_are_named(folder, values):
 
 
 def pickled(program: bytes) -> bytes:
-    """A `.pth` with a program of one's own."""
+    """Returns a `.pth` with a given pickle program."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr("f/data.pkl", b"\x80\x02" + program + b".")
@@ -182,7 +182,7 @@ NUMPY_DTYPE = named("numpy", "dtype")
 
 @pytest.mark.parametrize("name", ["BFloat16Storage", "FloatStorage", "BoolStorage"])
 def test_a_pickle_can_not_change_the_types_of_the_process(folder, name):
-    """BUILD on bfloat16's dtype would change its size for everybody: memory beyond its arrays."""
+    """Catches BUILD on bfloat16's dtype, which would change its size in the whole process."""
     before = [(d.itemsize, d.str) for d in torch_pickle._STORAGE_DTYPES.values()]
     assert read_damaged(folder / "f.pth", pickled(named("torch", name) + STATE + b"b")) is None
     assert before == [(d.itemsize, d.str) for d in torch_pickle._STORAGE_DTYPES.values()]
@@ -191,7 +191,7 @@ def test_a_pickle_can_not_change_the_types_of_the_process(folder, name):
 
 @pytest.mark.parametrize("name", ["(4,)f4", "V8", "O", "f4,f4", "M8[s]", "S99999", "object"])
 def test_scalars_are_numbers_or_short_texts(folder, name):
-    """An array in the place of a scalar, put into a storage, would be read beyond its end."""
+    """Catches an array in place of a scalar, which could be read beyond its end."""
     scalar = named("numpy.core.multiarray", "scalar")
     scalar += b"(" + NUMPY_DTYPE + b"(" + text(name) + b"tR" + text("0" * 64) + b"tR"
     path = folder / "f.pth"
@@ -201,7 +201,7 @@ def test_scalars_are_numbers_or_short_texts(folder, name):
 
 
 def test_the_size_of_a_scalar_is_that_of_its_name(folder):
-    """BUILD on its type may say the byte order, as every pickle of a scalar does, and no more."""
+    """Catches BUILD on a scalar type that sets more than the byte order."""
     value = torch_pickle._ScalarType("f8")
     value.__setstate__((3, ">", None, None, None, 10**6, 1, 0))
     assert (value.dtype.itemsize, value.dtype.str) == (8, ">f8")
@@ -211,7 +211,7 @@ def test_the_size_of_a_scalar_is_that_of_its_name(folder):
 
 
 def test_storages_and_tensors_can_not_be_changed(folder):
-    """Otherwise a file could name any size and read the memory behind its numbers."""
+    """Catches a changed size of a storage, which would expose the memory behind it."""
     storage = b"(" + text("storage") + named("torch", "FloatStorage") + text("0") + text("cpu")
     storage += b"K\x04tQ"
     change = b"}" + text("size") + b"J" + struct.pack("<i", 10**9) + b"sb"
@@ -223,7 +223,7 @@ def test_storages_and_tensors_can_not_be_changed(folder):
 
 
 def test_a_path_of_tuples_without_end_is_refused(folder):
-    """Its text would double with each of 60 tuples."""
+    """Catches an error text that doubles with each of 60 tuples."""
     program = named("torch", "device") + b"("
     program += b"K\x00" + b"2\x86" * 60  # DUP, TUPLE2
     path = folder / "f.pth"
@@ -244,7 +244,7 @@ def test_a_memo_of_two_billion_entries_takes_no_memory(folder, used, frame):
 
 
 def test_compressed_archives_are_refused(folder):
-    """Of a thousandth of their size; PyTorch writes none."""
+    """Catches compressed members, a thousandth of their size; PyTorch writes none."""
     path = folder / "f.pth"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("f/data.pkl", bytes(10**7))
@@ -274,7 +274,7 @@ def test_any_program_ends_and_names_the_file(folder, program):
 
 @pytest.mark.parametrize("kind", ["npz", "npy in npz", "pickle as npz", "legacy", "zip"])
 def test_no_file_of_weights_runs_what_is_in_it(folder, kind):
-    """The file would be made by the program in it; the same program does make it when it is run."""
+    """Catches code that runs on reading; the same program does make the marker when it is run."""
     marker = folder / f"marker of {kind}"
     hostile = Hostile(os.system, f"touch '{marker}'")
     path = folder / ("f.npz" if "npz" in kind else "f.pth")

@@ -1,4 +1,4 @@
-"""What is read from compiled programs, against programs whose traffic is known by hand."""
+"""The traffic of compiled programs, against programs with known traffic."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from dn_detr_jax.preflight.hlo import (
     total_bytes,
 )
 
-# In a process of its own, with eight simulated devices. Prints the texts of compiled programs.
+# Runs in a separate process with eight simulated devices. Prints the texts of compiled programs.
 _SCRIPT = """
 import json
 from functools import partial
@@ -56,7 +56,7 @@ print(json.dumps({
 
 @pytest.fixture(scope="module")
 def programs():
-    """Texts of compiled programs, by name."""
+    """Returns texts of compiled programs by name."""
     env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
     command = [sys.executable, "-c", _SCRIPT]
     done = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
@@ -75,7 +75,7 @@ def programs():
     ],
 )
 def test_one_collective_of_known_size(programs, name, kind, size, group, count, sent):
-    """Catches results taken for operands, groups and loops that are overlooked."""
+    """Catches results taken for operands, and missed groups and loops."""
     (found,) = parse_collectives(programs[name], num_devices=8)
     assert (found.kind, found.bytes, found.group, found.count) == (kind, size, group, count)
     assert found.bytes_sent == sent
@@ -90,11 +90,11 @@ def test_nothing_is_found_where_nothing_is_sent(programs):
 
 
 def test_loops_and_their_lengths(programs):
-    """Catches lengths that are not found: operations in a loop are then taken for all there are."""
+    """Catches missed loop lengths, which count the operations of a loop once."""
     assert parse_loops(programs["loop"]) == [5]
 
 
-# As compilers for accelerators write it: tiled layouts, tuples of operands and results, meshes,
+# The text of compilers for accelerators: tiled layouts, tuples of operands and results, meshes,
 # transfers to the host, a loop without a noted length, an instruction computed again.
 _ACCELERATOR = """HloModule jit_step, is_scheduled=true
 
@@ -151,6 +151,6 @@ def test_the_text_of_accelerators():
 
 
 def test_text_that_is_no_program_is_refused():
-    """An empty answer would be taken for a program without collectives."""
+    """Catches an empty answer for an unreadable program; it means a program without collectives."""
     with pytest.raises(PreflightError, match="ENTRY"):
         parse_collectives("error: no such program", num_devices=8)

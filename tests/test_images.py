@@ -33,7 +33,7 @@ PHOTO = Image.fromarray(photograph(37, 50))
     [
         ("JPEG", "RGB"),
         ("JPEG", "L"),
-        ("JPEG", "CMYK"),  # which Pillow writes, and reads, inverted, as Adobe's programs do
+        ("JPEG", "CMYK"),  # Pillow writes and reads it inverted, as Adobe's programs do
         ("PNG", "RGB"),
         ("PNG", "L"),
         ("PNG", "LA"),
@@ -53,12 +53,12 @@ def test_every_mode_becomes_the_rgb_of_pillow(kind, mode):
     result = decode(data)
     assert result.dtype == np.uint8 and result.shape == (37, 50, 3) and result.flags.c_contiguous
     np.testing.assert_array_equal(result, np.asarray(opened(data).convert("RGB")))
-    if mode in ("RGB", "CMYK", "RGBA"):  # the colors are those that were drawn
+    if mode in ("RGB", "CMYK", "RGBA"):  # the colors as drawn
         assert np.abs(result.astype(int) - np.asarray(PHOTO)).mean() < 6
 
 
 def test_a_cmyk_photograph_is_not_a_negative():
-    """Adobe's programs store ink inverted, and say so in a marker that plain readers ignore."""
+    """Catches a reader that ignores Adobe's marker for inverted ink."""
     data = encoded(PHOTO.convert("CMYK"), "JPEG", quality=95)
     assert b"Adobe" in data
     correlation = np.corrcoef(decode(data).ravel(), np.asarray(PHOTO).ravel())[0, 1]
@@ -73,7 +73,7 @@ def test_a_palette_with_transparency_keeps_its_colors(transparency):
 
 
 def png16(values: np.ndarray) -> bytes:
-    """A PNG of 16 bits per channel, made from its specification: uint16 [H, W] or [H, W, 3]."""
+    """Returns a 16-bit PNG, made from the specification, of uint16 [H, W] or [H, W, 3]."""
     color = 0 if values.ndim == 2 else 2
     header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, color, 0, 0, 0)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
@@ -91,7 +91,7 @@ def png16(values: np.ndarray) -> bytes:
 
 
 def test_of_16_bits_the_upper_8_remain():
-    """Clipping them to 255, as Pillow does for gray ones, would leave white images."""
+    """Catches clipping to 255, Pillow's way for gray images, which leaves white images."""
     rng = np.random.default_rng(0)
     gray, color = rng.integers(0, 65536, (5, 7)), rng.integers(0, 65536, (5, 7, 3))
     expected = np.repeat((gray // 256)[..., None], 3, axis=2)
@@ -102,7 +102,7 @@ def test_of_16_bits_the_upper_8_remain():
 
 
 def tiff16(values: np.ndarray) -> bytes:
-    """A TIFF of 16 bits: uint16 [H, W] or RGB [H, W, 3]."""
+    """Returns a 16-bit TIFF of uint16 [H, W] or RGB [H, W, 3]."""
     _, data = cv2.imencode(".tiff", values[..., ::-1] if values.ndim == 3 else values)
     return data.tobytes()
 
@@ -111,7 +111,7 @@ def tiff16(values: np.ndarray) -> bytes:
 @pytest.mark.parametrize("shape", [(5, 7), (5, 7, 3)])
 @pytest.mark.parametrize("bits,shift", [(8, 0), (9, 2), (10, 2), (12, 4), (13, 6), (15, 8)])
 def test_an_image_that_uses_some_of_16_bits_is_not_black(write, shape, bits, shift, caplog):
-    """Sensors of X-ray, thermal and microscope cameras have 10, 12 or 14 bits."""
+    """Covers 10, 12 and 14 bits, as from X-ray, thermal and microscope cameras."""
     images._warn_of_depth.cache_clear()
     values = np.random.default_rng(bits).integers(0, 2**bits, shape).astype(np.uint16)
     values[0, 0] = 2**bits - 1
@@ -130,7 +130,7 @@ def test_images_of_8_bits_use_8():
 
 
 def test_suffixes_are_those_of_files_that_are_decoded():
-    """A suffix too few hides images from a folder, one too many promises what fails."""
+    """Catches a missing suffix, which hides images, and one that can't be decoded."""
     kinds = Image.registered_extensions()
     other = {".pfm"}  # floating-point numbers
     assert set(images.SUFFIXES) == {s for s in kinds if kinds[s] in images.FORMATS} - other | {
@@ -179,7 +179,7 @@ def test_orientation_is_applied_exactly_where_the_annotated_size_says_so(orienta
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_tiff_is_turned_like_any_other(orientation):
-    """Pillow turns TIFF by itself, and tells the size as shown."""
+    """Catches a double turn: Pillow turns TIFF itself, and reports the shown size."""
     data = with_orientation(PHOTO, orientation, "TIFF")
     stored = np.asarray(PHOTO)
     shown = np.asarray(ImageOps.exif_transpose(opened(with_orientation(PHOTO, orientation, "PNG"))))
@@ -193,7 +193,7 @@ def test_a_tiff_is_turned_like_any_other(orientation):
 @pytest.mark.parametrize("size", [(50, 37), (40, 40)])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_setting_decides_where_the_size_can_not(orientation, size):
-    """Against Pillow: all orientations, for the size of the boxes that the setting leads to."""
+    """Compares all orientations with Pillow, for the size that the setting gives the boxes."""
     data = with_orientation(PHOTO.resize(size), orientation)
     header = read_header(io.BytesIO(data))
     stored = np.asarray(opened(data))
@@ -216,7 +216,7 @@ def test_a_setting_decides_where_the_size_can_not(orientation, size):
 
 
 def test_metadata_behind_the_pixels_of_a_png_count(monkeypatch):
-    """And a PNG without any is not decoded for its header."""
+    """Catches a PNG without an orientation that is decoded for its header."""
     data = with_orientation(PHOTO, 6, "PNG")
     start = data.index(b"eXIf") - 4
     end = start + 12 + int.from_bytes(data[start : start + 4])
@@ -236,7 +236,7 @@ def test_damaged_exif_does_not_hide_a_good_image():
 
 @pytest.mark.parametrize("kind,mode", [("JPEG", "RGB"), ("JPEG", "CMYK"), ("PNG", "RGB")])
 def test_a_file_that_is_cut_off_is_refused(kind, mode):
-    """Older versions of OpenCV give an image whose lower part is gray."""
+    """Catches a truncated image; older versions of OpenCV return it with a gray lower part."""
     data = encoded(PHOTO.convert(mode), kind)
     for length in (len(data) // 3, len(data) // 2, len(data) * 9 // 10):
         with pytest.raises(DataError, match=r"damaged|no readable image"):
@@ -278,7 +278,7 @@ def test_an_image_that_would_fill_the_memory_is_refused():
 
 
 def test_a_large_scan_is_no_bomb(monkeypatch):
-    """Pillow alone refuses 192 million pixels, which aerial images and scans of slides have."""
+    """Catches Pillow's limit below 192 million pixels, the size of aerial images and scans."""
     scan = encoded(Image.new("1", (16_000, 12_000)), "PNG")
     assert read_header(io.BytesIO(scan)).size == (12_000, 16_000)
     monkeypatch.setattr(images, "MOST_PIXELS", 12_000 * 16_000 - 1)
@@ -287,7 +287,7 @@ def test_a_large_scan_is_no_bomb(monkeypatch):
 
 
 def test_no_program_is_started_for_an_image():
-    """Pillow would hand PostScript to Ghostscript."""
+    """Catches PostScript, which Pillow passes to Ghostscript."""
     script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
     assert opened(script).format == "EPS"
     with pytest.raises(DataError, match="no readable image"):

@@ -1,6 +1,6 @@
-"""What users do with an imported checkpoint: evaluate it, fine-tune it, and train in its directory.
+"""The uses of an imported checkpoint: evaluation, fine-tuning, and training in its directory.
 
-The real loop and the real evaluation, on a tiny detector whose weights come from a `.pth`.
+The real loop and evaluation run on a tiny detector with weights from a `.pth`.
 """
 
 import json
@@ -26,7 +26,7 @@ TINY = Path(__file__).parent / "data" / "tiny.py"
 
 
 def official_like(digits_dir, num_classes=10):
-    """The tiny config with what official models have: frozen batch norms and a 7x7 stem."""
+    """Returns the tiny config with frozen batch norms and a 7x7 stem, as in official models."""
     config = runpy.run_path(str(TINY))["get_config"]()
     config.data.dir = str(digits_dir)
     config.model.num_classes = num_classes
@@ -39,7 +39,7 @@ def official_like(digits_dir, num_classes=10):
 
 
 def imported(folder, config):
-    """A work directory with the random weights of a `.pth`, and these weights by path."""
+    """Returns a work directory with the random weights of a `.pth`, and the weights by path."""
     params = random_params(abstract_params(build_model(config.model)))
     torch_files.write(folder / "official.pth", params_to_torch(params))
     account = import_file(folder / "official.pth", config, folder / "imported")
@@ -54,9 +54,9 @@ def stored(workdir, config, step):
 
 
 def test_evaluation_of_an_import(tmp_path, digits_dir, capsys, monkeypatch):
-    """Catches a step "best" that an import does not have, and parts that only trainings leave.
+    """Catches a step "best" that an import lacks, and files that only trainings write.
 
-    The training split can't be opened, and only `evaluations` is written.
+    The training split is missing, and only `evaluations` is written.
     """
     config = official_like(digits_dir)
     config.train.batch_size = 10_000  # more than there are images
@@ -79,9 +79,9 @@ def test_evaluation_of_an_import(tmp_path, digits_dir, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_fine_tuning_starts_from_an_import_with_other_classes(tmp_path, digits_dir):
-    """Two steps of a rate that changes nothing: all but the heads are still the imported values.
+    """Two steps with a negligible rate keep the imported values in all parts but the heads.
 
-    Denoising is contrastive, so that the whole loop has been through that too.
+    Denoising is contrastive, so that the whole loop covers that too.
     """
     workdir, params = imported(tmp_path, official_like(digits_dir, num_classes=7))
     config = official_like(digits_dir)
@@ -109,7 +109,7 @@ def test_fine_tuning_starts_from_an_import_with_other_classes(tmp_path, digits_d
 
 
 def test_training_in_the_directory_of_an_import_says_what_to_do(tmp_path, digits_dir):
-    """It has no state of an optimizer to continue from, and is not to be written over."""
+    """Catches an import that is overwritten; it has no optimizer state to continue from."""
     config = official_like(digits_dir)
     workdir, _ = imported(tmp_path, config)
     with pytest.raises(ConfigError, match=r"--config.init.checkpoint=.*imported"):

@@ -12,7 +12,7 @@ N, M = 12, 6
 
 
 def random_assignments(seed):
-    """Per epoch: image id -> query of each object, -1 for padding. Objects stay the same."""
+    """Draws for each epoch {image id: query of each object}, -1 for padding."""
     rng = np.random.default_rng(seed)
     counts = {image_id: int(rng.integers(0, M + 1)) for image_id in IDS}
     epochs = []
@@ -40,7 +40,7 @@ def slow_instability(before, now):
 
 
 def run_epoch(measure, epoch, batch=2, order=IDS):
-    """Batches as the evaluation makes them: the last one padded with image id -1."""
+    """Yields batches as in the evaluation; the last one is padded with image id -1."""
     for start in range(0, len(order), batch):
         ids = list(order[start : start + batch])
         assignment = np.stack([epoch[i] for i in ids] + [epoch[ids[0]]] * (batch - len(ids)))
@@ -90,7 +90,7 @@ def test_resuming_changes_nothing(done):
     assert {key: (v.shape, v.dtype) for key, v in state.items()} == {
         key: (v.shape, v.dtype) for key, v in MatchingInstability(IDS, N).state_dict().items()
     }
-    if done < len(epochs):  # an epoch that the kill interrupted leaves no trace
+    if done < len(epochs):  # an interrupted epoch has no effect
         first.update(IDS[:1], match_vectors(epochs[done][IDS[0]][None], N))
     np.testing.assert_equal(first.state_dict(), state)
     second = MatchingInstability(IDS, N)
@@ -110,7 +110,7 @@ def test_a_missing_image_is_an_error():
 
 
 def test_absent_images_count_as_unchanged_where_they_may():
-    """The first image is absent from the start, the last one later."""
+    """Covers a first image that is absent from the start, and a last one that disappears."""
     first, second, third, *_ = random_assignments(3)
     measure = MatchingInstability(IDS, N)
 

@@ -80,7 +80,7 @@ def state(params):
 
 
 def test_official_names_and_shapes_are_those_of_the_reference():
-    """A name or a layout that is off would show here for every tensor of the official model."""
+    """Catches a wrong name or shape of any tensor of the official model."""
     manifest = json.loads((DATA / "reference" / "dn_dab_detr_r50.json").read_text())
     official = {entry["name"]: tuple(entry["shape"]) for entry in manifest["state_dict"]}
     tensors, foreign = torch_tensors(shapes_of(base_config()))
@@ -126,7 +126,7 @@ def test_round_trip_is_exact_in_both_directions(config, params, state):
 
 
 def test_layouts(params, state):
-    """The round trip alone would not notice a layout that is wrong both ways."""
+    """Catches a layout that is wrong both ways, which the round trip does not notice."""
     layer = params["encoder"]["layer0"]
     packed = state["transformer.encoder.layers.0.self_attn.in_proj_weight"]
     np.testing.assert_array_equal(packed[32:64], layer["key"]["kernel"].T)
@@ -205,7 +205,7 @@ def test_a_checkpoint_of_another_model_says_which_config_fits(config, change, hi
 
 
 def test_the_stored_command_line_tells_what_shapes_do_not(config, state):
-    """DC5 and the number of heads leave no trace in the tensors."""
+    """Covers DC5 and the number of heads, which the tensors do not show."""
     found = official_config(state, {"dilation": True, "nheads": 8, "lr": 1.0})
     with pytest.raises(ConversionError, match=r"backbone.dilation=True --config.model.num_heads=8"):
         check_config(found, config, reset_heads=False)
@@ -275,7 +275,7 @@ def test_backbones_that_can_not_take_a_resnet():
 
 
 def test_files_of_real_pytorch():
-    """Both formats of torch.save, with views, all kinds of numbers, an optimizer and arguments."""
+    """Covers both formats of torch.save, with views, all dtypes, an optimizer and arguments."""
     matrix = np.arange(24.0).reshape(4, 6)
     for name in ("zip.pth", "legacy.pth"):
         file = torch_files.read(DATA / "pth_files" / name)
@@ -344,7 +344,7 @@ class FakeStorage:
 
 
 def save_pth(path, content, monkey=None):
-    """Writes what `torch.save` would, by Python's own pickle and a stand-in for PyTorch."""
+    """Writes the format of `torch.save` with Python's own pickle and a stand-in for PyTorch."""
     torch, utils = types.ModuleType("torch"), types.ModuleType("torch._utils")
     exec("class FloatStorage: pass\nFloatStorage.__module__ = 'torch'", torch.__dict__)
     exec("def _rebuild_tensor_v2(*args): pass", utils.__dict__)
@@ -402,7 +402,7 @@ def test_no_code_of_a_file_is_run(tmp_path, place, function):
 
 
 def test_a_pickle_can_not_change_what_reads_it(tmp_path):
-    """BUILD with slots sets attributes on whatever object is below it on the stack."""
+    """Catches BUILD with slots, which sets attributes on the object below it on the stack."""
     for name in ("torch._utils\n_rebuild_tensor_v2", "argparse\nNamespace"):
         before = dict(vars(argparse.Namespace))
         # BUILD with (None, {"_call": "a"})
@@ -429,7 +429,7 @@ def test_a_pickle_can_not_change_what_reads_it(tmp_path):
     ],
 )
 def test_tensors_that_leave_their_storage(tmp_path, tensor):
-    """Such strides would read memory that is not the file's."""
+    """Catches strides that read memory outside of the file's data."""
     with pytest.raises(WeightsError, match="damaged"):
         torch_files.read(save_pth(tmp_path / "f.pth", {"model": {"a": tensor}}))
 
@@ -512,7 +512,7 @@ def test_load_initial_with_other_classes(workdir, params):
     start.init.reset_heads = True
     loaded = load_initial(placed(fresh), start)
     expected = params | {"class_head": fresh["class_head"]}
-    # The last row stands for no class and is what the matching queries start from.
+    # The last row stands for no class; the matching queries start from it.
     expected["label_embedding"] = np.concatenate(
         [fresh["label_embedding"][:-1], params["label_embedding"][-1:]]
     )
@@ -534,7 +534,7 @@ def named(*names):
     ],
 )
 def test_kept_heads_follow_the_class_names(tmp_path, config, params, here):
-    """Another order of the same classes would otherwise start with their heads mixed up."""
+    """Catches mixed-up heads if the same classes have another order."""
     with Checkpoints(tmp_path, config, categories=named(*NAMES)) as checkpoints:
         checkpoints.save(0, {"params": placed(params)})
     start = small_config(num_classes=len(here))
@@ -594,7 +594,7 @@ def test_init_names_one_source(config):
 
 
 def test_import_and_export_commands(tmp_path, params, state):
-    """The command line in another process, then the way back, bit by bit."""
+    """Runs the command line in another process, then converts back, bit for bit."""
     torch_files.write(tmp_path / "official.pth", state)
     config_file = tmp_path / "small.py"
     config_file.write_text(

@@ -50,7 +50,7 @@ MODULES = {_name(path): path for path in sorted(_PACKAGE.rglob("*.py"))}
 
 
 def _imports(name):
-    """(imported module, is inside a function) of a module, those of this package."""
+    """Yields (imported module, is inside a function) for the imports from this package."""
     tree = ast.parse(MODULES[name].read_text())
     typing_only = {
         id(node)
@@ -81,7 +81,7 @@ EDGES = [(name, *found) for name in MODULES for found in _imports(name)]
 
 
 def _layer(name):
-    """The number of a module's layer."""
+    """Returns the number of a module's layer."""
     parts = name.split(".")
     for length in range(len(parts), 0, -1):
         prefix = ".".join(parts[:length])
@@ -102,7 +102,7 @@ def test_imports_go_down():
 
 
 def test_no_module_imports_itself_through_others():
-    """Catches circles within a layer, which work or fail by the order of the imports."""
+    """Catches circles within a layer, which depend on the order of the imports."""
     below = {name: set() for name in MODULES}
     for name, imported, _ in EDGES:
         if (name, imported) not in LAZY and name != imported:
@@ -121,7 +121,7 @@ def test_no_module_imports_itself_through_others():
 
 
 def test_lazy_imports_are_declared():
-    """Catches an import inside a function that hides a circle, and a declaration that is old."""
+    """Catches an import inside a function that hides a circle, and an outdated declaration."""
     lazy = {
         (name, imported)
         for name, imported, inside in EDGES
@@ -148,7 +148,7 @@ def test_what_answers_at_once_needs_no_jax(name):
 
 
 def test_no_file_is_long():
-    """Catches files in which a concept is not found; an exemption that is not needed is old."""
+    """Catches long files and outdated exemptions."""
     lengths = {
         str(path.relative_to(_PACKAGE)): len(path.read_text().splitlines())
         for path in MODULES.values()
@@ -157,7 +157,7 @@ def test_no_file_is_long():
 
 
 def test_no_function_is_long():
-    """Catches functions that do several things; an exemption that is not needed is old."""
+    """Catches long functions and outdated exemptions."""
     found = set()
     for path in MODULES.values():
         for node in ast.walk(ast.parse(path.read_text())):

@@ -1,4 +1,4 @@
-"""Batches as the model gets them."""
+"""The batches of the loader."""
 
 import dataclasses
 import os
@@ -38,7 +38,7 @@ def assert_equal_batches(a, b):
 
 
 def test_batches_hold_the_images_and_their_objects(train, digits_config):
-    """Against scenes drawn anew and a plain account of the format."""
+    """Compares with newly drawn scenes and a plain description of the format."""
     batches = list(train_batches(train, digits_config, 0, 12))
     seen = []
     for batch in batches:
@@ -104,7 +104,7 @@ def test_a_worker_process_changes_nothing_and_ends(train, digits_config):
     iterator = train_batches(train, digits_config, 3, 100)
     for batch in expected:
         assert_equal_batches(batch, next(iterator))
-    iterator.close()  # in the middle, with batches made ahead
+    iterator.close()  # in the middle, with prefetched batches
     import multiprocessing
 
     deadline = time.monotonic() + 10
@@ -112,14 +112,14 @@ def test_a_worker_process_changes_nothing_and_ends(train, digits_config):
         time.sleep(0.05)
     assert not multiprocessing.active_children()
     del batch, iterator
-    left = shared_memory() - before  # those of other programs go away too
+    left = shared_memory() - before  # other programs remove theirs too
     while left & shared_memory() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not left & shared_memory()
 
 
 def shared_memory():
-    """Names of the segments that Python has made, none where there is no such folder."""
+    """Returns the names of Python's segments, none without the folder."""
     folder = Path("/dev/shm")
     return {path.name for path in folder.glob("psm_*")} if folder.is_dir() else set()
 
@@ -172,7 +172,7 @@ def test_more_objects_than_slots_keeps_some_and_counts_the_rest(train, digits_co
 
 
 class BrokenSource:
-    """Gives images that are damaged, and one whose file is gone."""
+    """A source with damaged images, and one without a file."""
 
     def __init__(self, source, damaged, missing=-1):
         self.source, self.missing = source, missing
@@ -207,7 +207,7 @@ def test_an_unreadable_image_is_named(validation, digits_config, broken, workers
 
 
 def test_an_unreadable_image_makes_way_for_the_next_of_its_batch(train, digits_config, caplog):
-    """Rows against those of the whole data set; the same whoever has which part of a batch."""
+    """Compares rows with those of the whole data set, for each split of a batch."""
     plan = train_plan(train, digits_config)
     damaged = plan.batch(0).indices[[1, 2, 7]]  # the next of row 7 is row 0, of rows 1 and 2 row 3
     broken = dataclasses.replace(train, source=BrokenSource(train.source, damaged))
@@ -253,7 +253,7 @@ def test_evaluation_leaves_the_row_of_an_unreadable_image_empty(validation, digi
 
 
 def test_a_mistake_in_the_program_is_no_unreadable_image(train, digits_config):
-    """skip_bad must not hide it."""
+    """Catches `skip_bad` hiding the error."""
 
     class Wrong:
         def __getitem__(self, index):
@@ -275,7 +275,7 @@ def test_a_mistake_in_the_program_is_no_unreadable_image(train, digits_config):
     ],
 )
 def test_objects_that_can_not_be_are_named(train, digits_config, change, message):
-    """Of a source of one's own: a label beyond the classes trains nothing, without any error."""
+    """Catches a label beyond the classes in a custom source, which would train nothing."""
 
     class Own:
         def __init__(self, wrong):
@@ -309,7 +309,7 @@ def test_closing_ends_the_threads(train, digits_config):
 
 
 def test_a_program_that_fails_while_reading_ends(digits_dir):
-    """With an iterator left open and batches still being made ahead."""
+    """Covers an open iterator with batches still being prefetched."""
     code = f"""
 from dn_detr_jax.config import base_config
 from dn_detr_jax.data.datasets import open_dataset
@@ -326,7 +326,7 @@ raise SystemExit(3)
 
 
 def test_workers_need_shared_memory_for_their_batches(train, digits_config, monkeypatch):
-    """Where a worker would die of a full /dev/shm, by a signal that explains nothing."""
+    """Catches a full /dev/shm, which kills a worker with an unexplained signal."""
     digits_config.data.canvases, digits_config.data.workers = ((128, 128), (192, 128)), 2
     needed = 9 * 8 * 192 * 128 * 3
 
@@ -386,7 +386,7 @@ if __name__ == "__main__":
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks at processes in /proc")
 def test_workers_outlive_sigterm_but_not_their_parent(digits_dir, tmp_path):
-    """Catches workers, and their shared memory, that a killed training leaves for ever; and a
+    """Catches workers, and their shared memory, that a killed training leaves behind; and a
     SIGTERM for all processes of a job that takes the workers from a training about to save."""
     script = tmp_path / "program.py"
     script.write_text(_WITH_WORKERS)
@@ -403,8 +403,8 @@ def test_workers_outlive_sigterm_but_not_their_parent(digits_dir, tmp_path):
         command = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in children}
         (worker,) = (pid for pid in children if "spawn_main" in command[pid])
         os.kill(worker, signal.SIGTERM)
-        os.kill(worker, signal.SIGINT)  # of Ctrl-C, which a terminal sends to all
-        for _ in range(20):  # more than are made ahead
+        os.kill(worker, signal.SIGINT)  # Ctrl-C, which a terminal sends to all processes
+        for _ in range(20):  # more than are prefetched
             process.stdin.write("\n")
             process.stdin.flush()
             assert process.stdout.readline() == "batch\n"

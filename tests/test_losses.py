@@ -25,7 +25,7 @@ gradient = fast_jit(
 
 
 def random_problem(seed, objects):
-    """Outputs, targets with so many objects per image, and any assignment of them."""
+    """Draws outputs, targets with given numbers of objects, and an assignment."""
     rng = np.random.default_rng(seed)
     logits = rng.normal(0, 3, (LAYERS, BATCH, QUERIES, CLASSES)).astype(np.float32)
     pred_boxes = oracle.random_boxes(rng, LAYERS, BATCH, QUERIES)
@@ -81,7 +81,7 @@ def test_set_criterion_equals_a_plain_loop(seed, objects):
 
 
 def test_what_stands_at_padding_does_not_matter():
-    """Padded objects hold whatever is left in memory: labels out of range, boxes beyond bounds."""
+    """Catches the use of padded objects, whose labels and boxes may be out of range."""
     logits, pred_boxes, labels, boxes, valid, assignment = random_problem(0, (2, 0, 4))
     other_labels = np.where(valid, labels, 999)
     other_boxes = np.where(valid[..., None], boxes, -77.0).astype(np.float32)
@@ -95,7 +95,7 @@ def test_what_stands_at_padding_does_not_matter():
 
 
 def test_an_object_without_query_counts_but_has_no_box_loss():
-    """With more objects than queries some get -1: not the last query, which -1 would index."""
+    """Catches -1, for objects beyond the queries, as an index of the last query."""
     problem = random_problem(1, (3, 2, 0))
     problem[-1][0, :, 1] = -1
     got, want = criterion(*problem), slow_criterion(*problem)
@@ -138,7 +138,7 @@ def test_focal_loss_equals_its_formula(alpha, gamma):
 
 @pytest.mark.parametrize("logit", [-80.0, 80.0, -1e4, 1e4])
 def test_focal_loss_has_finite_gradients_far_out(logit):
-    """A confident mistake must pull with full weight and not with NaN."""
+    """Catches a NaN or vanishing gradient for a confident mistake."""
 
     def loss(x, target):
         return losses.sigmoid_focal_loss(jnp.array([x]), jnp.array(target))[0]

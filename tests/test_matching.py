@@ -1,4 +1,4 @@
-"""Costs against a plain loop, assignments against SciPy, whatever the sizes and values."""
+"""Costs against a plain loop and assignments against SciPy, for all sizes and values."""
 
 import itertools
 
@@ -20,7 +20,7 @@ assign = fast_jit(matching.assign)
 
 
 def check_assignment(cost, valid, assignment):
-    """Every image and layer: a one-to-one map of the real objects of SciPy's total cost."""
+    """Checks for each image and layer a one-to-one map with SciPy's total cost."""
     cost, assignment = np.asarray(cost, np.float64), np.asarray(assignment)
     batch, layers, queries, objects = cost.shape
     assert assignment.shape == (batch, layers, objects) and assignment.dtype == np.int32
@@ -39,7 +39,7 @@ def check_assignment(cost, valid, assignment):
 
 
 def problems(values, max_queries=7, max_objects=9):
-    """Costs [B, L, N, M] of random sizes with random validity, more objects than queries too."""
+    """Draws costs [B, L, N, M] with random validity, also with more objects than queries."""
     sizes = st.tuples(
         st.integers(1, 3),
         st.integers(1, 3),
@@ -66,7 +66,7 @@ def test_solution_is_optimal_with_ties(problem):
 
 @given(problems(st.floats(-10, 10, width=32), max_queries=4, max_objects=3))
 def test_solution_is_the_best_of_all_permutations(problem):
-    """SciPy's own answer, checked once by brute force."""
+    """Checks SciPy's own answer once by brute force."""
     cost, valid = problem
     got = matching.solve_on_host(cost, valid)
     for image, layer in np.ndindex(cost.shape[:2]):
@@ -95,7 +95,7 @@ def test_images_without_objects_and_with_one(objects):
 
 
 def test_objects_beyond_the_queries_stay_unmatched():
-    """Two queries, five objects: the cheapest two are matched, the others get -1."""
+    """With two queries and five objects, the cheapest two are matched, the others get -1."""
     cost = np.float32([[[[9, 1, 5, 6, 7], [9, 8, 5, 2, 7]]]])
     got = matching.solve_on_host(cost, np.ones((1, 5), bool))
     np.testing.assert_array_equal(got, [[[-1, 0, -1, 1, -1]]])
@@ -107,7 +107,7 @@ SHAPE = (2, 3, 5, 4)
 
 @given(hnp.arrays(np.float32, SHAPE, elements=ANY), hnp.arrays(bool, (2, 4)))
 def test_any_cost_is_sanitized_counted_and_solved(cost, valid):
-    """SciPy raises on NaN and on infeasible costs; an exception in a callback is lost on TPU."""
+    """Catches costs on which SciPy raises; an exception in a callback is lost on TPU."""
     clean, count = sanitize(cost, valid)
     clean = np.asarray(clean)
     real = np.broadcast_to(valid[:, None, None, :], SHAPE)
@@ -122,7 +122,7 @@ def test_any_cost_is_sanitized_counted_and_solved(cost, valid):
 
 
 def test_a_query_of_nonfinite_cost_is_the_last_choice():
-    """A sanitized entry must repel: as 0 or -MAX_COST it would win the matching."""
+    """Catches a sanitized entry that attracts, such as 0 or -MAX_COST."""
     cost = np.float32([[[[np.nan, 1], [-np.inf, 300], [200, 2]]]])
     clean, count = sanitize(cost, np.ones((1, 2), bool))
     assert count == 2
@@ -132,7 +132,7 @@ def test_a_query_of_nonfinite_cost_is_the_last_choice():
 @pytest.mark.smoke
 @pytest.mark.parametrize("with_mesh", [False, True])
 def test_assignment_under_jit(with_mesh):
-    """The callback, without a mesh and inside `shard_map`, several calls of one program."""
+    """Covers the callback without a mesh and inside `shard_map`, in several calls."""
     mesh = make_mesh(1)
     compiled = fast_jit(lambda c, v: matching.assign(c, v, mesh)) if with_mesh else assign
     rng = np.random.default_rng(0)
@@ -146,7 +146,7 @@ def test_assignment_under_jit(with_mesh):
 
 
 def test_cost_equals_a_plain_loop():
-    """Focal class cost of the object's class, L1 and GIoU with their weights; axes [B, L, N, M]."""
+    """Checks focal class cost, L1 and GIoU with their weights, on axes [B, L, N, M]."""
     rng = np.random.default_rng(0)
     layers, batch, queries, classes, objects = 2, 3, 4, 5, 2
     logits = rng.normal(0, 4, (layers, batch, queries, classes)).astype(np.float32)
@@ -167,7 +167,7 @@ def test_cost_equals_a_plain_loop():
 
 
 def test_bound_is_far_above_real_costs():
-    """The worst prediction of normalized boxes must not reach the bound that marks broken ones."""
+    """Catches a valid cost at the bound that marks broken costs."""
     logits = np.full((1, 1, 1, 2), -200, np.float32)
     cost = matching.matching_cost(
         logits, np.ones((1, 1, 1, 4), np.float32), np.zeros((1, 1), int), np.zeros((1, 1, 4))

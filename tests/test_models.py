@@ -41,7 +41,7 @@ def flat(tree):
 
 
 def abstract_features(canvas, **options):
-    """Shape of the features, and the backbone's parameters."""
+    """Returns the shape of the features, and the backbone's parameters."""
     image = jax.ShapeDtypeStruct((2, *canvas, 3), jnp.float32)
     size = jax.ShapeDtypeStruct((2, 2), jnp.int32)
     init = ResNet(**options).init_with_output
@@ -135,7 +135,7 @@ def test_unknown_model_is_refused():
 
 
 def test_a_backbone_returns_every_stage():
-    """Catches levels in another order, or the last one alone, which a pyramid of several needs."""
+    """Catches levels in another order, and a pyramid with the last level alone."""
     model = ResNet(depth=18, width=8, stages=3)
     image, size = jax.ShapeDtypeStruct((2, 100, 64, 3), jnp.float32), jnp.full((2, 2), 64)
     features = jax.eval_shape(model.init_with_output, jax.random.key(0), image, size)[0]
@@ -147,7 +147,7 @@ def test_a_backbone_returns_every_stage():
 
 @pytest.fixture(scope="module")
 def start(tiny):
-    """Initial heads and anchors; the compiler leaves out the other parameters."""
+    """Returns initial heads and anchors; the compiler skips the other parameters."""
 
     def init(key):
         image, size = jnp.zeros((1, CANVAS, CANVAS, 3)), jnp.full((1, 2), CANVAS)
@@ -158,10 +158,10 @@ def start(tiny):
 
 
 def test_first_predictions(tiny, start):
-    """Every layer predicts the anchors themselves, with scores around 0.01.
+    """Each layer predicts the anchors themselves, with scores around 0.01.
 
-    Scores of a half would bury the first thousand steps under false positives (Lin et al., ICCV
-    2017); a box head that starts anywhere else moves the anchors at random.
+    Scores of a half flood the first thousand steps with false positives (Lin et al., ICCV
+    2017); a box head with another start moves the anchors at random.
     """
     params = tiny.params | start
     np.testing.assert_allclose(jax.nn.sigmoid(start["class_head"]["bias"]), 0.01, rtol=1e-5)
@@ -174,7 +174,7 @@ def test_first_predictions(tiny, start):
 
 
 def test_random_anchors_cover_the_image():
-    """Option random_refpoints_xy: centers uniform, where normal logits crowd the middle."""
+    """With random_refpoints_xy centers are uniform; normal logits crowd the middle."""
     config = tiny_config.shared().model
     config.num_queries = 2000
 
@@ -233,7 +233,7 @@ def test_bfloat16_gives_float32_outputs_near_those_of_float32(tiny):
 
 
 def operations(jaxpr):
-    """(name, dtypes of the floating operands) of everything in a traced program."""
+    """Yields (name, dtypes of the floating operands) of each operation of a traced program."""
     for equation in jaxpr.eqns:
         dtypes = {v.aval.dtype.name for v in equation.invars if hasattr(v.aval, "dtype")}
         yield equation.primitive.name, dtypes & {"float32", "bfloat16"}
@@ -244,8 +244,8 @@ def operations(jaxpr):
 
 
 def test_bfloat16_is_for_convolutions_and_matrices_alone(tiny):
-    """Of the whole loss: softmax, norms, boxes, costs and losses in float32, by what they consist
-    of, and gradients too; all convolutions and matrix products in bfloat16.
+    """Checks the operations of the whole loss and its gradients: softmax, norms, boxes, costs and
+    losses are float32, all convolutions and matrix products bfloat16.
 
     Catches a softmax or a cost in bfloat16, and a product that float32 constants made slow.
     """
@@ -271,7 +271,7 @@ def test_bfloat16_is_for_convolutions_and_matrices_alone(tiny):
 
 
 def rematerialized(tiny, parts):
-    """The loss as a function of parameters, batch and noise, with these parts rematerialized."""
+    """Returns the loss of parameters, batch and noise, with these parts rematerialized."""
     config = tiny_config.shared()
     config.model.remat = parts
     model = build_model(config.model)
@@ -337,7 +337,7 @@ def test_normalized_images_equal_a_plain_computation():
 
 
 def on_larger_canvas(batch, side):
-    """The same images, with garbage where the larger canvas is padded."""
+    """Returns the same images on a larger canvas, padded with garbage."""
     image = np.random.default_rng(7).integers(0, 256, (3, side, side, 3)).astype(np.uint8)
     for b, (height, width) in enumerate(batch["size"]):
         image[b, :height, :width] = batch["image"][b, :height, :width]
@@ -345,7 +345,7 @@ def on_larger_canvas(batch, side):
 
 
 def test_detections_do_not_depend_on_the_canvas(tiny):
-    """The same images on canvases of 64 and of 96, all that is padded filled with garbage."""
+    """Compares the same images on canvases of 64 and of 96, with garbage in the padding."""
     batch = image_batch()
     want = tiny.detect(tiny.params, batch["image"], batch["size"])
     for side in (CANVAS, 96):
@@ -366,11 +366,10 @@ def test_detections_do_not_depend_on_the_canvas(tiny):
     ],
 )
 def test_features_do_not_depend_on_the_canvas(depth, norm, stem, dilation, mask_padding):
-    """An image by itself, of sides that the stride does not divide, and far inside a canvas.
+    """Compares an image alone, with sides that the stride does not divide, and on a canvas.
 
-    Both norms, stems, blocks, and dilation. Behind its biases padding is not zero any more, and
-    leaks into the image through every 3x3 convolution. Without `mask_padding`, as in PyTorch, it
-    does, and this test sees it.
+    It covers both norms, stems, blocks, and dilation. After the biases padding is not zero, and
+    without `mask_padding`, as in PyTorch, it leaks into the image through each 3x3 convolution.
     """
     model = ResNet(
         depth=depth,
@@ -409,7 +408,7 @@ def slow_sines(angle, features, temperature):
 
 @pytest.mark.parametrize("canvas", [(32, 32), (48, 64)])
 def test_image_encoding_equals_a_plain_loop_on_any_canvas(canvas):
-    """Relative to the image, not to the canvas: rows first, then columns."""
+    """Catches positions relative to the canvas, and columns before rows."""
     stride, features, sizes = 8, 8, np.int32([[32, 32], [20, 31], [1, 17]])
     shape = (canvas[0] // stride, canvas[1] // stride)
 
@@ -431,7 +430,7 @@ def test_image_encoding_equals_a_plain_loop_on_any_canvas(canvas):
 
 
 def test_box_encoding_equals_a_plain_loop():
-    """y comes before x: the official order, which pretrained weights need."""
+    """Catches x before y; pretrained weights need the official order, y before x."""
     box = np.float32([0.1, 0.7, 0.3, 0.9])
     got = fast_jit(position.box_encoding, static_argnums=1)(box, 6)
     want = np.ravel([slow_sines(2 * math.pi * box[i], 6, 10000.0) for i in (1, 0, 2, 3)])
@@ -454,7 +453,7 @@ def test_tokens_of_several_levels_follow_one_another():
 
 
 def test_heads_of_each_layer_are_those_of_that_layer():
-    """With the parameters of one layer for both they predict what shared heads predict."""
+    """Heads of each layer with equal parameters predict what shared heads predict."""
     rng = np.random.default_rng(0)
     states = rng.normal(size=(2, 1, 3, 8)).astype(np.float32)
     references = np.full((2, 1, 3, 4), 0.3, np.float32)
@@ -486,8 +485,8 @@ fused = functools.partial(attention.fused_attention, implementation="xla")
 
 @pytest.mark.parametrize("function", [attention.attention, fused], ids=["plain", "fused"])
 def test_attention_equals_a_plain_loop(function):
-    """Heads, scaling and mask; keys and values of different widths, as in the decoder; odd numbers
-    of queries and keys."""
+    """Covers heads, scaling and mask, keys and values of different widths, as in the decoder, and
+    odd numbers of queries and keys."""
     rng = np.random.default_rng(0)
     query, key = (rng.normal(size=(2, n, 6)).astype(np.float32) for n in (3, 5))
     value = rng.normal(size=(2, 5, 4)).astype(np.float32)
@@ -504,7 +503,7 @@ def test_attention_equals_a_plain_loop(function):
 
 @pytest.mark.parametrize("shape", [(1, 1, 6), (2, 1, 5), (1, 4, 5)])
 def test_fused_attention_has_the_gradient_of_the_plain_one(shape):
-    """Masks of every kind that the detector makes; catches fillings that get a gradient."""
+    """Covers every kind of mask of the detector; catches fillings that get a gradient."""
     rng = np.random.default_rng(0)
     queries, keys = 4 if shape[1] == 4 else 3, shape[2]
     sizes = (queries, 12), (keys, 12), (keys, 8)
@@ -523,12 +522,12 @@ def test_fused_attention_has_the_gradient_of_the_plain_one(shape):
 
 _MODEL = tiny_config.shared().model
 _ATTENTIONS = _MODEL.encoder_layers + 2 * _MODEL.decoder_layers
-# Private to jax. Without a GPU it says that there is no cuDNN.
+# Private to jax. Without a GPU it reports no cuDNN.
 _CUDNN_VERSION = "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version"
 
 
 def traced_gradient(tiny, kind):
-    """The gradient of a loss, of a model in bfloat16 with that kind of attention."""
+    """Returns the gradient of a loss of a model in bfloat16 with a kind of attention."""
     config = tiny_config.shared()
     config.model.dtype = "bfloat16"
     model = build_model(config.model, kind)
@@ -543,7 +542,7 @@ def traced_gradient(tiny, kind):
 
 
 def pretend_cudnn(monkeypatch):
-    """Whether jax can be told that there is a cuDNN, as of now."""
+    """Returns whether this jax lets a test simulate cuDNN."""
     try:
         monkeypatch.setattr(_CUDNN_VERSION, lambda: 91_000)
     except (ImportError, AttributeError):
@@ -552,7 +551,7 @@ def pretend_cudnn(monkeypatch):
 
 
 def test_every_attention_asks_jax_for_cudnn(tiny, monkeypatch):
-    """With public names alone, after the private one has gone. Catches an attention that still
+    """Uses public names alone, in case the private one disappears. Catches an attention that still
     computes scores of its own, and shapes and types that cuDNN does not take."""
     monkeypatch.delattr(_CUDNN_VERSION, raising=False)
     assert not pretend_cudnn(monkeypatch)

@@ -1,4 +1,4 @@
-"""Steps that are not finite: which ones count as such, what is told, and a run that skips them."""
+"""Steps that are not finite: their detection, the report, and a run that skips them."""
 
 import copy
 import json
@@ -36,7 +36,7 @@ def _state(step, value):
     ],
 )
 def test_the_update_is_kept_if_all_is_finite(change, skipped):
-    """Catches a look at the loss alone: gradients and costs may be the only ones."""
+    """Catches a check of the loss alone; only gradients or costs may be not finite."""
     metrics = {name: jnp.float32(value) for name, value in (_FINE | change).items()}
     state, flag = unless_nonfinite(_state(5, 2.0), _state(4, 1.0), metrics)
     assert bool(flag) == skipped
@@ -47,7 +47,7 @@ def test_the_update_is_kept_if_all_is_finite(change, skipped):
 
 
 def test_a_new_state_that_is_not_finite_leaves_no_trace_in_the_old_one():
-    """Catches a mask by multiplication: nothing times NaN is NaN."""
+    """Catches a mask by multiplication; 0 times NaN is NaN."""
     metrics = {name: jnp.float32(value) for name, value in (_FINE | {"loss": np.nan}).items()}
     state, _ = unless_nonfinite(_state(5, np.nan), _state(4, 1.0), metrics)
     np.testing.assert_array_equal(state.params["w"], np.float32([1.0, 0.1]))
@@ -85,7 +85,7 @@ def test_costs_alone_are_told():
 
 
 def test_the_limit_holds_for_the_whole_run():
-    """Catches a count that begins anew with every log event, or with every restart."""
+    """Catches a count that starts again with each log event or restart."""
     bad = {"grad_norm": np.inf, "skipped": 1}
     watch = _guard(limit=3, skipped=1)
     told = []
@@ -99,14 +99,14 @@ def test_the_limit_holds_for_the_whole_run():
 
 @pytest.mark.parametrize("names", [_NAMES, _NAMES[:-1]], ids=["skip", "stop"])
 def test_what_was_not_skipped_stops(names):
-    """With "skip", too: an update that overflows although the gradients are finite."""
+    """Catches an update that overflows although the gradients are finite, with "skip" too."""
     rows = _rows({}, {"grad_norm": np.inf})[:, : len(names)]
     with pytest.raises(TrainingError, match=r"^step 10: not finite: grad_norm; .* images 1000,"):
         _guard(names=names).means(9, rows, lambda line: None)
 
 
 def test_a_message_stays_short():
-    """Catches a line of a thousand names, which hides what it is about."""
+    """Catches a line of a thousand names, which hides the cause."""
     names = [f"loss_{i}" for i in range(30)] + ["loss", "nonfinite_costs"]
     rows = np.full((1, len(names)), np.nan, np.float32)
     with pytest.raises(TrainingError) as error:
@@ -117,7 +117,7 @@ def test_a_message_stays_short():
 
 
 def _arrays(workdir, step):
-    """All arrays of a checkpoint, read without any code of this package."""
+    """Returns all arrays of a checkpoint, read without code of this package."""
     folder = workdir / "checkpoints" / str(step)
     with ocp.StandardCheckpointer() as reader:
         found = {item: reader.restore(folder / item) for item in ("params", "ema", "state")}
@@ -132,7 +132,7 @@ def _differing(workdir, *steps):
 
 @pytest.fixture
 def run(tmp_path, digits_dir, monkeypatch):
-    """A function that trains; of the batches of some steps a box is made not finite."""
+    """Returns a function that trains, with a box that is not finite in some batches."""
     config = tiny_config.get_config()
     config.data.dir, config.data.threads = str(digits_dir), 1
     config.on_nonfinite, config.max_skipped_steps = "skip", 1
@@ -175,7 +175,7 @@ def run(tmp_path, digits_dir, monkeypatch):
 def test_a_run_skips_a_step_and_stops_at_one_too_many(run, capsys):
     """Catches a skipped step that is saved, logged or repeated wrongly, or forgotten by a restart.
 
-    Steps 2 and 5 are not finite; the run stops at the second, and so does the run that continues.
+    Steps 2 and 5 are not finite; the run stops at step 5, and so does the continued run.
     """
     train, workdir, seen = run
     for first_step in (1, 5):

@@ -37,7 +37,7 @@ def _config(**changes):
 
 
 def _numpy_adamw(params, gradients, config, factors, frozen):
-    """AdamW after clipping, written as PyTorch documents it; params and gradients flat by path."""
+    """Computes AdamW after clipping as PyTorch documents it, for flat params and gradients."""
     settings = config.optimizer
     params = {path: value.astype(np.float64) for path, value in params.items()}
     m = {path: np.zeros_like(value) for path, value in params.items()}
@@ -65,7 +65,7 @@ def _flat(tree):
 
 @pytest.mark.parametrize("split", [False, True])
 def test_norm_of_small_and_large_arrays_together(split):
-    """Catches arrays that are left out or counted twice."""
+    """Catches arrays that are missing or counted twice."""
     rng = np.random.default_rng(0)
     shapes = (3, 5), (2**18,), (2**9, 2**9 + 1), (), (0,)
     arrays = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
@@ -107,7 +107,7 @@ def test_three_steps_against_numpy(clip_norm):
 
 
 def test_clipping_factor_is_that_of_pytorch():
-    """max_norm / (norm + 1e-6) at a norm of 1e-6 halves what optax's clipping leaves."""
+    """Catches optax's clipping: at a norm of 1e-6, max_norm / (norm + 1e-6) is half of it."""
     grads = {"a": jnp.array([1e-6, 0.0])}
     clipped, _ = clip_by_global_norm(1e-6).update(grads, optax.EmptyState())
     np.testing.assert_allclose(clipped["a"], [0.5e-6, 0.0], rtol=1e-5)

@@ -1,4 +1,4 @@
-"""Packing survives being killed, happens once, and notices new annotations."""
+"""Packing survives a kill, happens once, and detects new annotations."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ COUNT = 40
 
 @pytest.fixture
 def coco_dir(tmp_path, monkeypatch):
-    """Forty images, to be packed in ten shards."""
+    """Writes forty images, to be packed in ten shards."""
     monkeypatch.setattr(shards, "IMAGES_PER_SHARD", 4)
     write_split(tmp_path / "train.json", tmp_path / "train", document(COUNT))
     return tmp_path
@@ -39,7 +39,7 @@ def data_config(directory, **values):
 
 
 def contents(dataset):
-    """Every byte that the examples hold."""
+    """Returns all bytes of the examples."""
     examples = [dataset.source[i] for i in range(len(dataset))]
     return [(e.image_id, e.image, e.boxes.tolist(), e.labels.tolist()) for e in examples]
 
@@ -49,7 +49,7 @@ def packed_folders(directory):
 
 
 def pack_elsewhere(directory, until=None):
-    """Starts another process that packs, and stops after its first shard until a file is there."""
+    """Starts a process that packs, and pauses after its first shard until a file exists."""
     code = f"""
 import logging, pathlib, sys, time
 logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -73,7 +73,7 @@ print(len(datasets.open_dataset(c, "train")))
 
 
 def kill_while_packing(directory):
-    """Packs in another process and kills that after its first shard."""
+    """Packs in another process, and kills it after its first shard."""
     process = pack_elsewhere(directory, until=directory / "never")
     wait_for_shards(directory, 1, process)
     os.kill(process.pid, signal.SIGKILL)
@@ -97,7 +97,7 @@ def test_images_are_packed_as_they_are(coco_dir):
 
 
 def test_a_killed_packing_is_continued(coco_dir, caplog):
-    """Complete shards are kept, to the inode; the records are those of a packing in one go."""
+    """Complete shards keep their inode; the records equal those of one uninterrupted packing."""
     kill_while_packing(coco_dir)
     (partial,) = packed_folders(coco_dir)
     # Killed while it wrote a shard, too.
@@ -163,7 +163,7 @@ def test_new_annotations_are_packed_anew_and_replace_the_old(coco_dir, caplog):
 
 
 def test_another_annotation_file_does_not_replace_the_first(coco_dir):
-    """Two experiments with different subsets must not pack over each other for ever."""
+    """Catches experiments with different subsets that keep overwriting each other's records."""
     config = data_config(coco_dir)
     open_dataset(config, "train")
     content = document(2)
@@ -182,7 +182,7 @@ def test_what_a_killed_packing_of_old_annotations_left_is_removed(coco_dir):
 
 
 def test_a_shard_that_lacks_records_is_not_taken_for_complete(coco_dir, monkeypatch):
-    """A disk that loses what is written must not be found out in the middle of a training."""
+    """Catches a disk that loses data before a training starts."""
 
     class Forgetful(shards.ArrayRecordWriter):
         def write(self, record):
@@ -242,7 +242,7 @@ def test_structural_errors_are_named_before_anything_is_packed(coco_dir):
 
 
 def test_memory_of_packing_does_not_grow_with_the_images(coco_dir, monkeypatch):
-    """Files that are read ahead of the writer: a few, however many there are."""
+    """Catches an unbounded number of files read ahead of the writer."""
     held = []
 
     class Counting(shards.collections.deque):
@@ -272,7 +272,7 @@ def replace_image(path):
 
 
 def test_a_replaced_image_is_packed_anew_and_no_other_shard(coco_dir, caplog):
-    """A damaged image that was replaced must not stay packed for ever."""
+    """Catches a damaged image that stays packed after its file was replaced."""
     dataset = open_dataset(data_config(coco_dir), "train")
     before = inodes(coco_dir)
     path = coco_dir / "train" / dataset.annotations.file_names[9]
@@ -291,7 +291,7 @@ def test_a_replaced_image_is_packed_anew_and_no_other_shard(coco_dir, caplog):
 
 
 def test_a_new_time_alone_packs_nothing(coco_dir):
-    """Content decides where size or time differ: a copied data set is not packed anew."""
+    """Catches repacking of a copied data set; content decides if size or time differ."""
     dataset = open_dataset(data_config(coco_dir), "train")
     before = inodes(coco_dir)
     for name in dataset.annotations.file_names[:3]:
@@ -301,7 +301,7 @@ def test_a_new_time_alone_packs_nothing(coco_dir):
 
 
 def test_packed_by_an_earlier_version_is_compared_once(coco_dir, monkeypatch):
-    """Folders without the stamps of their images are read on, and learn what has changed."""
+    """Covers folders without the stamps of their images: they are read, and changes detected."""
     dataset = open_dataset(data_config(coco_dir), "train")
     (folder,) = packed_folders(coco_dir)
     (folder / "files.npy").unlink()
@@ -339,7 +339,7 @@ def test_an_image_without_a_file_stays_when_its_shard_is_written_anew(coco_dir):
 
 
 def test_a_changed_image_and_a_folder_that_can_not_be_written_are_named(coco_dir, monkeypatch):
-    """Root may write everywhere: the lock is what fails here."""
+    """Covers a read-only folder by a failing lock, since root may write everywhere."""
     dataset = open_dataset(data_config(coco_dir), "train")
     path = coco_dir / "train" / dataset.annotations.file_names[0]
 
@@ -355,7 +355,7 @@ def test_a_changed_image_and_a_folder_that_can_not_be_written_are_named(coco_dir
 
 
 def test_nothing_is_packed_where_that_is_not_wanted(coco_dir):
-    """An evaluation needs no training split, and must not spend hours on packing one."""
+    """Catches an evaluation that packs the training split."""
     config = data_config(coco_dir)
     with pytest.raises(DataError, match="not packed in"):
         open_dataset(config, "train", pack=False)
@@ -368,7 +368,7 @@ def test_nothing_is_packed_where_that_is_not_wanted(coco_dir):
 @pytest.mark.parametrize("orientation", [3, 6])
 @pytest.mark.parametrize("annotated", ["stored", "shown"])
 def test_boxes_as_shown_lie_on_their_objects(tmp_path, orientation, annotated):
-    """The annotated size may be of the stored or of the shown image; here both are told."""
+    """Covers both annotated sizes, of the stored and of the shown image."""
     shown = np.zeros((40, 60, 3), np.uint8)
     shown[5:15, 30:50] = 255  # the object
     box = [30, 5, 20, 10]
@@ -404,7 +404,7 @@ def test_orientations_that_the_size_leaves_open_are_warned_of(coco_dir, caplog):
 
 
 def test_errors_of_an_image_name_the_folder_that_it_was_read_from(coco_dir):
-    """Without it, nothing tells that a copy is damaged where the file is not."""
+    """Catches a missing checksum: a damaged copy of a good file goes unnoticed."""
     content = json.loads((coco_dir / "train.json").read_text())
     path = coco_dir / "train" / content["images"][0]["file_name"]
     path.write_bytes(path.read_bytes()[:200])

@@ -1,4 +1,4 @@
-"""Processes that connect, each a thread here: missing, duplicate, wrong or lost ones are named."""
+"""Connecting processes, each a thread here; missing, duplicate, wrong or lost ones are named."""
 
 import socket
 import threading
@@ -20,7 +20,7 @@ def free_port():
 
 
 def meet(processes, seconds=10.0):
-    """The `Peers`, or the error, of each (count, index) that connects to the same run."""
+    """Connects each (count, index) to the same run; returns its `Peers` or its error."""
     address = f"localhost:{free_port()}"
 
     def answer(process):
@@ -45,7 +45,7 @@ def test_all_are_there_and_the_port_is_free_again():
 
 
 def test_who_is_missing_is_named_everywhere():
-    """With 64 machines, which of them is it?"""
+    """Catches an error that does not name the missing one of 64 machines."""
     started = time.monotonic()
     errors = meet([(5, 0), (5, 2), (5, 4)], seconds=1.0)
     assert time.monotonic() - started < 5
@@ -63,7 +63,7 @@ def test_another_number_of_processes_is_named():
     assert set(errors) == {"process 1 was started for 3 processes, process 0 for 2"}
 
 
-def test_nobody_at_the_address_ends_in_bounded_time():
+def test_an_unused_address_ends_in_bounded_time():
     started = time.monotonic()
     with pytest.raises(
         DistributedError, match=r"can't be reached at localhost:\d+ within 1 s \(.+\)"
@@ -101,7 +101,7 @@ def test_strangers_at_the_port_are_ignored():
 
 
 class _News:
-    """What a process's `watch` tells, and when."""
+    """Returns the report of a process's `watch`, and its time."""
 
     def __init__(self, peers):
         self.text, self._came = None, threading.Event()
@@ -118,7 +118,7 @@ class _News:
 
 @pytest.mark.parametrize("lost", [0, 2])
 def test_all_learn_at_once_who_has_ended_without_a_word(lost):
-    """As the kernel closes connections of a killed process; the coordinator is one, too."""
+    """Covers killed processes, whose connections the kernel closes, the coordinator included."""
     peers = meet([(3, 0), (3, 1), (3, 2)])
     news = {p.index: _News(p) for p in peers if p.index != lost}
     for connection in peers[lost]._connections.values():
@@ -135,7 +135,7 @@ def test_all_learn_the_error_of_one():
 
 
 def test_those_that_have_done_their_work_are_not_missed():
-    """Catches a run that fails at its very end, in whatever order the processes leave."""
+    """Catches a run that fails at its very end, for any order in which the processes leave."""
     for order in ((0, 1, 2), (2, 1, 0)):
         peers = meet([(3, 0), (3, 1), (3, 2)])
         news = [_News(p) for p in peers]

@@ -1,4 +1,4 @@
-"""The plan of an epoch: pure, complete, the same for everybody, and within its canvases."""
+"""The plan of an epoch: pure, complete, the same for all processes, and within its canvases."""
 
 import numpy as np
 import pytest
@@ -83,7 +83,7 @@ def test_every_image_fits_its_canvas(sizes, canvases):
 
 
 def published(result, settings):
-    """Which images have a size that the published resize gives their crop."""
+    """Returns which images have a size that the published resize gives their crop."""
     crop, size = result.geometry.crop[..., 2:], result.geometry.size
     possible = [
         resized_sizes(crop, short, settings.max_long_side) for short in settings.short_sides
@@ -129,7 +129,7 @@ def test_an_image_is_made_smaller_only_if_no_draw_fits():
 
 @pytest.mark.parametrize("count", [16, 20])
 def test_few_images_on_several_canvases_are_all_seen_equally_often(count):
-    """16 images in batches of 8 leave much to join; 4 of 20 are left out, others each time."""
+    """Covers many joint batches (16 images), and 4 of 20 images omitted, others each time."""
     rng = np.random.default_rng(1)
     sizes = np.where(rng.random((count, 1)) < 0.3, (150, 100), (100, 150)) + rng.integers(0, 9)
     canvases = ((64, 160), (160, 64), (96, 96), (64, 64))
@@ -147,7 +147,7 @@ def test_few_images_on_several_canvases_are_all_seen_equally_often(count):
 
 @pytest.mark.parametrize("snap", [0.0, 0.05, 0.1, 0.4])
 def test_an_image_moves_only_so_far_and_touches_its_canvas(snap):
-    """Each image against a plain search over the canvases."""
+    """Compares each image with a plain search over the canvases."""
     rng = np.random.default_rng(0)
     sizes = rng.integers(20, 150, (2000, 2))
     canvases = (*CANVASES, (150, 150), (40, 60), (60, 40))
@@ -190,7 +190,7 @@ def test_snap_saves_padding_and_stays_within_its_limits(sizes):
     within = (ratio <= 1.1 + 1.2 * slack) & (ratio >= 0.9 - 1.2 * slack)
     assert moved.shrunken == 0 and within.all(-1).any(0).all()
     assert moved.geometry.size.max() <= 150
-    # What is not touched by snapping is the same draw.
+    # Draws that snapping does not change are equal.
     order, other = np.argsort(exact.indices.ravel()), np.argsort(moved.indices.ravel())
     common = np.intersect1d(exact.indices, moved.indices)
     assert len(common) == exact.indices.size
@@ -227,7 +227,7 @@ def test_a_plan_is_a_pure_function_and_differs_between_epochs_and_seeds(sizes):
 
 
 def test_images_meet_others_in_the_next_epoch(sizes):
-    """With one canvas as likely as in a plain shuffle, so canvases must not freeze the groups."""
+    """Catches frozen groups: with one canvas pairs are as likely as in a plain shuffle."""
 
     def pairs(result):
         rows = np.sort(result.indices, axis=1)

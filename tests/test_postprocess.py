@@ -27,7 +27,7 @@ def test_detections_are_the_best_pairs_of_query_and_class(num_select):
 
 
 def test_a_query_can_give_several_detections():
-    """Catches an argmax over classes in front of the selection, which costs AP."""
+    """Catches an argmax over classes before the selection, which lowers AP."""
     logits = np.full((1, 3, 4), -5, np.float32)
     logits[0, 1] = [2, 1, 3, 0]
     got = select(logits, oracle.random_boxes(np.random.default_rng(0), 1, 3), 4)

@@ -43,7 +43,7 @@ def validation(digits_run):
 
 @pytest.fixture(scope="module")
 def images():
-    """Noise of several sizes: landscape, portrait, square, small, and longer than any canvas."""
+    """Makes noise images: landscape, portrait, square, small, and longer than any canvas."""
     rng = np.random.default_rng(0)
     sizes = [(90, 120), (200, 150), (64, 64), (30, 40), (400, 20), (100, 130)]
     return [rng.integers(0, 256, (*size, 3), np.uint8) for size in sizes]
@@ -116,7 +116,7 @@ def test_threshold_order_and_classes(digits_run, predictor, images):
 
 
 class _Blind:
-    """A detector that compiles at once and sees nothing."""
+    """A detector that compiles instantly and has no detections."""
 
     def apply(self, variables, images, sizes):
         shape = (1, len(images), 9)
@@ -149,7 +149,7 @@ def test_any_image_fits_a_canvas(size, canvases):
     if any((wanted <= c).all() for c in canvases):
         np.testing.assert_array_equal(placed, wanted)
     else:
-        assert (placed >= np.array(canvases[canvas]) - 1).any()  # as large as it can be
+        assert (placed >= np.array(canvases[canvas]) - 1).any()  # at its largest size
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -213,13 +213,13 @@ def test_a_missing_work_directory_or_step_is_one_line(digits_run, tmp_path):
 
 
 def test_classes_of_a_directory_without_any(digits_run, tmp_path):
-    """Catches runs of the first format, and imports, that can't be used."""
+    """Catches unusable runs of the first format and imports."""
     run = read_run(digits_run)
     with Checkpoints(tmp_path, run.config) as checkpoints:
         checkpoints.save(0, {"params": run.params})
     document = json.loads((tmp_path / "config.json").read_text())
-    del document["config"]["data"]["snap"]  # a key that came later
-    document["config"]["data"]["window"] = 3  # a key that has gone
+    del document["config"]["data"]["snap"]  # a key that was added later
+    document["config"]["data"]["window"] = 3  # a removed key
     (tmp_path / "config.json").write_text(json.dumps(document))
     assert read_run(tmp_path).categories[9].name == "class 9"
     document["config"]["model"]["window"] = 3  # another model
@@ -237,7 +237,7 @@ def test_classes_of_a_directory_without_any(digits_run, tmp_path):
 
 
 def test_images_are_found_in_folders(tmp_path, caplog):
-    """Every suffix that is decoded, in any case; what is left out is named."""
+    """Covers all suffixes in upper and lower case; ignored files are named."""
     (tmp_path / "sub").mkdir()
     for name in ("b.PNG", "a.jpg", "c.Jp2", "d.pgm", "e.GIF", "notes.txt", "._a.jpg", "sub/f.jpg"):
         (tmp_path / name).write_bytes(b"")
@@ -267,7 +267,7 @@ def test_images_are_found_in_folders(tmp_path, caplog):
     ],
 )
 def test_files_are_found_in_an_annotation_file_by_name(paths, names, expected):
-    """Catches a file that is matched with one of the same name in another folder."""
+    """Catches a file matched with one of the same name in another folder."""
     assert image_files.match_file_names(paths, names) == expected
 
 
@@ -289,7 +289,7 @@ def test_images_of_the_same_name_do_not_overwrite_each_other():
 def test_command_writes_results_and_goes_on_after_a_broken_file(
     digits_run, predictor, validation, tmp_path
 ):
-    """The real command: what it writes, against the predictor, as pycocotools reads it."""
+    """Compares the output of the real command, as pycocotools reads it, with the predictor."""
     folder = tmp_path / "photos"
     folder.mkdir()
     for i in range(3):

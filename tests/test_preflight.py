@@ -1,4 +1,4 @@
-"""The preflight: for TPUs that are not there, and what it says when a step does not fit."""
+"""The preflight: for TPUs without having them, and its report if a step does not fit."""
 
 import json
 import os
@@ -43,7 +43,7 @@ needs_libtpu = pytest.mark.skipif(not _has_libtpu(), reason='needs pip install "
 
 
 def _run(*arguments, **environment):
-    """Runs the preflight in a process of its own; gives (status, stdout, stderr)."""
+    """Runs the preflight in a separate process; returns (status, stdout, stderr)."""
     command = [sys.executable, "-m", "dn_detr_jax", "preflight", *arguments]
     # Compiles in half the time, to a slower program.
     env = os.environ | {"JAX_EXEC_TIME_OPTIMIZATION_EFFORT": "-1"} | environment
@@ -67,13 +67,13 @@ def test_the_training_step_compiles_for_a_tpu_and_its_cost_is_told(tmp_path):
     state = 3 * 4 * record["parameters"]
     assert state + 2 * 32 * 48 * 3 < cost["arguments"]
     assert cost["arguments"] + cost["temporaries"] < record["bytes_needed"] < 2**30
-    # The state is donated: what comes out lies where it lay.
+    # The state is donated: results reuse its memory.
     assert cost["outputs"] < 0.1 * state
     assert {c["kind"] for c in cost["collectives"]} == {"all-reduce"}
     exchanged = sum(c["bytes"] for c in cost["collectives"])
     assert 0.5 * 4 * record["parameters"] < exchanged < 1.25 * 4 * record["parameters"]
     assert cost["bytes_sent"] == 2 * 3 / 4 * exchanged
-    # The matching costs [2, 1, 6, 3] and the mask of the objects, there; the assignment, back.
+    # Matching costs [2, 1, 6, 3] and the mask of the objects to the host; the assignment back.
     assert cost["host"] == {"to_host": 2 * 6 * 3 * 4 + 2 * 3, "from_host": 2 * 3 * 4}
     least = record["roofline_seconds"]
     assert least["compute"] == cost["flops"] / 197e12 > 0
@@ -89,7 +89,7 @@ def test_the_training_step_compiles_for_a_tpu_and_its_cost_is_told(tmp_path):
 
 @pytest.mark.slow
 def test_the_devices_present_are_a_topology_too(tmp_path):
-    """Catches figures of a chip that is not there, and a step that does not compile."""
+    """Catches figures for a missing chip, and a step that does not compile."""
     file = tmp_path / "cost.json"
     arguments = f"--config {_CONFIG} --topology local --batch_per_device 2 --canvas 32x32"
     environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": fast_jit.XLA_FLAGS}
@@ -115,7 +115,7 @@ def test_the_devices_present_are_a_topology_too(tmp_path):
     ],
 )
 def test_topologies_and_the_memory_that_programs_may_use(topology, devices, usable):
-    """Catches cores taken for chips, chips that the table does not know, units."""
+    """Catches cores taken for chips, chips missing from the table, and wrong units."""
     found = topology_devices(topology)
     assert len(found) == devices
     assert found[0].device_kind in CHIPS
@@ -125,7 +125,7 @@ def test_topologies_and_the_memory_that_programs_may_use(topology, devices, usab
 
 @needs_libtpu
 def test_the_compilers_message_about_memory_is_understood():
-    """Catches a message of another form: the preflight would end with a traceback."""
+    """Catches a message of another form, which would end in a traceback."""
     mesh = make_mesh(devices=topology_devices("v5e:2x2"))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     huge = jax.ShapeDtypeStruct((5 * 2**28,), jnp.float32, sharding=sharding)  # 5 GiB
@@ -170,7 +170,7 @@ def test_what_only_the_data_knows_must_be_given():
 
 
 def _suggestions(config, batch, available, fixed, each):
-    """Outcomes where an image costs `each`: for float32, bfloat16, and those recomputed."""
+    """Returns outcomes if an image costs `each`, for float32, bfloat16, and recomputation."""
 
     def bytes_of(proposal):
         dtype = proposal.options.get("model.dtype", config.model.dtype)
@@ -210,13 +210,13 @@ def test_each_option_is_tried_alone_then_together():
 
 
 def test_a_smaller_batch_alone_is_offered_where_an_option_would_do():
-    """Both are choices: the one changes precision or time, the other the batch."""
+    """Covers both proposals: one changes precision or time, the other the batch."""
     tried, _ = _suggestions(base_config(), 16, 25.0, 1.0, (2.0, 1.3, 1.2, 1.0))
     assert tried[-1].proposal == Proposal({}, 12)
 
 
 def test_batches_that_are_accumulated_stay_divisible():
-    """Catches a batch that the training would refuse."""
+    """Catches a batch size that the training refuses."""
     config = base_config()
     config.train.accumulate_steps = 4
     tried, _ = _suggestions(config, 16, 11.0, 1.0, (2.0, 1.3, 1.2, 1.0))

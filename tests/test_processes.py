@@ -1,9 +1,9 @@
-"""The real train.py in several processes of this machine: the same training as in one.
+"""The real train.py in several processes of this machine trains the same as in one.
 
-Each process has two of the simulated devices; collectives go through Gloo. What is the same
-bit by bit is asserted so. Sums over devices are taken in another order within a process than
-between processes: losses and parameters of one and of several processes agree to float32 rounding,
-which Adam, dividing by the gradients' size, makes larger where gradients are next to nothing.
+Each process has two of the simulated devices; collectives go through Gloo. Values that are equal
+bit by bit are asserted so. The order of sums over devices differs within and between processes, so
+losses and parameters of one and of several processes agree to float32 rounding. Adam divides by the
+size of the gradients and so amplifies the rounding of tiny gradients.
 """
 
 import json
@@ -24,11 +24,11 @@ import pytest
 
 _ROOT = Path(__file__).parent.parent
 _CONFIG = _ROOT / "tests" / "data" / "tiny_processes.py"
-_SECONDS = 900  # far more than anything here takes, on a busy machine too
+_SECONDS = 900  # far more than needed, even on a busy machine
 
 
 class Run:
-    """The processes of a run, their outputs in files."""
+    """The processes of a run, with their output in files."""
 
     def __init__(self, workdir, digits_dir, processes, devices, *arguments, each=None):
         self.workdir, self.outputs = Path(workdir), Path(f"{workdir}.outputs")
@@ -55,7 +55,7 @@ class Run:
                 )
 
     def wait(self, seconds=_SECONDS):
-        """The exit status of every process."""
+        """Returns the exit status of each process."""
         deadline = time.monotonic() + seconds
         try:
             return [p.wait(max(deadline - time.monotonic(), 0.1)) for p in self.processes]
@@ -64,7 +64,7 @@ class Run:
                 process.kill()
 
     def text(self, index, kind="err"):
-        """What a process has written."""
+        """Returns the output of a process."""
         return (self.outputs / f"{index}.{kind}").read_text()
 
     def until_step(self, step):
@@ -103,7 +103,7 @@ def _lines(workdir):
 
 
 def _records(workdir, prefix):
-    """[(step, {name: value})] of the lines that have names of a prefix, without times."""
+    """Returns [(step, {name: value})] for names with a prefix, without times."""
     return [
         (line["step"], {name: value for name, value in line.items() if name.startswith(prefix)})
         for line in _lines(workdir)
@@ -112,7 +112,7 @@ def _records(workdir, prefix):
 
 
 def _arrays(workdir, step=12):
-    """All arrays of a checkpoint, read without any code of this package."""
+    """Returns all arrays of a checkpoint, read without code of this package."""
     folder = Path(workdir) / "checkpoints" / str(step)
     found = {}
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
@@ -132,7 +132,7 @@ def _assert_same_bits(workdir, other):
 
 
 def _assert_same_training(workdir, other):
-    """Equal but for the order of sums over the devices."""
+    """Checks equality but for the order of sums over the devices."""
     for (step, got), (expected_step, expected) in zip(
         _records(workdir, "train/"), _records(other, "train/"), strict=True
     ):
@@ -141,13 +141,13 @@ def _assert_same_training(workdir, other):
     expected, got = _arrays(other)["params"], _arrays(workdir)["params"]
     # A step changes a parameter by 1e-3 at most; twelve of them by a hundred times the tolerance.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=0, atol=1e-4), expected, got)
-    # The AP follows from scores and boxes to their last digits; here it is the same altogether.
+    # The AP depends on the last digits of scores and boxes; here it is equal.
     assert _records(workdir, "eval") == _records(other, "eval")
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory, digits_dir):
-    """The work directory of one process with four devices."""
+    """Returns the work directory of one process with four devices."""
     workdir = tmp_path_factory.mktemp("one") / "run"
     _finished(workdir, digits_dir, 1, 4)
     return workdir
@@ -155,7 +155,7 @@ def one(tmp_path_factory, digits_dir):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory, digits_dir):
-    """The run of two processes with two devices each."""
+    """Returns the run of two processes with two devices each."""
     return _finished(tmp_path_factory.mktemp("two") / "run", digits_dir, 2, 4)
 
 
@@ -182,14 +182,14 @@ def test_two_processes_leave_the_files_of_one(one, two):
         list((one / "tensorboard").iterdir())
     )
     assert [line["step"] for line in _lines(two.workdir)] == [line["step"] for line in _lines(one)]
-    # What only a process knows about its rows is summed.
+    # Counts that a process has only for its rows are summed.
     assert _records(two.workdir, "data/") == _records(one, "data/")
     assert sum(record["data/dropped_objects"] for _, record in _records(one, "data/")) > 0
 
 
 @pytest.mark.slow
 def test_only_the_first_process_speaks(two):
-    """Sixty-four tables are no table."""
+    """Catches a table printed by every process."""
     assert "AP50" in two.text(0, "out") and "step 12/12" in two.text(0)
     assert two.text(1) == ""
     spoken = [line for line in two.text(1, "out").splitlines() if not line.startswith("[Gloo]")]
@@ -237,7 +237,7 @@ def test_four_processes_go_on_with_what_two_began(one, two, tmp_path, digits_dir
 
 
 def test_processes_with_different_configs_end_before_anything_is_compiled(tmp_path, digits_dir):
-    """Catches runs that hang, or that train something else than was asked for."""
+    """Catches runs that hang, or that ignore the given settings."""
     seeds = [["--config.seed=0"], ["--config.seed=1"]]
     with Run(tmp_path / "run", digits_dir, 2, 2, each=seeds) as run:
         assert run.wait() == [1, 1]

@@ -42,7 +42,7 @@ AMPLIFIED = (
 
 @pytest.fixture(scope="module")
 def components():
-    """What the command prints, in a process of its own that does not optimize the programs."""
+    """Returns the output of the command, in a process that does not optimize the programs."""
     environment = os.environ | {"XLA_FLAGS": fast_jit.XLA_FLAGS, "PYTHONPATH": str(DATA.parents[2])}
     path = DATA / "components.npz"
     command = [sys.executable, "-m", "dn_detr_jax", "check-reference", str(path)]
@@ -57,7 +57,7 @@ def components():
 
 @pytest.fixture(scope="module")
 def run():
-    """The whole detector, compiled once, and what it computed for its case."""
+    """Compiles the whole detector once; returns it with its results for the case."""
     prepared = prepare(reference.Case(DATA / "dn_dab_detr_r50.npz"))
     prepared.compiler_options = fast_jit.OPTIONS
     with jax.default_matmul_precision("highest"):
@@ -68,7 +68,7 @@ def run():
 
 
 def compare(run, case, training=True):
-    """The report on what `run` computed against a case, the run's own or a changed copy of it."""
+    """Returns the report on the results of `run` against its case, or a changed copy of it."""
     prepared = dataclasses.replace(run.prepared, case=case)
     report = Report(case)
     check_evaluation.compare(report, prepared, *run.evaluation)
@@ -98,7 +98,7 @@ def test_components(components):
 
 
 def test_all_components_are_compared(components):
-    """A case that is silently left out would look like agreement."""
+    """Catches a case that is silently skipped, which would look like agreement."""
     assert components.left_out == {}
     cases = components.case.manifest["dn_cases"]
     assert len(cases) == 11
@@ -111,7 +111,7 @@ def test_all_components_are_compared(components):
 
 
 def test_weights_follow_the_recipe(detector):
-    """Sampled values of every parameter, to the bit: recipe, importer and names agree."""
+    """Checks sampled values of each parameter to the bit: recipe, importer and names agree."""
     assert of(detector, "init.param_sample")["init.param_sample"]["abs"] == 0.0
 
 
@@ -148,7 +148,7 @@ def test_gradients_and_updates(detector):
 
 
 def test_errors_are_of_the_size_of_float32_noise(detector):
-    """Of the difference between float32 and float64 runs of the PyTorch code."""
+    """Checks the difference between float32 and float64 runs of the PyTorch code."""
     ratios = {k: e["noise_ratio"] for k, e in detector.entries.items() if e.get("noise_ratio")}
     assert len(ratios) > 30
     assert {k: r for k, r in ratios.items() if r > 5 and k not in AMPLIFIED} == {}
@@ -160,18 +160,18 @@ def test_everything_in_the_case_is_compared(detector):
     assert len(detector.case.outputs()) == 58
 
 
-# --- arrays stored in part, and cases of which something is left out ------------------------------
+# --- arrays stored in part, and incomplete cases -------------------------------------------------
 
 
 def written(folder, arrays, manifest):
-    """A case of these arrays."""
+    """Writes a case of these arrays."""
     np.savez(folder / "case.npz", **arrays)
     (folder / "case.json").write_text(json.dumps(manifest))
     return reference.Case(folder / "case.npz")
 
 
 def strided(folder, case, steps):
-    """A copy of a case that stores `arrays[::step, ...]` of some arrays, by name."""
+    """Writes a copy of a case that stores `arrays[::step, ...]` of some arrays, by name."""
     arrays, described = stored_arrays(case), dict(case.manifest["arrays"])
     for name, step in steps.items():
         before = described[name].get("step") or [1] * len(step)
@@ -184,7 +184,7 @@ def strided(folder, case, steps):
 
 
 def test_encoder_states_stored_in_part(tmp_path, run):
-    """Padded tokens are no part of the comparison: the mask must be strided with the array."""
+    """Catches padded tokens in the comparison: the mask must be strided with the array."""
     names = ["eval.memory", *(f"eval.enc{i}" for i in range(6))]
     case = strided(tmp_path, run.prepared.case, dict.fromkeys(names, (2, 1, 1)))
     report = compare(run, case, training=False)
@@ -220,7 +220,7 @@ def test_inputs_must_be_stored_whole(tmp_path, run):
 
 @pytest.mark.parametrize("step", [[2], [0, 1, 1], [2, 1, 1], "abc"])
 def test_steps_that_do_not_fit_are_named(tmp_path, run, step):
-    """Otherwise a wrong slice would be compared, or end in a traceback."""
+    """Catches a wrong slice in the comparison, and a traceback."""
     described = {"step": step, "full_shape": [99, 2, 256]}
     arrays = run.prepared.case.manifest["arrays"] | {"eval.memory": described}
     manifest = run.prepared.case.manifest | {"arrays": arrays}
@@ -230,7 +230,7 @@ def test_steps_that_do_not_fit_are_named(tmp_path, run, step):
 
 
 def test_outputs_that_nothing_is_compared_with_are_listed(tmp_path, run, capsys):
-    """A check that compares nothing would pass whatever the numbers are."""
+    """Catches a check that passes because it compares nothing."""
     case = run.prepared.case
     arrays = stored_arrays(case)
     arrays["eval.init_ref"] = np.zeros(3)
@@ -261,7 +261,7 @@ def test_a_case_of_inputs_alone_does_not_pass(tmp_path):
 
 
 def test_images_without_objects(tmp_path):
-    """Empty lists are written by NumPy in several shapes and as floats."""
+    """Covers empty lists, which NumPy writes in several shapes and as floats."""
     arrays = {
         "in.images": np.zeros((2, 3, 8, 8), np.float32),
         "in.target_labels_0": np.zeros(0),
@@ -349,7 +349,7 @@ def test_command_refuses_other_models(tmp_path, capsys):
     ],
 )
 def test_wrong_overrides_are_one_line(setting, words, capsys):
-    """Before anything is computed, and never a traceback."""
+    """Catches a traceback, and an error only after the computation."""
     assert check_reference.run(DATA / "dn_dab_detr_r50.npz", settings=[setting]) == 2
     printed = capsys.readouterr().err
     assert re.search(words, printed)
@@ -388,7 +388,7 @@ def test_files_that_are_no_cases_are_one_line(tmp_path, capsys):
     ],
 )
 def test_other_cases_are_set_up(tmp_path, counts, change):
-    """Other numbers of images and objects, none at all, and the variants of the model.
+    """Covers other numbers of images and objects, none at all, and variants of the model.
 
     The names and shapes of each are those of the weights: see the tests of the import.
     """

@@ -13,18 +13,18 @@ NO_BOXES, NO_LABELS = np.zeros((0, 4), np.float32), np.zeros(0, np.int32)
 
 
 def noise(rng, height, width):
-    """The hardest image: neighbors have nothing to do with each other."""
+    """Returns the hardest image, with independent pixels."""
     return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 def photographs(folder="train2017", count=16):
-    """Some photographs of the sample, by Pillow."""
+    """Returns some photographs of the sample, read by Pillow."""
     paths = sorted((COCO_SAMPLE / folder).glob("*.jpg"))[:count]
     return [np.asarray(Image.open(path).convert("RGB")) for path in paths]
 
 
 def pillow(image, geometry):
-    """The crop's region of the original, at the final size, by Pillow; without the flip."""
+    """Resamples the crop's region of the original to the final size by Pillow, without the flip."""
     scale = geometry.resized / np.array(image.shape[:2], np.float64)
     top, left = geometry.crop[:2] / scale
     bottom, right = np.minimum((geometry.crop[:2] + geometry.crop[2:]) / scale, image.shape[:2])
@@ -34,7 +34,7 @@ def pillow(image, geometry):
 
 
 def published(image, geometry):
-    """Flip, resize, crop, resize, one after the other, as the published code does it."""
+    """Applies flip, resize, crop and resize one after the other, as in the published code."""
     image = Image.fromarray(image)
     if geometry.flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -53,12 +53,12 @@ def pixels(image, geometry, **options):
 
 
 def gray_levels(a, b):
-    """Absolute differences."""
+    """Returns absolute differences."""
     return np.abs(a.astype(np.int16) - b)
 
 
 def random_geometry(rng, height, width, enlarge):
-    """A crop of a resized image, at random places between whole pixels of the original."""
+    """Draws a crop of a resized image at fractional pixels of the original."""
     resized = np.rint(np.array([height, width]) * rng.uniform(0.7, 1.5, 2)).astype(int)
     crop = rng.integers(1, resized + 1)
     corner = rng.integers(0, resized - crop + 1)
@@ -86,7 +86,7 @@ def test_a_crop_is_pillows_resampling_of_its_region(enlarge, tolerance):
 @pytest.mark.parametrize("case", ["same", "larger", "smaller", "crop", "cropped smaller"])
 @pytest.mark.parametrize("flip", [False, True])
 def test_a_canvas_is_written_in_its_corner_only(case, flip):
-    """Catches a path that makes a new array and leaves the canvas black, or writes beside it."""
+    """Catches a path that leaves the canvas black, or writes outside of it."""
     rng = np.random.default_rng(1)
     image = noise(rng, 41, 57)
     geometry = {
@@ -120,7 +120,7 @@ def test_validation_photographs_are_pillows():
 
 @needs_coco_sample
 def test_photographs_cropped_in_one_step_are_the_published_ones_or_sharper():
-    """Catches crops of another place or size, and any blurring beyond the published chain's."""
+    """Catches crops of another place or size, and more blurring than in the published chain."""
     images = photographs()
     augment = base_config().data.augment
     augment.crop = 1.0
@@ -141,5 +141,5 @@ def test_photographs_cropped_in_one_step_are_the_published_ones_or_sharper():
 
 
 def edges(image):
-    """Mean change between neighbors: how sharp an image is."""
+    """Returns the mean change between neighbors, a measure of sharpness."""
     return np.abs(cv2.Laplacian(image, cv2.CV_16S)).mean()

@@ -1,4 +1,4 @@
-"""Durations and learning rates: a wrong unit or an off-by-one step would show here."""
+"""Durations and learning rates; catches a wrong unit and off-by-one steps."""
 
 import math
 
@@ -24,7 +24,7 @@ from dn_detr_jax.training.schedules import learning_rate_schedule, steps
         ("5%", 50),
         ("100 %", 1000),
         ("0 steps", 0),
-        ("0.001%", 1),  # more than nothing is never rounded to nothing
+        ("0.001%", 1),  # a positive duration is never rounded to 0
     ],
 )
 def test_durations(duration, expected):

@@ -1,6 +1,6 @@
 """Training steps that split the batch in time and the optimizer's state over devices.
 
-They are the steps that skip updates which are not finite, too.
+The steps also skip updates that are not finite.
 """
 
 import json
@@ -13,7 +13,7 @@ import fast_jit
 import numpy as np
 import pytest
 
-# Runs in a process of its own: the number of simulated devices is fixed at start-up.
+# Runs in a separate process: the number of simulated devices is fixed at start-up.
 _SCRIPT = """
 import json, sys
 from pathlib import Path
@@ -138,7 +138,7 @@ _FOUR_DEVICES = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two steps on one device, and on four with everything split that can be."""
+    """Runs two steps on one device, and on four with everything split."""
     folder = tmp_path_factory.mktemp("split")
     env = os.environ | _FOUR_DEVICES
     subprocess.run([sys.executable, "-c", _SCRIPT, str(folder)], env=env, check=True)
@@ -160,7 +160,7 @@ def test_parts_of_a_batch_give_the_update_of_the_whole(folder, step):
     want, got = (_arrays(folder, f"{name}_{step}", "params/") for name in ("plain", "split"))
     for name in want:
         np.testing.assert_allclose(got[name], want[name], rtol=0, atol=2e-7, err_msg=name)
-        # The backbone is frozen, and softmax does not see the biases of keys.
+        # The backbone is frozen, and softmax ignores the biases of keys.
         if not name.startswith("backbone/") and not re.search("key.*/bias", name):
             assert np.abs(want[name] - before[name]).max() > 1e-5, name
 
@@ -200,7 +200,7 @@ def test_each_device_holds_its_part(folder):
 
 
 def test_a_checkpoint_is_restored_on_other_numbers_of_devices(folder):
-    """Bit by bit, whether the state is split there or not."""
+    """Checks equality bit by bit, with and without a split state."""
     facts = json.loads((folder / "facts.json").read_text())
     assert facts["same_bits"] == {"4 True": True, "2 True": True, "1 False": True}
 
@@ -211,13 +211,13 @@ def test_a_step_that_is_not_finite_changes_the_count_of_steps_alone(folder):
     assert facts["bad_loss"] == "nan" and facts["bad_costs"] == 6  # of 6 queries with one object
     assert facts["bad_step_changed"] == [".step"]
     assert facts["skipped"] == [1, 0]
-    # The state was not harmed: the next update goes everywhere but into the frozen backbone.
+    # The state is intact: the next update changes everything but the frozen backbone.
     assert facts["next_finite"]
     assert facts["next_step_changed"] > facts["arrays"] / 2
 
 
 def _computations(program):
-    """The text of every computation of a compiled program, by name."""
+    """Returns the text of each computation of a compiled program, by name."""
     parts = re.split(r"\n(?=(?:ENTRY )?%[\w.-]+ \()", program)
     return {re.match(r"(?:ENTRY )?%([\w.-]+)", part)[1]: part for part in parts[1:]}
 

@@ -1,6 +1,6 @@
-"""Which entry of a checkpoint file is its state dict, and what its tensors' names are.
+"""The entry of a checkpoint file with its state dict, and the names of its tensors.
 
-Against the names of a model written down here, wrapped and nested in the ways of training programs.
+The tests compare with the names of a model, wrapped and nested as training programs do it.
 """
 
 import itertools
@@ -34,7 +34,7 @@ def assert_state(found, value=0.0):
     dotted=st.booleans(),
 )
 def test_entries_and_wrappers_in_any_nesting(keys, prefix, dotted):
-    """Catches an order, or a depth, in which a key or a part of a name is not understood."""
+    """Catches an order or a depth of keys and name prefixes that is not handled."""
     content = state(prefix="".join(part + "." for part in prefix))
     if dotted and keys:
         content = {".".join(keys): content, "epoch": 3}
@@ -69,7 +69,7 @@ def test_the_preferred_of_several_state_dicts():
 
 
 def test_a_part_of_a_model_that_is_called_like_an_entry():
-    """Only what stands in front of all names is no part of them."""
+    """Catches a prefix that is removed although not all names have it."""
     names = ["model.backbone.weight", "class_head.weight"]
     assert list(select(dict.fromkeys(names, np.ones(1))).tensors) == names
     # A few tensors beside a state dict are not taken for one.
@@ -97,7 +97,7 @@ def test_state_dicts_that_are_not_there():
 
 
 def test_mappings_without_end():
-    """A pickle can hold a mapping that contains itself, or many that multiply."""
+    """Catches endless search: a mapping may contain itself, or many nested ones."""
     content = {"model": state()}
     content["ema"] = content
     with pytest.raises(WeightsError, match="without end"):
@@ -123,7 +123,7 @@ def test_files_of_wrapped_models(tmp_path, suffix):
 
 
 def test_flat_files_of_several_state_dicts(tmp_path):
-    """`.safetensors` and `.npz` have no keys, only names."""
+    """Covers `.safetensors` and `.npz`, which have no keys, only names."""
     arrays = {
         f"{part}.module.{name}": np.full(2, i, np.float32)
         for (i, part), name in itertools.product(enumerate(("ema", "model")), NAMES)

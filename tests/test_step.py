@@ -1,4 +1,4 @@
-"""The sharded step: one program on any number of devices, and nothing of the batch in one place."""
+"""The sharded step is one program on any number of devices, and gathers nothing of the batch."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ import pytest
 
 from dn_detr_jax.preflight.hlo import parse_collectives, total_bytes
 
-# Runs in a process of its own: the number of simulated devices is fixed at start-up. Writes losses
+# Runs in a separate process: the number of simulated devices is fixed at start-up. Writes losses
 # and gradients of 1 and of 8 devices, and the programs for 8 devices with 6 and with 10 queries.
 _SCRIPT = """
 import sys
@@ -88,7 +88,7 @@ class Runs(NamedTuple):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Of the same step."""
+    """Returns the results of the same step on 1 and on 8 devices."""
     folder = tmp_path_factory.mktemp("devices")
     env = os.environ | _EIGHT_DEVICES
     subprocess.run([sys.executable, "-c", _SCRIPT, str(folder)], env=env, check=True)
@@ -106,14 +106,14 @@ def test_eight_devices_give_the_loss_and_the_gradients_of_one(runs):
     for name in one:
         scale = np.abs(one[name]).max()
         if ("key_" in name and name.endswith("bias")) or name.endswith("/key/bias"):
-            scale = 1.0  # softmax does not see these biases: what is left is rounding
+            scale = 1.0  # softmax ignores these biases: only rounding is left
         np.testing.assert_allclose(
             eight[name], one[name], rtol=1e-5, atol=1e-5 * max(scale, 1e-3), err_msg=name
         )
 
 
 def test_the_gradients_are_not_zero(runs):
-    """So that the comparison above compares something."""
+    """Catches a comparison of zeros in the test above."""
     one = runs.arrays[1]
     norms = {name: np.linalg.norm(g) for name, g in one.items() if name.startswith("grad/")}
     assert sum(norm > 1e-6 for norm in norms.values()) > 0.8 * len(norms)
@@ -128,11 +128,11 @@ def test_collectives_sum_gradients_and_scalars_and_nothing_else(runs):
     assert {c.kind for c in collectives} == {"all-reduce"}
     gradients = [g for name, g in arrays.items() if name.startswith("grad/")]
     largest = max(g.nbytes for g in gradients)
-    # Each gradient once; scalars; some gradients as parts, before they are put together.
+    # Each gradient once, scalars, and some gradients as parts before they are joined.
     assert max(c.bytes / len(c.shapes) for c in collectives) <= largest
     size, needed = total_bytes(collectives), sum(g.nbytes for g in gradients)
     assert needed <= size <= 1.25 * needed, (size, needed)
-    # The matching costs of a device are [1, 2, 3, 6] where the host reads them.
+    # The matching costs of a device are [1, 2, 3, 6] when the host reads them.
     assert "f32[1,2,3,6]" in program
     assert "f32[8,2,3,6]" not in program and "f32[8,2,6,3]" not in program
 

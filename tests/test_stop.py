@@ -1,4 +1,4 @@
-"""Signals: what a loop sees of them, and how a program ends."""
+"""Signals: their effect on a loop, and the end of the program."""
 
 import os
 import signal
@@ -61,7 +61,7 @@ def test_a_second_ctrl_c_ends_at_once():
 
 
 def test_ctrl_c_passed_on_by_a_launcher_counts_once():
-    """Catches `make` or `srun`, which pass on what the terminal has sent already."""
+    """Catches a second signal from `make` or `srun`, which forward that of the terminal."""
     with start("program", "goes on") as process:
         for _ in range(2):
             process.send_signal(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""What the benchmarks of survival and of memory measure with; the runs themselves are theirs."""
+"""The measuring parts of the survival and memory benchmarks, without the runs."""
 
 import json
 import os
@@ -21,7 +21,7 @@ def test_the_slope_and_its_error_are_those_of_the_noise():
         [host_memory.slope(steps, 500 + 0.03 * steps + rng.normal(0, 2, 200)) for _ in range(300)]
     )
     rises, errors = found.T
-    # Least squares over all samples would have this error; means over parts lose next to nothing.
+    # The error of least squares over all samples; means over parts lose little.
     expected = 2 / np.sqrt(200) / steps.std()
     assert abs(rises.mean() - 0.03) < 4 * expected / np.sqrt(300)
     assert 0.9 * expected < rises.std() < 1.15 * expected
@@ -31,7 +31,7 @@ def test_the_slope_and_its_error_are_those_of_the_noise():
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="Linux only")
 def test_memory_is_that_of_the_process_and_its_children():
-    """Catches children that are not counted, where the workers of a loader are."""
+    """Catches uncounted child processes, such as the workers of a loader."""
     code = (
         "import subprocess, sys\n"
         "block = b'x' * (30 << 20)\n"
@@ -53,7 +53,7 @@ def test_memory_is_that_of_the_process_and_its_children():
 
 
 def test_the_last_line_is_the_last_complete_one(tmp_path):
-    """Catches a reader that takes half a line, or all of a long file, for the state of a run."""
+    """Catches a reader that accepts half a line, or reads all of a long file."""
     assert trainings.last_line(tmp_path) == {}
     lines = [json.dumps({"step": i, "text": "x" * 100}) for i in range(1000)]
     path = tmp_path / "metrics.jsonl"
@@ -89,7 +89,7 @@ def test_a_row_is_good_only_if_all_ended_as_they_must():
 
 
 def test_outcomes_of_public_cases_are_compared():
-    """Catches a runner to which every outcome is right."""
+    """Catches a runner that accepts every outcome."""
     expected = public_cases.Expected(("AP 0.283",), ("mixed up",), 0, r"logged (.*), kept (.*)")
     good = "AP 0.283\nlogged 7, kept 7\n"
     assert public_cases.failures(good, 0, expected) == []
@@ -126,4 +126,4 @@ def test_the_config_is_written_as_it_is(tmp_path):
     read = namespace["get_config"]()
     validate(read)
     assert read.to_dict() == config.to_dict()
-    assert config.train.ema_decay and config.model.dropout  # what a run has to remember
+    assert config.train.ema_decay and config.model.dropout  # the state of a run

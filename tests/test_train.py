@@ -1,4 +1,4 @@
-"""The real train.py on a tiny detector: interruptions, evaluation, errors, what it leaves."""
+"""The real train.py on a tiny detector: interruptions, evaluation, errors, output files."""
 
 import json
 import math
@@ -58,7 +58,7 @@ def _lines(workdir):
     for line in path.read_text().splitlines():
         try:
             found.append(json.loads(line))
-        except json.JSONDecodeError:  # written at this moment
+        except json.JSONDecodeError:  # being written now
             break
     return found
 
@@ -78,7 +78,7 @@ def _interrupt(workdir, digits_dir, number, at_step):
 
 
 def _arrays(workdir, step):
-    """All arrays of a checkpoint, read without any code of this package."""
+    """Returns all arrays of a checkpoint, read without code of this package."""
     folder = Path(workdir) / "checkpoints" / str(step)
     with ocp.StandardCheckpointer() as reader:
         return {item: reader.restore(folder / item) for item in ("params", "state")}
@@ -86,7 +86,7 @@ def _arrays(workdir, step):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, digits_dir):
-    """The work directory and the output of a run that nobody disturbed."""
+    """Returns the work directory and the output of an undisturbed run."""
     workdir = tmp_path_factory.mktemp("finished")
     done = _run(workdir, digits_dir)
     assert done.returncode == 0, done.stderr
@@ -100,7 +100,7 @@ def test_killed_and_terminated_run_ends_like_an_undisturbed_one(
 ):
     """Catches state outside the checkpoint: data order, noise, schedule, matching of last epoch.
 
-    The last stretch is profiled, which must change nothing.
+    The last start is profiled, which must change nothing.
     """
     workdir = tmp_path_factory.mktemp("interrupted")
     status, _ = _interrupt(workdir, digits_dir, signal.SIGKILL, at_step=3)
@@ -133,12 +133,12 @@ def test_killed_and_terminated_run_ends_like_an_undisturbed_one(
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks at the process in /proc")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_during_start_up_ends_at_once_with_status_0(tmp_path, digits_dir, number):
-    """Catches a pre-empted job that counts as failed because it had not come to its first step."""
+    """Catches a job that counts as failed if it is preempted before its first step."""
     command = _command(tmp_path, digits_dir)
     with subprocess.Popen(command, env=_ENV, stderr=subprocess.PIPE, text=True) as process:
         status, deadline = Path(f"/proc/{process.pid}/status"), time.monotonic() + 60
         handled = 0
-        while not handled >> (signal.SIGTERM - 1) & 1:  # the last one to get its handler
+        while not handled >> (signal.SIGTERM - 1) & 1:  # its handler is installed last
             assert time.monotonic() < deadline
             time.sleep(0.01)
             handled = int(re.search(r"SigCgt:\s*(\w+)", status.read_text())[1], 16)
@@ -192,9 +192,9 @@ def test_metrics_file_holds_every_term_and_is_finite(finished):
 @pytest.mark.smoke
 @pytest.mark.slow
 def test_eval_only_prints_the_table_of_the_training(finished, digits_dir):
-    """Catches another result, a file of the run that is rewritten, and a lock that keeps it out.
+    """Catches another result, a rewritten file of the run, and a lock that excludes evaluation.
 
-    A file stands where the results would go: the table must come all the same.
+    A file blocks the folder of the results; the table must be printed nevertheless.
     """
     workdir, trained = finished
     (workdir / "evaluations").write_text("")
@@ -227,7 +227,7 @@ def test_a_second_training_in_a_work_directory_is_refused(tmp_path, digits_dir):
 
 
 def test_loss_that_is_not_finite_ends_the_run(tmp_path, digits_dir):
-    """Catches a run that goes on with NaN, or saves it."""
+    """Catches a run that continues with NaN, or saves it."""
     done = _run(tmp_path, digits_dir, "--config.optimizer.learning_rate=1e30")
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]
@@ -261,7 +261,7 @@ def test_loss_that_is_not_finite_ends_the_run(tmp_path, digits_dir):
     ids=lambda value: value[0].split("=")[0].strip("-") if value[0].startswith("--") else "",
 )
 def test_wrong_input_is_one_line_and_an_exit_status(arguments, words, tmp_path, digits_dir):
-    """Catches tracebacks, and errors that come after minutes of compiling."""
+    """Catches tracebacks, and errors after minutes of compiling."""
     done = _run(tmp_path / "run", digits_dir, *arguments)
     assert done.returncode != 0
     assert "compiled" not in done.stderr

@@ -1,4 +1,4 @@
-"""Geometry of the augmentation: what happens to boxes happens to pixels."""
+"""The geometry of the augmentation is the same for boxes and pixels."""
 
 import cv2
 import numpy as np
@@ -20,7 +20,7 @@ from dn_detr_jax.data.transforms import (
 
 
 def published_size(height, width, size, max_size):
-    """A scalar account of the published resize, to compare with."""
+    """Computes the published resize with scalars."""
     low, high = min(height, width), max(height, width)
     if max_size is not None and high / low * size > max_size:
         size = round(max_size * low / high)
@@ -99,7 +99,7 @@ def test_largest_sizes_bound_every_draw(crop):
 
 
 def random_scene(rng, height, width, count=4):
-    """A black image with filled boxes, each of its own gray level, and the boxes."""
+    """Draws filled boxes of different gray levels on black; returns image and boxes."""
     image = np.zeros((height, width, 3), np.uint8)
     boxes = []
     for row in range(count):  # in stripes, so that none hides another
@@ -113,7 +113,7 @@ def random_scene(rng, height, width, count=4):
 
 
 def test_a_box_stays_around_its_object_through_every_chain():
-    """Each box, drawn as pixels, is where the transformed box says, to a pixel on every side."""
+    """Checks that drawn boxes match the transformed boxes to a pixel on each side."""
     rng = np.random.default_rng(2)
     augment = small_augment(short_sides=(150, 200), max_long_side=400)
     dropped = flipped = 0
@@ -145,7 +145,7 @@ def test_a_box_stays_around_its_object_through_every_chain():
 
 
 def planned(sizes, epoch, snap):
-    """The geometry of each image in a plan on canvases of which none has its shape."""
+    """Returns the geometry of each image in a plan on canvases of other shapes."""
     augment = small_augment(short_sides=(100, 120, 140), max_long_side=200)
     canvases = ((144, 208), (208, 144), (128, 128), (112, 160), (160, 112))
     result = plan_epoch(
@@ -187,7 +187,7 @@ def test_a_colored_rectangle_is_where_its_box_is_after_any_planned_chain(seed, s
         assert (boxes[0, :2] >= 0).all() and (boxes[0, 2:] <= geometry.size[::-1]).all()
         extent = boxes[0, 2:] - boxes[0, :2]
         assert (extent > 0).all()
-        if extent.min() < 2:  # a sliver at the border of the crop, mixed with what is beside it
+        if extent.min() < 2:  # a sliver at the border of the crop, mixed with its surroundings
             continue
         ys, xs = np.flatnonzero(near.any(1)), np.flatnonzero(near.any(0))
         drawn = np.array([xs[0], ys[0], xs[-1] + 1, ys[-1] + 1])
@@ -198,7 +198,7 @@ def test_a_colored_rectangle_is_where_its_box_is_after_any_planned_chain(seed, s
 @settings(max_examples=15)
 @given(seed=st.integers(0, 10_000))
 def test_a_flip_is_the_mirror_image_of_any_chain(seed):
-    """With it twice, pixels and boxes are those without: a flip is an involution."""
+    """Two flips give the pixels and boxes without a flip."""
     rng = np.random.default_rng(seed)
     sizes = rng.integers(80, 200, (8, 2))
     geometry = planned(sizes, seed, 0.1)[0].at(0)

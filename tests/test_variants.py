@@ -1,4 +1,4 @@
-"""A variant from outside of the package, through the registry alone: two steps of training."""
+"""A variant from outside of the package takes two training steps through the registry alone."""
 
 import dataclasses
 
@@ -43,7 +43,7 @@ def config():
 
 
 def test_a_toy_detector_trains(config):
-    """Own backbone, decoder and third part of the loss, by the package's own step.
+    """The package's step trains an external backbone, decoder and third part of the loss.
 
     Catches a branch on the one built-in model, and a part of the loss that is computed but neither
     named nor trained.
@@ -109,7 +109,7 @@ def test_a_name_stands_for_one_variant():
 
 
 def test_keys_of_one_variant_are_unknown_to_the_others(config):
-    """Catches a typo that another variant's key of that name hides."""
+    """Catches a typo that equals a key of another variant."""
     assert toy_detector.KEYS[0].path == "model.num_queries"
     assert "num_heads" not in config.model and "num_heads" in base_config().model
     other = base_config("toy")

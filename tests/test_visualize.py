@@ -1,4 +1,4 @@
-"""Drawing: boxes lie on the right pixels, files are whole, broken metrics files are read."""
+"""Drawing: boxes are at the right pixels, files complete, broken metrics files readable."""
 
 import json
 
@@ -19,13 +19,13 @@ def rgb(color):
 
 
 def extent(image, color):
-    """left, top, right, bottom (inclusive) of the pixels of a color."""
+    """Returns left, top, right, bottom (inclusive) of the pixels of a color."""
     rows, columns = np.nonzero((image == rgb(color)).all(axis=-1))
     return columns.min(), rows.min(), columns.max(), rows.max()
 
 
 def labeled(pred=(), true=(), size=(96, 128), scores=None, image_id=3):
-    """A black image; `pred` and `true` are lists of (box, label)."""
+    """Draws on a black image; `pred` and `true` are lists of (box, label)."""
     return LabeledImage(
         image=np.zeros((*size, 3), np.uint8),
         pred_boxes=np.array([box for box, _ in pred], float).reshape(-1, 4),
@@ -87,7 +87,7 @@ def test_threshold_hides_predictions():
     [(((20, 30, 60, 70), 4), False), (((20, 30, 60, 70), 5), True), (((60, 30, 99, 70), 4), True)],
 )
 def test_a_true_box_is_named_where_it_is_missed(prediction, named):
-    """Found; wrong class; elsewhere. The name is a filled area below the true box."""
+    """Covers a found box, a wrong class and a wrong place; the name is a filled area below."""
     truth = [((20, 30, 60, 70), 4)]
     grid = boxes.render_detections([labeled([prediction], truth)], NAMES, cell=384)
     shown = photograph(grid, (288, 384))
@@ -217,7 +217,7 @@ def test_curves_of_one_and_two_runs(tmp_path):
     alone = plots.render_curves({"DAB": dab})
     second = colors.BY_RUN[1]
     assert share(both, second) > 0 == share(alone, second)
-    assert both.shape[0] > alone.shape[0]  # only the panels that have values
+    assert both.shape[0] > alone.shape[0]  # only panels with values
     nothing = write_metrics(tmp_path / "nothing.jsonl", [{"step": 1, "other": 2.0}])
     with pytest.raises(ValueError, match=r"eval/AP.*nothing\.jsonl"):
         plots.render_curves({"x": nothing})

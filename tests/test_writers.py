@@ -1,4 +1,4 @@
-"""What a run writes about itself, also after an interruption, and what a terminal shows."""
+"""The metrics files of a run, also after an interruption, and its terminal output."""
 
 import io
 import json
@@ -76,7 +76,7 @@ def test_an_incomplete_last_line_is_left_out(tmp_path):
     with MetricWriter(tmp_path) as writer:
         writer.scalars(1, {"loss": 1.0})
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 2}')  # without its line break: more was to come
+        file.write('{"step": 2}')  # without its line break: the line is incomplete
     assert [line["step"] for line in read_metrics(tmp_path)] == [1]
     assert read_metrics(tmp_path / "nowhere") == []
 
@@ -96,7 +96,7 @@ def test_images_and_texts_reach_tensorboard(tmp_path):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no file that is always full")
 @pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard"])
 def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, name):
-    """Catches a thread that dies alone, after which the training waits for it for ever."""
+    """Catches a thread that ends alone while the training waits for it forever."""
     writer = MetricWriter(tmp_path)
     full = Path("/dev/full")
     if name == "tensorboard":
@@ -113,7 +113,7 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, name):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no file that is always full")
 def test_an_error_is_not_replaced_by_that_of_closing(tmp_path):
-    """Catches a run that says of its curves what it should say of its checkpoint."""
+    """Catches an error about the curves in place of the checkpoint."""
     for error in (None, RuntimeError("the checkpoint")):
         with (
             pytest.raises(OSError if error is None else RuntimeError),
@@ -127,7 +127,7 @@ def test_an_error_is_not_replaced_by_that_of_closing(tmp_path):
 
 
 def test_two_writers_at_once_share_no_file(tmp_path):
-    """Catches names that hold whole seconds: the second writer empties the first one's file."""
+    """Catches file names with whole seconds: a second writer empties the first one's file."""
     for step in (1, 2):
         with MetricWriter(tmp_path, start_step=step - 1) as writer:
             writer.scalars(step, {"loss": 1.0 * step})

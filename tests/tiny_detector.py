@@ -19,7 +19,7 @@ from dn_detr_jax.training.step import compute_losses, criterion
 
 
 def random_params(shapes, seed=0):
-    """Parameters in which nothing is zero or neutral, as it is at the start of a training."""
+    """Draws parameters without the zeros and neutral values of an initialization."""
     rng = np.random.default_rng(seed)
 
     def draw(path, shape):
@@ -36,7 +36,7 @@ def random_params(shapes, seed=0):
 
 
 def image_batch(objects=4):
-    """Three images of several sizes, with 4, 2 and 0 objects in so many slots."""
+    """Returns three images of several sizes, with 4, 2 and 0 objects in `objects` slots."""
     rng = np.random.default_rng(1)
     labels = np.full((3, objects), 0, np.int32)
     boxes = np.zeros((3, objects, 4), np.float32)
@@ -52,7 +52,7 @@ def image_batch(objects=4):
 
 
 def object_noise(objects=4, seed=2):
-    """Noise of `GROUPS` groups whose draws for an object do not depend on the number of slots."""
+    """Draws noise of `GROUPS` groups, independent of the number of slots."""
     rng = np.random.default_rng(seed)
 
     def slots(draws):  # [B, G, many, ...] -> [B, G * M, ...]
@@ -66,13 +66,13 @@ def object_noise(objects=4, seed=2):
 
 
 def denoising_queries(batch, noise):
-    """The denoising queries of a batch, with the noise of the published configuration."""
+    """Returns the denoising queries of a batch, with the published noise."""
     targets = batch["labels"], batch["boxes"], batch["valid"]
     return denoising.prepare(*targets, noise, groups=GROUPS, label_noise=0.2, box_noise=0.4)
 
 
 class Result(NamedTuple):
-    """Outputs by name, apart for denoising and matching queries, and the loss."""
+    """Outputs of denoising and of matching queries by name, and the loss."""
 
     dn: dict
     match: dict
@@ -94,11 +94,11 @@ class TinyDetector:
         self.loss_and_gradient = fast_jit(jax.value_and_grad(self._loss, has_aux=True))
 
     def _detect(self, params, image, size):
-        """Without denoising queries."""
+        """Runs without denoising queries."""
         return self.model.apply({"params": params}, normalize_images(image, size), size)
 
     def _train(self, params, batch, noise, attend_padding=False):
-        """With them, and the loss."""
+        """Runs with denoising queries and the loss."""
         dn = denoising_queries(batch, noise)
         images = normalize_images(batch["image"], batch["size"])
         outputs = self.model.apply(
@@ -115,5 +115,5 @@ class TinyDetector:
 
 
 def by_group(outputs):
-    """Denoising outputs [L, B, G * M, K] to [L, B, G, M, K]."""
+    """Reshapes denoising outputs [L, B, G * M, K] to [L, B, G, M, K]."""
     return {k: jnp.reshape(v, (*v.shape[:2], GROUPS, -1, v.shape[-1])) for k, v in outputs.items()}
