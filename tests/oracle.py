@@ -13,7 +13,7 @@ def corners(box):
 
 
 def iou_and_giou(a, b, eps=EPS):
-    """Returns the value for two boxes in corners."""
+    """Returns IoU and GIoU of two boxes in corners."""
     (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) = (map(float, box) for box in (a, b))
     overlap = max(min(ax1, bx1) - max(ax0, bx0), 0) * max(min(ay1, by1) - max(ay0, by0), 0)
     union = (ax1 - ax0) * (ay1 - ay0) + (bx1 - bx0) * (by1 - by0) - overlap
@@ -23,12 +23,12 @@ def iou_and_giou(a, b, eps=EPS):
 
 
 def giou(a, b):
-    """Returns the value for two boxes given by center and size."""
+    """Returns the GIoU of two boxes given by center and size."""
     return iou_and_giou(corners(a), corners(b))[1]
 
 
 def focal(logit, positive, alpha=0.25, gamma=2.0):
-    """-alpha_t (1 - p_t)^gamma log(p_t), with p_t the probability of the true outcome."""
+    """Returns -alpha_t (1 - p_t)^gamma log(p_t), with p_t the probability of the true outcome."""
     z = float(logit) if positive else -float(logit)
     log_p = -max(-z, 0.0) - math.log1p(math.exp(-abs(z)))
     log_not_p = -max(z, 0.0) - math.log1p(math.exp(-abs(z)))

@@ -215,7 +215,7 @@ def test_label_that_is_no_category_is_dropped():
 
 
 def test_an_annotation_with_id_zero_counts(tmp_path):
-    """Catches annotation id 0, which pycocotools treats as no match; data may start at 0."""
+    """Catches annotation id 0 counted as no match, as in pycocotools; data may start at 0."""
     ground_truth = make_ground_truth(num_images=3, empty=0.0)
     arrays = predictions(ground_truth, "perfect")
     for annotation in ground_truth["annotations"]:

@@ -284,7 +284,7 @@ def test_a_folder_of_tfds_in_its_default_format(tfrecord_dir, tfds_dir, coco_dir
 
 @pytest.mark.parametrize("kept", [0, 5, 12, -1])
 def test_a_tfrecord_file_that_is_cut_off_is_named(tfrecord_dir, kept):
-    """Covers a kept index of the whole file, too."""
+    """Covers a file that was cut after its index was kept."""
     open_dataset(data_config(tfrecord_dir), "train")
     (path,) = (tfrecord_dir / "coco/2017/1.1.0").glob("*tfrecord-00001-of-00002")
     path.write_bytes(path.read_bytes()[:kept])

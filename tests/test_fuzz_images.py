@@ -86,7 +86,7 @@ def looked_at(data: bytes) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("kind", FILES)
 def test_every_kind_is_read(kind):
-    """Catches damaged files that are refused for a format that no reader has."""
+    """Catches an unreadable good file, whose damaged copies would pass the next test."""
     assert len(looked_at(FILES[kind])) >= 4
 
 

@@ -182,7 +182,7 @@ def test_what_a_killed_packing_of_old_annotations_left_is_removed(coco_dir):
 
 
 def test_a_shard_that_lacks_records_is_not_taken_for_complete(coco_dir, monkeypatch):
-    """Catches a disk that loses data before a training starts."""
+    """Catches an incomplete shard, as of a disk that loses data, before a training reads it."""
 
     class Forgetful(shards.ArrayRecordWriter):
         def write(self, record):
@@ -404,7 +404,7 @@ def test_orientations_that_the_size_leaves_open_are_warned_of(coco_dir, caplog):
 
 
 def test_errors_of_an_image_name_the_folder_that_it_was_read_from(coco_dir):
-    """Catches a missing checksum: a damaged copy of a good file goes unnoticed."""
+    """Catches an error that does not tell a damaged copy from a damaged file."""
     content = json.loads((coco_dir / "train.json").read_text())
     path = coco_dir / "train" / content["images"][0]["file_name"]
     path.write_bytes(path.read_bytes()[:200])

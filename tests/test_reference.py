@@ -148,7 +148,7 @@ def test_gradients_and_updates(detector):
 
 
 def test_errors_are_of_the_size_of_float32_noise(detector):
-    """Checks the difference between float32 and float64 runs of the PyTorch code."""
+    """Compares errors with the difference of float32 and float64 runs of the PyTorch code."""
     ratios = {k: e["noise_ratio"] for k, e in detector.entries.items() if e.get("noise_ratio")}
     assert len(ratios) > 30
     assert {k: r for k, r in ratios.items() if r > 5 and k not in AMPLIFIED} == {}

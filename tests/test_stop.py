@@ -61,7 +61,7 @@ def test_a_second_ctrl_c_ends_at_once():
 
 
 def test_ctrl_c_passed_on_by_a_launcher_counts_once():
-    """Catches a second signal from `make` or `srun`, which forward that of the terminal."""
+    """Catches a Ctrl-C that counts twice because `make` or `srun` forward it."""
     with start("program", "goes on") as process:
         for _ in range(2):
             process.send_signal(signal.SIGINT)

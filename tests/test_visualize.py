@@ -25,7 +25,7 @@ def extent(image, color):
 
 
 def labeled(pred=(), true=(), size=(96, 128), scores=None, image_id=3):
-    """Draws on a black image; `pred` and `true` are lists of (box, label)."""
+    """Returns a black labeled image; `pred` and `true` are lists of (box, label)."""
     return LabeledImage(
         image=np.zeros((*size, 3), np.uint8),
         pred_boxes=np.array([box for box, _ in pred], float).reshape(-1, 4),

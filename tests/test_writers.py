@@ -113,7 +113,7 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, name):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no file that is always full")
 def test_an_error_is_not_replaced_by_that_of_closing(tmp_path):
-    """Catches an error about the curves in place of the checkpoint."""
+    """Catches an error of the curve files that replaces that of the checkpoint."""
     for error in (None, RuntimeError("the checkpoint")):
         with (
             pytest.raises(OSError if error is None else RuntimeError),
