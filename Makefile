@@ -5,7 +5,7 @@ VENV ?= .venv
 CONFIG ?= configs/digits.py
 WORKDIR ?= runs/digits
 ARGS ?=
-# Modules are compiled to bytecode when they are imported, most of them never.
+# Modules are compiled to bytecode on import; most of them are never imported.
 INSTALL = $(VENV)/bin/python -m pip install --quiet --no-compile --prefer-binary \
   --disable-pip-version-check
 
@@ -25,18 +25,18 @@ eval: $(VENV)/.installed  ## evaluate the best checkpoint of WORKDIR
 test: $(VENV)/.installed-dev  ## all tests
 	@$(VENV)/bin/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder $(ARGS)
 
-test-all: $(VENV)/.installed-dev  ## all tests on every Python that is found, and a table
+test-all: $(VENV)/.installed-dev  ## all tests on every installed Python, and a table
 	@$(VENV)/bin/nox -- $(ARGS)
 
-test-newest: $(VENV)/.installed-dev  ## a few minutes' choice of them on the newest Python
+test-newest: $(VENV)/.installed-dev  ## a selection of a few minutes on the newest Python
 	@$(VENV)/bin/nox -s smoke -- $(ARGS)
 
-lint: $(VENV)/.installed-dev  ## what a change must pass besides the tests
+lint: $(VENV)/.installed-dev  ## the checks of a change besides the tests
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-format: $(VENV)/.installed-dev  ## let ruff put the code into shape
+format: $(VENV)/.installed-dev  ## format the code with ruff
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
@@ -51,7 +51,7 @@ clean:  ## remove caches
 distclean: clean  ## remove caches and the virtual environments
 	rm -rf $(VENV) .nox
 
-# The newest Python that is tested, or the one named by PYTHON=; 3.14 has not been tested.
+# Uses the newest tested Python, or the one named by PYTHON=; 3.14 has not been tested.
 $(VENV)/pyvenv.cfg:
 	@for python in $(PYTHON) python3.13 python3.12 python3.11 python3.14 python3 python; do \
 	  if "$$python" -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' \
