@@ -21,7 +21,7 @@ from dn_detr_jax.errors import CheckpointError
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None  # type: ignore[assignment]  # a module has no optional type
 
 logger = getLogger(__name__)
 
