@@ -12,6 +12,7 @@ import fast_jit
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from hypothesis import given
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
@@ -115,10 +116,10 @@ def test_threshold_order_and_classes(digits_run, predictor, images):
     assert len(predictor.predict(images[0], threshold=1.0)) == 0
 
 
-class _Blind:
+class _Blind(nn.Module):
     """A detector that compiles instantly and has no detections."""
 
-    def apply(self, variables, images, sizes):
+    def __call__(self, images, sizes):
         shape = (1, len(images), 9)
         return {"pred_logits": jnp.zeros((*shape, 10)), "pred_boxes": jnp.zeros((*shape, 4))}
 
