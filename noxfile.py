@@ -1,4 +1,4 @@
-"""The tests on every Python that is found, with the oldest and the newest versions of the packages.
+"""The tests on every installed Python, with the oldest and the newest versions of the packages.
 
     make test-all
     make test-all ARGS="-m smoke"

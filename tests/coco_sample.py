@@ -19,5 +19,5 @@ def _beside_the_repository() -> Path:
 COCO_SAMPLE = _beside_the_repository()
 
 needs_coco_sample = pytest.mark.skipif(
-    not COCO_SAMPLE.is_dir(), reason="the sample of COCO 2017 is not there"
+    not COCO_SAMPLE.is_dir(), reason="the sample of COCO 2017 is missing"
 )

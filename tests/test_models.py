@@ -54,7 +54,7 @@ def abstract_features(canvas, **options):
     [(18, 11_689_512, 512), (34, 21_797_672, 512), (50, 25_557_032, 2048), (101, 44_549_160, 2048)],
 )
 def test_backbones_are_the_published_ones(depth, published, channels):
-    """Compares with torchvision's numbers of parameters, less the classifier's, plus our stored statistics."""
+    """Compares with torchvision's numbers, less the classifier's, plus stored statistics."""
     shape, params = abstract_features((800, 1344), depth=depth)
     assert shape == (2, 25, 42, channels)
     statistics = count([v for k, v in flat(params).items() if k.endswith(("/mean", "/var"))])
