@@ -306,9 +306,11 @@ class _Run:
             window.dropped += batch.pop("dropped_objects")
             window.bad_images += batch.pop("bad_images")
             program = self._programs[batch["image"].shape[1:3]]
-            # All transfers of a step are explicit: an implicit one would be made in every step.
-            with profile.step(step), jax.transfer_guard("disallow"):
-                state, metrics = program(state, put_batch(batch, self.setup.mesh))
+            with profile.step(step):
+                rows = put_batch(batch, self.setup.mesh)
+                # The batch is the only transfer: another one would be made in every step.
+                with jax.transfer_guard("disallow"):
+                    state, metrics = program(state, rows)
             profile.end_of_step(step, metrics)
             window.add(metrics)
             self._progress.update(step)
