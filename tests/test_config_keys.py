@@ -146,21 +146,21 @@ def toy(monkeypatch):
         Key("dn.groups", 100, "denoising groups of the toy", whole(0)),
         Key("matcher.kind", "greedy", "how it matches", one_of("greedy", "optimal")),
     )
-    variants.register("toy", keys, [check_levels])
+    variants.register("greedy_toy", keys, [check_levels])
     return keys
 
 
 def test_a_variant_has_keys_and_rules_of_its_own(toy):
     """Catches keys of one variant in the config of another."""
-    config = base_config("toy")
+    config = base_config("greedy_toy")
     validate(config)
-    assert (config.model.name, config.model.levels, config.dn.groups) == ("toy", 4, 100)
+    assert (config.model.name, config.model.levels, config.dn.groups) == ("greedy_toy", 4, 100)
     assert "levels" not in base_config().model and "hidden_dim" not in config.model
     assert config.matcher.kind == "greedy" and config.matcher.cost_class == 2.0
     config.model.levels = 101
     with pytest.raises(ConfigError, match=r"config\.model\.levels = 101: fewer"):
         validate(config)
-    described = describe_config(base_config("toy"))
+    described = describe_config(base_config("greedy_toy"))
     assert "dn.groups = 100\n" in described and "`model.levels` is at most" in described
 
 
@@ -168,23 +168,23 @@ def test_a_key_of_another_variant_is_said_to_be_one(toy):
     """Catches "no such key" for a key that the reference lists."""
     config = base_config()
     config.model.levels = 3
-    expected = r"model\.levels = 3: a key of the model toy; dn_dab_detr has none"
+    expected = r"model\.levels = 3: a key of the model greedy_toy; dn_dab_detr has none"
     with pytest.raises(ConfigError, match=expected):
         validate(config)
     config = base_config()
-    config.model.name = "toy"
-    with pytest.raises(ConfigError, match=r"a key of the model dn_dab_detr; toy has none"):
+    config.model.name = "greedy_toy"
+    with pytest.raises(ConfigError, match=r"a key of the model dn_dab_detr; greedy_toy has none"):
         validate(config)
-    assert "model.name was 'dn_dab_detr', now 'toy'" in changed_values(
-        _stored(), json.loads(json.dumps(base_config("toy").to_dict()))
+    assert "model.name was 'dn_dab_detr', now 'greedy_toy'" in changed_values(
+        _stored(), json.loads(json.dumps(base_config("greedy_toy").to_dict()))
     )
 
 
 def test_a_name_belongs_to_one_variant(toy):
     """Catches a variant that silently takes the place of another one; a second import does not."""
-    variants.register("toy", toy)
-    with pytest.raises(ValueError, match=r"'toy'.* registered with other keys"):
-        variants.register("toy", toy[:1])
+    variants.register("greedy_toy", toy)
+    with pytest.raises(ValueError, match=r"'greedy_toy'.* registered with other keys"):
+        variants.register("greedy_toy", toy[:1])
     with pytest.raises(ValueError, match="two keys with the same path"):
         variants.register("twice", (toy[0], toy[0]))
 
