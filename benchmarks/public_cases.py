@@ -91,8 +91,8 @@ EXPECTED = {
     "tilde": Expected((_AP, r"/home/found$"), status=0),
     "two_processes_one_workdir": Expected(
         (r"in use by process \d+ on ", r"checkpoint .*checkpoints/\d+"),
-        script="for n in 1 2; do $PYTHON $L/launch.py $T/log$n $T/pid$n train.py --config $L/one.py "
-        "--config.data.dir=$D --workdir $T/w --config.train.batch_size=2 "
+        script="for n in 1 2; do $PYTHON $L/launch.py $T/log$n $T/pid$n train.py "
+        "--config $L/one.py --config.data.dir=$D --workdir $T/w --config.train.batch_size=2 "
         '--config.train.duration="600 steps" --config.train.checkpoint_every="100 steps" '
         '--config.train.eval_every="600 steps" & sleep 3; done; wait; '
         "for n in 1 2; do tail -n 4 $T/log$n; done",
