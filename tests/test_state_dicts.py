@@ -7,7 +7,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from test_interop import FakeTensor, save_pth
 
@@ -33,6 +33,7 @@ def assert_state(found, value=0.0):
     prefix=st.lists(st.sampled_from(ENTRIES + WRAPPERS), max_size=3),
     dotted=st.booleans(),
 )
+@example(keys=[], prefix=["module", "model"], dotted=False)
 def test_entries_and_wrappers_in_any_nesting(keys, prefix, dotted):
     """Catches an order or a depth of keys and name prefixes that is not handled."""
     content = state(prefix="".join(part + "." for part in prefix))

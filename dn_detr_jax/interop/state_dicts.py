@@ -181,10 +181,7 @@ def _groups(leaves: Iterable[_Leaf]) -> dict[tuple[str, ...], list[_Leaf]]:
         for leaf, length in zip(members, lengths, strict=True):
             path = leaf.parts[: len(keys) + (length if all(lengths) else 0)]
             entry = tuple(part for part in path if part in ENTRIES)
-            # A wrapper in front of an entry in a name stays in the name, to be removed from there.
-            kept = tuple(part for part in path[len(keys) :] if part in WRAPPERS)
-            name = (*kept, *leaf.parts[len(path) :])
-            groups.setdefault(entry, []).append(_Leaf((*path, *name), len(path), leaf.tensor))
+            groups.setdefault(entry, []).append(_Leaf(leaf.parts, len(path), leaf.tensor))
     return groups
 
 
