@@ -69,11 +69,11 @@ def init_state(
     """
     # It runs once, so that only its compile time matters.
     device = mesh.local_devices[0]
-    options = known_options({"xla_backend_optimization_level": 0}, device)
+    fast = {"xla_backend_optimization_level": 0}
     init = jax.jit(
         _init_function(model, optimizer, config),
         out_shardings=shardings(abstract_state(model, optimizer, config, mesh)),
-        compiler_options=options if device.platform == "cpu" else None,
+        compiler_options=known_options(fast, device) if device.platform == "cpu" else None,
     )
     return init(jax.random.key(config.seed))
 
