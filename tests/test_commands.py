@@ -45,8 +45,10 @@ heavy = {"jax", "flax", "orbax", "matplotlib", "cv2", "pycocotools"} & set(sys.m
 assert not heavy, heavy
 """
 
+# A process that a shell has started in the background ignores SIGINT, and hands that on.
 _SLEEPS = """
-import time
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from dn_detr_jax.commands.command_line import run_main
 def main(argv):
     print("ready", flush=True)

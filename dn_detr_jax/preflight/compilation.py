@@ -154,15 +154,17 @@ def parse_out_of_memory(message: str) -> tuple[float | None, float | None]:
 def usable_memory(mesh: Mesh) -> float | None:
     """Returns the bytes of a device that a program may use; None if unknown, as for a CPU.
 
-    For TPUs the compiler reports them when it gets a program that fits into no chip.
+    For TPUs the compiler reports them when it gets a program that fits into no chip: one TiB of
+    arguments, in arrays of 4 GiB (libtpu before 0.0.42 takes none of 8 GiB or more).
     """
     device = mesh.devices.flat[0]
     if device.platform != "tpu" or device in jax.devices():
         statistics = device.memory_stats() if device.platform != "cpu" else None
         return (statistics or {}).get("bytes_limit")
-    huge = jax.ShapeDtypeStruct((2**20, 2**20), jnp.float32, sharding=replicated(mesh))
+    part = jax.ShapeDtypeStruct((2**15, 2**15), jnp.float32, sharding=replicated(mesh))
+    huge = [part] * 256
     try:
-        compile_or_explain(jax.jit(lambda x: x + 1).lower(huge))
+        compile_or_explain(jax.jit(lambda xs: [x + 1 for x in xs]).lower(huge))
     except OutOfMemory as error:
         return error.available
     return None
