@@ -2,10 +2,9 @@
 
 import contextlib
 import json
-import math
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,30 +64,6 @@ def write_text_atomically(path: str | os.PathLike, text: str, durable: bool = Fa
 def write_json_atomically(path: str | os.PathLike, value: Any, indent: int | None = 1) -> None:
     """Writes a JSON file as a whole or not at all; errors as for `replace_atomically`."""
     write_text_atomically(path, json.dumps(value, indent=indent) + "\n")
-
-
-def append_json_line(path: str | os.PathLike, values: Mapping[str, Any]) -> None:
-    """Appends one object as a line, in a single write; makes the file if it is missing.
-
-    Numbers that are not finite are written as null. A last line that a kill has cut short is ended
-    first, so that it does not swallow this one.
-
-    Raises:
-      OSError: naming `path`.
-    """
-    finite = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in values.items()
-    }
-    line = json.dumps(finite, allow_nan=False) + "\n"
-    try:
-        with open(path, "ab+") as file:
-            if file.seek(0, os.SEEK_END) > 0:
-                file.seek(-1, os.SEEK_END)
-                line = line if file.read(1) == b"\n" else f"\n{line}"
-            file.write(line.encode())
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def read_json_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
