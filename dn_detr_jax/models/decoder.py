@@ -15,12 +15,20 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dn_detr_jax.arrays import Array, Bool, Float
-from dn_detr_jax.boxes import inverse_sigmoid
 from dn_detr_jax.models.initializers import aligned_heads, xavier_uniform
-from dn_detr_jax.models.layers import MLP, FeedForward, LayerConfig, Linear, call_layer, layer_norm
+from dn_detr_jax.models.layers import (
+    MLP,
+    FeedForward,
+    LayerConfig,
+    Linear,
+    add_and_normalize,
+    call_layer,
+    layer_norm,
+)
 from dn_detr_jax.models.levels import Levels
 from dn_detr_jax.models.position import box_encoding
 from dn_detr_jax.models.queries import Queries
+from dn_detr_jax.models.refinement import refine
 
 
 def interleave_heads(
@@ -56,14 +64,6 @@ class DecoderLayer(nn.Module):
         zeros = nn.initializers.zeros
         return Linear(x.shape[-1], zeros, init, self.config.dtype, name=name)(x)
 
-    def _residual(
-        self, x: Float[Array, "B Q D"], y: Float[Array, "B Q D"], name: str, train: bool
-    ) -> Float[jax.Array, "B Q D"]:
-        zeros, dtype = nn.initializers.zeros, self.config.dtype
-        y = Linear(x.shape[-1], zeros, dtype=dtype, name=f"{name}_out")(y)
-        y = nn.Dropout(self.config.dropout)(y, deterministic=not train)
-        return layer_norm(f"{name}_norm")(x + y)
-
     @nn.compact
     def __call__(
         self,
@@ -86,10 +86,11 @@ class DecoderLayer(nn.Module):
           train: dropout is active.
         """
         project, num_heads = self._project, self.config.num_heads
+        residual = functools.partial(add_and_normalize, config=self.config, train=train)
         query = project(x, "self_query_content") + project(query_position, "self_query_position")
         key = project(x, "self_key_content") + project(query_position, "self_key_position")
         y = self.config.attention_fn(query, key, project(x, "self_value"), mask, num_heads)
-        x = self._residual(x, y, "self", train)
+        x = residual(x, y, out="self_out", norm="self_norm")
 
         query, key = project(x, "cross_query_content"), project(memory.tokens, "cross_key_content")
         key_position = self._project_position(memory.position, "cross_key_position")
@@ -104,7 +105,7 @@ class DecoderLayer(nn.Module):
             memory.valid[:, None, :],
             num_heads,
         )
-        x = self._residual(x, y, "cross", train)
+        x = residual(x, y, out="cross_out", norm="cross_norm")
         return FeedForward(self.config, name="feed_forward")(x, train=train)
 
 
@@ -146,22 +147,16 @@ class DenseDecoder(nn.Module):
           train: dropout is active.
 
         Returns:
-          Normalized states [L, B, Q, D], and the float32 [L, B, Q, 4] cxcywh boxes that a layer's
-          predictions are relative to. Gradients flow through those boxes into the layer before, but
-          not through the anchors that are handed from layer to layer.
+          See `refine`, with `look_forward`.
         """
-        x = queries.content
-        features = x.shape[-1]
+        features = queries.content.shape[-1]
         mlp = functools.partial(MLP, kernel_init=xavier_uniform, dtype=self.config.dtype)
         position_head = mlp((features, features), name="reference_point_head")
         scale_start = 1.0 if self.position_gain else None
         query_scale = mlp((features, features), last_constant=scale_start, name="query_scale")
         size_head = mlp((features, 2), name="reference_size_head")
-        norm = layer_norm("norm")
 
-        reference = jax.nn.sigmoid(queries.anchors)
-        references, states = [reference], []
-        for i in range(self.num_layers):
+        def decode(i, x, reference):
             encoded = box_encoding(reference, features // 2, self.temperature)
             query_position = position_head(encoded)
             query_sine = encoded[..., :features]
@@ -174,9 +169,13 @@ class DenseDecoder(nn.Module):
             inputs = x, query_position, query_sine, queries.mask, memory
             x = call_layer(layer, *inputs, remat=self.remat, train=train)
             self.sow("intermediates", f"dec{i}", x)
-            states.append(norm(x))
-            if i < self.num_layers - 1:
-                refined = jax.nn.sigmoid(box_offsets(i, x) + inverse_sigmoid(reference))
-                references.append(refined)
-                reference = jax.lax.stop_gradient(refined)
-        return jnp.stack(states), jnp.stack(references)
+            return x
+
+        return refine(
+            decode,
+            queries,
+            self.num_layers,
+            box_offsets,
+            norm=layer_norm("norm"),
+            look_forward=True,
+        )

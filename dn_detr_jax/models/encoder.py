@@ -1,15 +1,25 @@
-"""The transformer encoder of DAB-DETR, which scales position encodings by the content.
+"""The transformer encoders of DAB-DETR and of Deformable DETR.
 
-Liu et al., "DAB-DETR: Dynamic Anchor Boxes are Better Queries for DETR", ICLR 2022. Layers are
-normalized after their residuals; there is no norm behind the last one.
+That of DAB-DETR scales position encodings by the content (Liu et al., "DAB-DETR: Dynamic Anchor
+Boxes are Better Queries for DETR", ICLR 2022); that of Deformable DETR reads a few points of each
+level (Zhu et al., "Deformable DETR: Deformable Transformers for End-to-End Object Detection", ICLR
+2021). Layers are normalized after their residuals; there is no norm behind the last one.
 """
 
 import jax
 from flax import linen as nn
 
-from dn_detr_jax.arrays import Float
+from dn_detr_jax.arrays import Array, Float
+from dn_detr_jax.models.deformable_attention import deformable_attention
 from dn_detr_jax.models.initializers import packed_xavier_uniform, xavier_uniform
-from dn_detr_jax.models.layers import MLP, FeedForward, LayerConfig, Linear, call_layer, layer_norm
+from dn_detr_jax.models.layers import (
+    MLP,
+    FeedForward,
+    LayerConfig,
+    Linear,
+    add_and_normalize,
+    call_layer,
+)
 from dn_detr_jax.models.levels import Levels
 
 
@@ -35,9 +45,7 @@ class EncoderLayer(nn.Module):
             levels.valid[:, None, :],
             config.num_heads,
         )
-        y = Linear(x.shape[-1], nn.initializers.zeros, dtype=config.dtype, name="out")(y)
-        y = nn.Dropout(config.dropout)(y, deterministic=not train)
-        x = layer_norm("attention_norm")(x + y)
+        x = add_and_normalize(x, y, config, out="out", norm="attention_norm", train=train)
         return FeedForward(config, name="feed_forward")(x, train=train)
 
 
@@ -68,3 +76,48 @@ class DenseEncoder(nn.Module):
             x = call_layer(layer, scaled, remat=self.remat, train=train)
             self.sow("intermediates", f"enc{i}", x)
         return levels.replace(tokens=x)
+
+
+class DeformableEncoderLayer(nn.Module):
+    """Deformable self-attention over the tokens of all levels, then the feed-forward network."""
+
+    config: LayerConfig
+    num_points: int
+
+    @nn.compact
+    def __call__(
+        self, levels: Levels, references: Float[Array, "B T levels 2"], *, train: bool
+    ) -> Float[jax.Array, "B T D"]:
+        """Maps levels to new tokens; dropout is active if `train` is True."""
+        config, x = self.config, levels.tokens
+        query = x + levels.position
+        y = deformable_attention(query, references, levels, config, num_points=self.num_points)
+        x = add_and_normalize(x, y, config, out="out", norm="attention_norm", train=train)
+        return FeedForward(config, name="feed_forward")(x, train=train)
+
+
+class DeformableEncoder(nn.Module):
+    """A stack of encoder layers in which every token reads a few points around its own place.
+
+    Attributes:
+      num_layers: number of layers.
+      config: of the layers.
+      num_points: that a head reads of each level.
+      remat: recompute the layers in the backward pass, see `call_layer`.
+    """
+
+    num_layers: int
+    config: LayerConfig
+    num_points: int = 4
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, levels: Levels, *, train: bool) -> Levels:
+        """Returns the memory: the levels with encoded tokens. Padded tokens have no value."""
+        references = levels.references()
+        for i in range(self.num_layers):
+            layer = DeformableEncoderLayer(self.config, self.num_points, name=f"layer{i}")
+            x = call_layer(layer, levels, references, remat=self.remat, train=train)
+            self.sow("intermediates", f"enc{i}", x)
+            levels = levels.replace(tokens=x)
+        return levels

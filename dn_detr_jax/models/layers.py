@@ -126,6 +126,32 @@ class MLP(nn.Module):
         return x
 
 
+def add_and_normalize(
+    x: Float[Array, "B Q D"],
+    y: Float[Array, "B Q D"],
+    config: LayerConfig,
+    *,
+    out: str,
+    norm: str,
+    train: bool,
+) -> Float[jax.Array, "B Q D"]:
+    """Projects the result of an attention, adds it to the residual stream and normalizes the sum.
+
+    Call it in a compact method: its modules become submodules of the caller.
+
+    Args:
+      x: residual stream.
+      y: result of the attention.
+      config: of the layer.
+      out: name of the output projection.
+      norm: name of the layer norm.
+      train: dropout is active.
+    """
+    y = Linear(x.shape[-1], nn.initializers.zeros, dtype=config.dtype, name=out)(y)
+    y = nn.Dropout(config.dropout)(y, deterministic=not train)
+    return layer_norm(norm)(x + y)
+
+
 class Activation(nn.Module):
     """ReLU, or PReLU with one learned slope (He et al., ICCV 2015)."""
 

@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from dn_detr_jax.arrays import Array, Float, Int
+from dn_detr_jax.arrays import Array, Bool, Float, Int
+from dn_detr_jax.models.backbones.resnet import GroupNorm
 from dn_detr_jax.models.images import valid_tokens
-from dn_detr_jax.models.initializers import torch_default_kernel
+from dn_detr_jax.models.initializers import torch_default_kernel, xavier_uniform
 from dn_detr_jax.models.layers import Linear
 from dn_detr_jax.models.levels import Levels
 from dn_detr_jax.models.position import image_encoding
@@ -57,3 +59,86 @@ class LastLevel(nn.Module):
         )(last)
         self.sow("intermediates", "src", projected)
         return Levels.of_maps([projected], [position.astype(self.dtype)], [valid])
+
+
+class MultiLevel(nn.Module):
+    """Several feature maps, projected to one width and normalized, and coarser ones made of them.
+
+    Zhu et al., "Deformable DETR: Deformable Transformers for End-to-End Object Detection", ICLR
+    2021, appendix A.2.
+
+    Attributes:
+      hidden_dim: D.
+      backbone_levels: last feature maps of the backbone that are used.
+      extra_levels: further levels, each of half the resolution: the first is a convolution of the
+        backbone's last feature map, the others of the level before.
+      temperature_h: vertical temperature of the sine encoding.
+      temperature_w: horizontal temperature.
+      half_pixel: see `position.image_encoding`.
+      mask_padding: results do not depend on the canvas; False: they do, as in PyTorch.
+      dtype: of the compute.
+    """
+
+    hidden_dim: int
+    backbone_levels: int = 3
+    extra_levels: int = 1
+    temperature_h: float = 10000.0
+    temperature_w: float = 10000.0
+    half_pixel: bool = True
+    mask_padding: bool = True
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        features: tuple[Float[Array, "B _ _ _"], ...],
+        size: Int[Array, "B 2"],
+        canvas: Sequence[int],
+    ) -> Levels:
+        """Projects features and encodes their positions, see `LastLevel`."""
+        count = self.backbone_levels + self.extra_levels
+        normal = nn.initializers.normal(1.0)
+        embedding = self.param("level_embedding", normal, (count, self.hidden_dim))
+        used = features[-self.backbone_levels :]
+        maps, positions, masks = [], [], []
+        x = used[-1]
+        for level in range(count):
+            if level < self.backbone_levels:
+                self.sow("intermediates", "features", used[level])
+                y = self._project(used[level], level)
+            else:
+                y = self._halve(x, valid_tokens(size, canvas, x.shape[1:3]), level)
+            valid = valid_tokens(size, canvas, y.shape[1:3])
+            counted = valid if self.mask_padding else jnp.ones_like(valid)
+            y = GroupNorm(name=f"input_norm{level}")(y.astype(jnp.float32), counted[..., None])
+            temperatures = self.temperature_h, self.temperature_w
+            position = image_encoding(
+                valid, self.hidden_dim, *temperatures, half_pixel=self.half_pixel
+            )
+            self.sow("intermediates", "position", position)
+            self.sow("intermediates", "src", y)
+            maps.append(y)
+            positions.append((position + embedding[level]).astype(self.dtype))
+            masks.append(valid)
+            if level >= self.backbone_levels:
+                x = y
+        return Levels.of_maps(maps, positions, masks)
+
+    def _project(self, x: Float[Array, "B h w _"], level: int) -> Float[jax.Array, "B h w D"]:
+        zeros, name = nn.initializers.zeros, f"input_proj{level}"
+        return Linear(self.hidden_dim, zeros, dtype=self.dtype, name=name)(x)
+
+    def _halve(
+        self, x: Float[Array, "B h w _"], valid: Bool[Array, "B h w"], level: int
+    ) -> Float[jax.Array, "B h2 w2 D"]:
+        if self.mask_padding:
+            x = jnp.where(valid[..., None], x, 0)
+        return nn.Conv(
+            self.hidden_dim,
+            (3, 3),
+            strides=2,
+            padding=1,
+            kernel_init=xavier_uniform,
+            dtype=self.dtype,
+            name=f"input_proj{level}",
+        )(x)
