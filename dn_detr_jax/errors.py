@@ -4,6 +4,7 @@ Every command catches `Error` and `OSError` and ends with the message and exit s
 exceptions keep their traceback.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -75,6 +76,18 @@ def one_line(error: BaseException | str) -> str:
 def short_reason(error: Exception) -> str:
     """Returns `one_line(error)`, at most 300 characters of it."""
     return one_line(error)[:300]
+
+
+def some_of(names: Iterable[str], separator: str = ", ", count: int = 6) -> str:
+    """Lists the first `count` names, and says how many more there are.
+
+    Examples:
+      >>> some_of(["a", "b", "c", "d"], count=2)
+      'a, b, and 2 more'
+    """
+    names = list(names)
+    more = f"{separator}and {len(names) - count} more" if len(names) > count else ""
+    return separator.join(names[:count]) + more
 
 
 def _shown(value: Any) -> str:

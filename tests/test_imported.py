@@ -17,8 +17,10 @@ from tiny_detector import random_params
 from dn_detr_jax.checkpoints.manager import Checkpoints
 from dn_detr_jax.errors import ConfigError
 from dn_detr_jax.interop import torch_files
-from dn_detr_jax.interop.convert import HEAD_PATHS, flat, params_to_torch
+from dn_detr_jax.interop.class_heads import head_paths
+from dn_detr_jax.interop.convert import flat, params_to_torch
 from dn_detr_jax.interop.import_torch import import_file
+from dn_detr_jax.interop.names.dn_dab_detr import NAMES
 from dn_detr_jax.models.registry import abstract_params, build_model
 from dn_detr_jax.training import loop, report
 
@@ -41,7 +43,7 @@ def official_like(digits_dir, num_classes=10):
 def imported(folder, config):
     """Returns a work directory with the random weights of a `.pth`, and the weights by path."""
     params = random_params(abstract_params(build_model(config.model)))
-    torch_files.write(folder / "official.pth", params_to_torch(params))
+    torch_files.write(folder / "official.pth", params_to_torch(params, NAMES))
     account = import_file(folder / "official.pth", config, folder / "imported")
     assert account.unused == account.unfilled == ()
     return folder / "imported", flat(params)
@@ -93,8 +95,9 @@ def test_fine_tuning_starts_from_an_import_with_other_classes(tmp_path, digits_d
     assert loop.train(config, tmp_path / "tuned") is not None
     tuned = stored(tmp_path / "tuned", config, 2)
     assert tuned["class_head/bias"].shape == (10,)
+    heads = head_paths(params)
     for path, value in params.items():
-        if path not in HEAD_PATHS:
+        if path not in heads:
             np.testing.assert_allclose(tuned[path], value, atol=1e-9, err_msg=path)
     table = params["label_embedding"]
     np.testing.assert_allclose(tuned["label_embedding"][-1], table[-1], atol=1e-9)
@@ -119,7 +122,7 @@ def test_training_in_the_directory_of_an_import_says_what_to_do(tmp_path, digits
 def test_number_of_classes_may_come_from_the_file(tmp_path, digits_dir):
     config = official_like(digits_dir, num_classes=7)
     params = random_params(abstract_params(build_model(config.model)))
-    torch_files.write(tmp_path / "official.npz", params_to_torch(params))
+    torch_files.write(tmp_path / "official.npz", params_to_torch(params, NAMES))
     config.model.num_classes = 0
     import_file(tmp_path / "official.npz", config, tmp_path / "imported")
     written = json.loads((tmp_path / "imported" / "config.json").read_text())

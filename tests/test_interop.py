@@ -27,18 +27,18 @@ from dn_detr_jax.config import (
 from dn_detr_jax.data.coco_classes import Category
 from dn_detr_jax.errors import ConfigError, ConversionError, WeightsError
 from dn_detr_jax.interop import torch_files
+from dn_detr_jax.interop.architecture import check_config, official_config
 from dn_detr_jax.interop.convert import (
     backbone_from_torch,
-    check_config,
     flat,
-    official_config,
     params_from_torch,
     params_to_torch,
 )
 from dn_detr_jax.interop.export_torch import export
 from dn_detr_jax.interop.import_torch import convert
 from dn_detr_jax.interop.initial import load_initial
-from dn_detr_jax.interop.torch_names import BACKBONE_PREFIX, tied_names, torch_tensors
+from dn_detr_jax.interop.names.backbones import RESNET
+from dn_detr_jax.interop.names.dn_dab_detr import NAMES
 from dn_detr_jax.models.registry import abstract_params, build_model
 
 DATA = Path(__file__).parent / "data"
@@ -73,7 +73,7 @@ def params(config):
 
 @pytest.fixture
 def state(params):
-    return params_to_torch(params)
+    return params_to_torch(params, NAMES)
 
 
 # --- names ----------------------------------------------------------------------------------------
@@ -83,11 +83,11 @@ def test_official_names_and_shapes_are_those_of_the_reference():
     """Catches a wrong name or shape of any tensor of the official model."""
     manifest = json.loads((DATA / "reference" / "dn_dab_detr_r50.json").read_text())
     official = {entry["name"]: tuple(entry["shape"]) for entry in manifest["state_dict"]}
-    tensors, foreign = torch_tensors(shapes_of(base_config()))
-    ours = {name: t.shape for t in tensors for name in (t.name, *tied_names(t.name))}
+    tensors, foreign = NAMES.tensors(shapes_of(base_config()))
+    ours = {name: t.shape for t in tensors for name in (t.name, *NAMES.second_names(t.name))}
     assert ours == official
     assert foreign == []
-    assert {name for t in tensors for name in tied_names(t.name)} == {
+    assert {name for t in tensors for name in NAMES.second_names(t.name)} == {
         a for a, _ in manifest["tied"]
     }
 
@@ -105,7 +105,7 @@ def test_every_parameter_of_every_variant_has_one_tensor(depth, dilation, patter
     config = small_config(num_patterns=patterns, activation=activation)
     config.model.backbone.update(depth=depth, dilation=dilation)
     shapes = shapes_of(config)
-    tensors, foreign = torch_tensors(shapes)
+    tensors, foreign = NAMES.tensors(shapes)
     paths = [path for tensor in tensors for path in tensor.paths]
     assert foreign == []
     assert sorted(paths) == sorted(shapes)
@@ -114,12 +114,12 @@ def test_every_parameter_of_every_variant_has_one_tensor(depth, dilation, patter
 
 
 def test_round_trip_is_exact_in_both_directions(config, params, state):
-    back, account = params_from_torch(state, shapes_of(config))
+    back, account = params_from_torch(state, shapes_of(config), NAMES)
     assert account.unfilled == account.unused == ()
     assert len(account.tied) == 6
     for path, value in flat(params).items():
         np.testing.assert_array_equal(back[path], value, err_msg=path, strict=True)
-    again = params_to_torch(traverse_util.unflatten_dict(back, sep="/"))
+    again = params_to_torch(traverse_util.unflatten_dict(back, sep="/"), NAMES)
     assert list(again) == list(state)
     for name, value in state.items():
         np.testing.assert_array_equal(again[name], value, err_msg=name, strict=True)
@@ -132,13 +132,13 @@ def test_layouts(params, state):
     np.testing.assert_array_equal(packed[32:64], layer["key"]["kernel"].T)
     convolution = params["backbone"]["stem_conv"]["kernel"]
     np.testing.assert_array_equal(
-        state[BACKBONE_PREFIX + "conv1.weight"][2, 1, 3, 5], convolution[3, 5, 1, 2]
+        state[RESNET.prefix + "conv1.weight"][2, 1, 3, 5], convolution[3, 5, 1, 2]
     )
     np.testing.assert_array_equal(
         state["input_proj.weight"][3, 4, 0, 0], params["input_proj"]["kernel"][4, 3]
     )
     variance = params["backbone"]["layer2_block0"]["downsample_norm"]["var"]
-    name = BACKBONE_PREFIX + "layer2.0.downsample.1.running_var"
+    name = RESNET.prefix + "layer2.0.downsample.1.running_var"
     np.testing.assert_array_equal(state[name], variance)
     assert state["transformer.decoder.layers.1.activation.weight"].shape == (1,)
 
@@ -149,7 +149,7 @@ def test_layouts(params, state):
 def test_unused_and_unfilled_are_listed(config, state):
     del state["label_enc.weight"]
     state["module.extra.weight"] = np.zeros(3, np.float32)
-    _, account = params_from_torch(state, shapes_of(config))
+    _, account = params_from_torch(state, shapes_of(config), NAMES)
     assert account.unused == ("extra.weight",)
     assert account.unfilled == ("label_embedding",)
 
@@ -157,20 +157,20 @@ def test_unused_and_unfilled_are_listed(config, state):
 def test_a_wrong_shape_is_named(config, state):
     state["class_embed.bias"] = np.zeros(8, np.float32)
     with pytest.raises(ConversionError, match=r"class_embed.bias has shape \(8,\), not \(7,\)"):
-        params_from_torch(state, shapes_of(config))
+        params_from_torch(state, shapes_of(config), NAMES)
 
 
 def test_tied_heads_that_differ_are_an_error(config, state):
     name = "transformer.decoder.bbox_embed.layers.1.bias"
     state[name] = state[name] + 1
     with pytest.raises(ConversionError, match=r"bbox_embed.layers.1.bias.*differ"):
-        params_from_torch(state, shapes_of(config))
+        params_from_torch(state, shapes_of(config), NAMES)
 
 
 def test_one_name_of_tied_heads_is_enough(config, params, state):
     for name in [name for name in state if name.startswith("bbox_embed.")]:
         del state[name]
-    back, account = params_from_torch(state, shapes_of(config))
+    back, account = params_from_torch(state, shapes_of(config), NAMES)
     assert account.unfilled == ()
     np.testing.assert_array_equal(
         back["box_head/layer2/kernel"], params["box_head"]["layer2"]["kernel"]
@@ -179,7 +179,7 @@ def test_one_name_of_tied_heads_is_enough(config, params, state):
 
 def test_half_precision_becomes_float32(config, state):
     state["refpoint_embed.weight"] = state["refpoint_embed.weight"].astype(jnp.bfloat16)
-    back, _ = params_from_torch(state, shapes_of(config))
+    back, _ = params_from_torch(state, shapes_of(config), NAMES)
     assert back["anchors"].dtype == np.float32
 
 
@@ -198,7 +198,7 @@ def test_a_checkpoint_of_another_model_says_which_config_fits(config, change, hi
     other = small_config()
     section = other.model.backbone if "depth" in change else other.model
     section.update(change)
-    state = params_to_torch(random_params(other))
+    state = params_to_torch(random_params(other), NAMES)
     with pytest.raises(ConversionError) as error:
         convert(state, config)
     assert f"it fits {hint}" in str(error.value)
@@ -206,18 +206,18 @@ def test_a_checkpoint_of_another_model_says_which_config_fits(config, change, hi
 
 def test_the_stored_command_line_tells_what_shapes_do_not(config, state):
     """Covers DC5 and the number of heads, which the tensors do not show."""
-    found = official_config(state, {"dilation": True, "nheads": 8, "lr": 1.0})
+    found = official_config(state, {"dilation": True, "nheads": 8, "lr": 1.0}, config.model)
     with pytest.raises(ConversionError, match=r"backbone.dilation=True --config.model.num_heads=8"):
         check_config(found, config, reset_heads=False)
 
 
 def test_other_models_are_recognized(config):
-    deformable = {
-        "transformer.encoder.layers.0.self_attn.sampling_offsets.weight": np.zeros((4, 4))
-    }
-    with pytest.raises(ConversionError, match="deformable"):
+    needed = ("class_embed.weight", "refpoint_embed.weight", "label_enc.weight")
+    offsets = "transformer.encoder.layers.0.self_attn.sampling_offsets.weight"
+    deformable = dict.fromkeys((*needed, offsets), np.zeros((4, 4)))
+    with pytest.raises(ConversionError, match=r"it has .*sampling_offsets"):
         convert(deformable, config)
-    with pytest.raises(ConversionError, match=r"no DN-DAB-DETR.*class_embed.weight"):
+    with pytest.raises(ConversionError, match=r"no dn_dab_detr .it has no class_embed.weight"):
         convert({"conv1.weight": np.zeros((4, 3, 7, 7))}, config)
 
 
@@ -225,18 +225,18 @@ def test_models_without_an_official_counterpart_are_not_exported():
     config = small_config()
     config.model.backbone.update(norm="group_norm", width=16)
     with pytest.raises(ConversionError, match=r"no place for backbone/.*norm"):
-        params_to_torch(random_params(config))
+        params_to_torch(random_params(config), NAMES)
 
 
 # --- backbones ------------------------------------------------------------------------------------
 
 
 def resnet_state(config, prefix=""):
-    official = params_to_torch(random_params(config))
+    official = params_to_torch(random_params(config), NAMES)
     state = {
-        prefix + name.removeprefix(BACKBONE_PREFIX): value
+        prefix + name.removeprefix(RESNET.prefix): value
         for name, value in official.items()
-        if name.startswith(BACKBONE_PREFIX)
+        if name.startswith(RESNET.prefix)
     }
     extra = {"fc.weight": np.zeros((10, 64), np.float32), "bn1.num_batches_tracked": np.int64(3)}
     return state | {prefix + name: np.asarray(value) for name, value in extra.items()}
@@ -244,7 +244,7 @@ def resnet_state(config, prefix=""):
 
 @pytest.mark.parametrize("prefix", ["", "module.", "backbone.body."])
 def test_resnets_in_the_names_of_torchvision_and_timm(config, params, prefix):
-    loaded, account = backbone_from_torch(resnet_state(config, prefix), shapes_of(config))
+    loaded, account = backbone_from_torch(resnet_state(config, prefix), shapes_of(config), NAMES)
     assert set(loaded) == {path for path in shapes_of(config) if path.startswith("backbone/")}
     assert set(account.unused) == {"fc.weight", "bn1.num_batches_tracked"}
     np.testing.assert_array_equal(
@@ -258,7 +258,7 @@ def test_another_resnet_says_which_config_fits(config, depth):
     other = small_config()
     other.model.backbone.depth = depth
     with pytest.raises(ConversionError, match=f"model.backbone.depth={depth}"):
-        backbone_from_torch(resnet_state(other), shapes_of(config))
+        backbone_from_torch(resnet_state(other), shapes_of(config), NAMES)
 
 
 def test_backbones_that_can_not_take_a_resnet():
@@ -266,9 +266,9 @@ def test_backbones_that_can_not_take_a_resnet():
     state = resnet_state(config)
     config.model.backbone.update(norm="group_norm", width=16)
     with pytest.raises(ConversionError, match="frozen_batch_norm"):
-        backbone_from_torch(state, shapes_of(config))
+        backbone_from_torch(state, shapes_of(config), NAMES)
     with pytest.raises(ConversionError, match=r"layer1.0.conv1.weight, the source has 0"):
-        backbone_from_torch({"a": np.zeros(1)}, shapes_of(config))
+        backbone_from_torch({"a": np.zeros(1)}, shapes_of(config), NAMES)
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -519,7 +519,7 @@ def test_load_initial_with_other_classes(workdir, params):
     assert_equal_trees(loaded, expected)
 
 
-NAMES = ("cat", "dog", "cow", "pig", "hen", "bee", "ant")
+CLASSES = ("cat", "dog", "cow", "pig", "hen", "bee", "ant")
 
 
 def named(*names):
@@ -529,20 +529,20 @@ def named(*names):
 @pytest.mark.parametrize(
     "here",
     [
-        NAMES[::-1],
+        CLASSES[::-1],
         ("", "cat", "", "dog", "cow", "pig", "hen", "bee", "ant"),  # more labels, two unused
     ],
 )
 def test_kept_heads_follow_the_class_names(tmp_path, config, params, here):
     """Catches mixed-up heads if the same classes have another order."""
-    with Checkpoints(tmp_path, config, categories=named(*NAMES)) as checkpoints:
+    with Checkpoints(tmp_path, config, categories=named(*CLASSES)) as checkpoints:
         checkpoints.save(0, {"params": placed(params)})
     start = small_config(num_classes=len(here))
     start.init.checkpoint = str(tmp_path)
     fresh = random_params(start, 1)
     loaded = load_initial(placed(fresh), start, named(*here))
     for label, name in enumerate(here):
-        source, row = (params, NAMES.index(name)) if name else (fresh, label)
+        source, row = (params, CLASSES.index(name)) if name else (fresh, label)
         for there, ours in (
             (source["class_head"]["kernel"][:, row], loaded["class_head"]["kernel"][:, label]),
             (source["class_head"]["bias"][row], loaded["class_head"]["bias"][label]),
@@ -555,14 +555,14 @@ def test_kept_heads_follow_the_class_names(tmp_path, config, params, here):
 
 
 def test_kept_heads_of_other_classes_are_an_error(tmp_path, config, params):
-    with Checkpoints(tmp_path, config, categories=named(*NAMES)) as checkpoints:
+    with Checkpoints(tmp_path, config, categories=named(*CLASSES)) as checkpoints:
         checkpoints.save(0, {"params": placed(params)})
     start = small_config()
     start.init.checkpoint = str(tmp_path)
-    others = named(*NAMES[:-1], "fly")
+    others = named(*CLASSES[:-1], "fly")
     with pytest.raises(ConfigError, match=r"only in .*'ant'.*'fly'.*reset_heads=True"):
         load_initial(placed(params), start, others)
-    assert_equal_trees(load_initial(placed(params), start, named(*NAMES)), params)
+    assert_equal_trees(load_initial(placed(params), start, named(*CLASSES)), params)
 
 
 def test_load_initial_from_another_model(workdir):

@@ -22,7 +22,7 @@ from dn_detr_jax.commands import check_reference
 from dn_detr_jax.config import base_config
 from dn_detr_jax.errors import UnsupportedCase
 from dn_detr_jax.interop.convert import flat
-from dn_detr_jax.interop.torch_names import tied_names, torch_tensors
+from dn_detr_jax.interop.names.dn_dab_detr import NAMES
 from dn_detr_jax.models.registry import abstract_params, build_model, trainable
 from dn_detr_jax.parity import check_evaluation, check_training, reference
 from dn_detr_jax.parity.check import check
@@ -405,8 +405,8 @@ def test_other_cases_are_set_up(tmp_path, counts, change):
     shapes = {k: v.shape for k, v in flat(abstract_params(build_model(config.model))).items()}
     entries = [
         {"name": name, "shape": list(tensor.shape)}
-        for tensor in torch_tensors(shapes)[0]
-        for name in (tensor.name, *tied_names(tensor.name))
+        for tensor in NAMES.tensors(shapes)[0]
+        for name in (tensor.name, *NAMES.second_names(tensor.name))
     ]
     rng, total = np.random.default_rng(0), 5 * sum(counts)
     arrays = {

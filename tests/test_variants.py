@@ -14,7 +14,7 @@ from tiny_detector import CANVAS, image_batch
 from dn_detr_jax.config import base_config, compiler_options, validate
 from dn_detr_jax.errors import ConfigError
 from dn_detr_jax.evaluation.detect import eval_step
-from dn_detr_jax.interop.torch_names import MODULES
+from dn_detr_jax.interop.names.dn_dab_detr import NAMES
 from dn_detr_jax.models import registry
 from dn_detr_jax.models.registry import (
     abstract_params,
@@ -95,7 +95,7 @@ def test_a_toy_detector_detects(config):
 
 def test_names_of_official_weights_belong_to_a_variant(config):
     """Catches a renamed table, and a variant that gets the names of another."""
-    assert torch_names(base_config().model) is MODULES
+    assert torch_names(base_config().model) is NAMES
     with pytest.raises(ConfigError, match="'toy': it has no official PyTorch weights"):
         torch_names(config.model)
 

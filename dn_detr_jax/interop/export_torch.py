@@ -14,7 +14,7 @@ import jax
 from dn_detr_jax.checkpoints.params import read_params
 from dn_detr_jax.checkpoints.run_config import read_run_config
 from dn_detr_jax.interop.convert import params_to_torch
-from dn_detr_jax.models.registry import abstract_params, build_model
+from dn_detr_jax.models.registry import abstract_params, build_model, torch_names
 
 
 def export(workdir: str | Path, step: str | int = "latest") -> dict:
@@ -26,8 +26,10 @@ def export(workdir: str | Path, step: str | int = "latest") -> dict:
 
     Raises:
       CheckpointError: no such checkpoint, or a damaged one.
+      ConfigError: a variant without official weights.
       ConversionError: a model that the official code does not have.
     """
     config, _ = read_run_config(workdir)
+    names = torch_names(config.model)
     shapes = abstract_params(build_model(config.model))
-    return params_to_torch(jax.device_get(read_params(workdir, shapes, step).params))
+    return params_to_torch(jax.device_get(read_params(workdir, shapes, step).params), names)

@@ -21,16 +21,10 @@ from dn_detr_jax.errors import (
     ConversionError,
 )
 from dn_detr_jax.interop import torch_files
-from dn_detr_jax.interop.convert import (
-    HEAD_PATHS,
-    ConversionReport,
-    check_config,
-    flat,
-    official_config,
-    params_from_torch,
-    reset_heads,
-)
-from dn_detr_jax.models.registry import abstract_params, build_model
+from dn_detr_jax.interop.architecture import check_config, official_config
+from dn_detr_jax.interop.class_heads import head_paths, reset_heads
+from dn_detr_jax.interop.convert import ConversionReport, flat, params_from_torch
+from dn_detr_jax.models.registry import abstract_params, build_model, torch_names
 
 
 def convert(
@@ -49,18 +43,25 @@ def convert(
     Raises:
       ConversionError: a checkpoint of another model, with the config that would fit.
     """
-    check_config(official_config(state, args or {}), config, reset_heads=config.init.reset_heads)
-    model = build_model(config.model)
-    shapes = {path: leaf.shape for path, leaf in flat(abstract_params(model)).items()}
-    kept = HEAD_PATHS if config.init.reset_heads else ()
-    wanted = {path: shape for path, shape in shapes.items() if path not in kept}
-    params, report = params_from_torch(state, wanted)
+    found = official_config(state, args or {}, config.model)
+    check_config(found, config, reset_heads=config.init.reset_heads)
+    source = copy.deepcopy(config.model)  # with the number of classes of the checkpoint
+    source.num_classes = found["model.num_classes"]
+    shapes = flat(abstract_params(build_model(source)))
+    shapes = {path: leaf.shape for path, leaf in shapes.items()}
+    names = torch_names(config.model)
+    params, report = params_from_torch(state, shapes, names)
     if report.unfilled:
         raise ConversionError(f"nothing in the source for {', '.join(report.unfilled)}")
-    if kept:
-        table = np.asarray(state["label_enc.weight"], np.float32)
-        params = reset_heads(
-            params | {"label_embedding": table}, params | _fresh_heads(model, config.seed)
+    if config.init.reset_heads:
+        fresh = _fresh_heads(build_model(config.model), config.seed)
+        classes = source.num_classes, config.model.num_classes
+        params = reset_heads(params, params | fresh, classes)
+        replaced, _ = names.tensors({path: shapes[path] for path in fresh})
+        report = dataclasses.replace(
+            report,
+            filled=tuple(path for path in report.filled if path not in fresh),
+            unused=(*report.unused, *(tensor.name for tensor in replaced)),
         )
     return traverse_util.unflatten_dict(params, sep="/"), report
 
@@ -71,7 +72,8 @@ def _fresh_heads(model: nn.Module, seed: int) -> dict[str, np.ndarray]:
     @jax.jit  # computes nothing but what is returned
     def init(key):
         params = model.init(key, jnp.zeros((1, 64, 64, 3)), jnp.full((1, 2), 64))["params"]
-        return {path: value for path, value in flat(params).items() if path in HEAD_PATHS}
+        params = flat(params)
+        return {path: params[path] for path in head_paths(params)}
 
     return jax.device_get(init(jax.random.key(seed)))
 
@@ -99,7 +101,8 @@ def import_file(
     file = torch_files.read(source, entry)
     if not config.model.num_classes:
         config = copy.deepcopy(config)
-        config.model.num_classes = official_config(file.state, file.args)["model.num_classes"]
+        found = official_config(file.state, file.args, config.model)
+        config.model.num_classes = found["model.num_classes"]
     params, report = convert(file.state, config, file.args)
     report = dataclasses.replace(report, stripped=file.stripped)
     categories = assumed_categories(config.model.num_classes)

@@ -18,14 +18,9 @@ from dn_detr_jax.config import expand_user
 from dn_detr_jax.data.coco_classes import Category
 from dn_detr_jax.errors import CheckpointError, ConfigError, ConversionError, WeightsError
 from dn_detr_jax.interop import torch_files
-from dn_detr_jax.interop.convert import (
-    HEAD_PATHS,
-    backbone_from_torch,
-    flat,
-    reorder_heads,
-    reset_heads,
-)
-from dn_detr_jax.models.registry import abstract_params, build_model
+from dn_detr_jax.interop.class_heads import head_paths, reorder_heads, reset_heads
+from dn_detr_jax.interop.convert import backbone_from_torch, flat
+from dn_detr_jax.models.registry import abstract_params, build_model, torch_names
 
 PyTree = Any
 logger = logging.getLogger(__name__)
@@ -73,7 +68,8 @@ def _from_backbone(fresh: dict[str, Any], config: ConfigDict) -> dict[str, Any]:
     path = str(expand_user(config.init.backbone, "init.backbone"))
     try:
         file = torch_files.read(path)
-        loaded, report = backbone_from_torch(file.state, {p: v.shape for p, v in fresh.items()})
+        shapes = {path: value.shape for path, value in fresh.items()}
+        loaded, report = backbone_from_torch(file.state, shapes, torch_names(config.model))
     except (OSError, WeightsError, ConversionError) as error:
         raise ConfigError("init.backbone", path, str(error)) from error
     report = dataclasses.replace(report, stripped=file.stripped + report.stripped)
@@ -90,7 +86,8 @@ def _from_checkpoint(
     source, known = read_run_config(path)
     shapes = abstract_params(build_model(source.model))
     rows = None if config.init.reset_heads else _rows_by_class(known, categories, path)
-    free = HEAD_PATHS if config.init.reset_heads or rows is not None else ()
+    heads = head_paths(fresh)
+    free = heads if config.init.reset_heads or rows is not None else ()
     wrong = [
         f"{name} is {theirs} there, {ours} here"
         for name, theirs, ours in _differences(flat(shapes), fresh)
@@ -98,18 +95,19 @@ def _from_checkpoint(
     ]
     if wrong:
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        heads = {line.split(" ")[0] for line in wrong} <= set(HEAD_PATHS)
-        hint = "; init.reset_heads=True keeps all but the classes" if heads else ""
+        only_heads = {line.split(" ")[0] for line in wrong} <= set(heads)
+        hint = "; init.reset_heads=True keeps all but the classes" if only_heads else ""
         reason = f"another model: {'; '.join(wrong[:3])}{more}{hint}"
         raise ConfigError("init.checkpoint", path, reason)
     found = read_params(path, shapes)
     restored = flat(jax.device_get(found.params))
     logger.info("parameters from %s, step %s", path, found.step)
+    classes = source.model.num_classes, config.model.num_classes
     if config.init.reset_heads:
-        return reset_heads(restored, jax.device_get(fresh))
+        return reset_heads(restored, jax.device_get(fresh), classes)
     if rows is not None:
         logger.warning("%s numbers its classes differently: they are matched by name", path)
-        return reorder_heads(restored, jax.device_get(fresh), rows)
+        return reorder_heads(restored, jax.device_get(fresh), classes, rows)
     return restored
 
 

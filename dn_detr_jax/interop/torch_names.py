@@ -1,23 +1,24 @@
-"""The names and layouts of the official PyTorch DN-DAB-DETR, as one table for both directions.
+"""The names and layouts of the official PyTorch models, as one table a variant for both directions.
 
-`MODULES` pairs every module of the official state dict with ours, `KINDS` says what tensors a
-module of a kind has and how their layouts differ. Import and export read the same rows, so that a
-round trip is exact by construction. The backbone's rows are torchvision's and timm's names behind
-`BACKBONE_PREFIX`.
+A table pairs every module of the official state dict with ours, `KINDS` says what tensors a module
+of a kind has and how their layouts differ. Import and export read the same rows, so that a round
+trip is exact by construction. The tables are in `names/`; `registry.torch_names` finds the one of a
+variant.
 
 PyTorch keeps linear weights as (out, in) and convolutions as (out, in, height, width); Flax has
-(in, out) and (height, width, in, out). The attention of the encoder is packed there, query, key and
-value in one matrix. A head that two modules share appears under both names.
+(in, out) and (height, width, in, out). Packed attention has query, key and value in one matrix
+there. A head that two modules share appears under both names.
 """
 
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
-BACKBONE_PREFIX = "backbone.0.body."
+from dn_detr_jax.errors import some_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,9 @@ KINDS: dict[str, tuple[tuple[str, str, Layout], ...]] = {
     "packed": (("_weight", "/kernel", _LINEAR), ("_bias", "/bias", _SAME)),
     "pointwise": ((".weight", "/kernel", _POINTWISE), (".bias", "/bias", _SAME)),
     "conv": ((".weight", "/kernel", _CONV),),
-    "layer_norm": ((".weight", "/scale", _SAME), (".bias", "/bias", _SAME)),
+    "conv_bias": ((".weight", "/kernel", _CONV), (".bias", "/bias", _SAME)),
+    "matrix": ((".weight", "/kernel", _LINEAR),),
+    "norm": ((".weight", "/scale", _SAME), (".bias", "/bias", _SAME)),
     "batch_norm": (
         (".weight", "/scale", _SAME),
         (".bias", "/bias", _SAME),
@@ -50,86 +53,23 @@ KINDS: dict[str, tuple[tuple[str, str, Layout], ...]] = {
     ),
     "slope": ((".weight", "/slope", _SCALAR),),
     "table": ((".weight", "", _SAME),),
+    "array": (("", "", _SAME),),
 }
 
-_BLOCK = (BACKBONE_PREFIX + "layer{s}.{b}.", "backbone/layer{s}_block{b}/")
-_ENCODER = ("transformer.encoder.layers.{i}.", "encoder/layer{i}/")
-_DECODER = ("transformer.decoder.layers.{i}.", "decoder/layer{i}/")
+# (kind, their module, ours); several of ours are parts of theirs along its first axis. Numbers are
+# letters in braces: ("linear", "bbox_embed.{i}", ("box_head_{i}",)).
+Row = tuple[str, str, tuple[str, ...]]
 
 
-def _rows(within: tuple[str, str], *rows: tuple) -> tuple[tuple, ...]:
-    """Rows of modules inside a module, with the two prefixes put in front."""
+def rows(
+    within: tuple[str, str], *modules: tuple[str, str, str | tuple[str, ...]]
+) -> tuple[Row, ...]:
+    """Rows of modules inside a module, whose names on both sides are put in front."""
     theirs, ours = within
     return tuple(
         (kind, theirs + name, tuple(ours + path for path in np.atleast_1d(paths)))
-        for kind, name, paths in rows
+        for kind, name, paths in modules
     )
-
-
-# (kind, their module, ours); several of ours are parts of theirs along its first axis.
-MODULES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    *_rows(
-        _ENCODER,
-        ("packed", "self_attn.in_proj", ("query", "key", "value")),
-        ("linear", "self_attn.out_proj", "out"),
-        ("linear", "linear1", "feed_forward/linear1"),
-        ("linear", "linear2", "feed_forward/linear2"),
-        ("layer_norm", "norm1", "attention_norm"),
-        ("layer_norm", "norm2", "feed_forward/norm"),
-        ("slope", "activation", "feed_forward/activation"),
-    ),
-    *_rows(
-        _DECODER,
-        ("linear", "sa_qcontent_proj", "self_query_content"),
-        ("linear", "sa_qpos_proj", "self_query_position"),
-        ("linear", "sa_kcontent_proj", "self_key_content"),
-        ("linear", "sa_kpos_proj", "self_key_position"),
-        ("linear", "sa_v_proj", "self_value"),
-        ("linear", "self_attn.out_proj", "self_out"),
-        ("layer_norm", "norm1", "self_norm"),
-        ("linear", "ca_qcontent_proj", "cross_query_content"),
-        ("linear", "ca_qpos_proj", "cross_query_position"),
-        ("linear", "ca_kcontent_proj", "cross_key_content"),
-        ("linear", "ca_kpos_proj", "cross_key_position"),
-        ("linear", "ca_v_proj", "cross_value"),
-        ("linear", "ca_qpos_sine_proj", "cross_query_sine"),
-        ("linear", "cross_attn.out_proj", "cross_out"),
-        ("layer_norm", "norm2", "cross_norm"),
-        ("linear", "linear1", "feed_forward/linear1"),
-        ("linear", "linear2", "feed_forward/linear2"),
-        ("layer_norm", "norm3", "feed_forward/norm"),
-        ("slope", "activation", "feed_forward/activation"),
-    ),
-    *_rows(
-        ("transformer.", ""),
-        ("linear", "encoder.query_scale.layers.{j}", "encoder/query_scale/layer{j}"),
-        ("linear", "decoder.query_scale.layers.{j}", "decoder/query_scale/layer{j}"),
-        ("linear", "decoder.ref_point_head.layers.{j}", "decoder/reference_point_head/layer{j}"),
-        ("linear", "decoder.ref_anchor_head.layers.{j}", "decoder/reference_size_head/layer{j}"),
-        ("layer_norm", "decoder.norm", "decoder/norm"),
-        ("table", "patterns", "patterns"),
-    ),
-    *_rows(
-        ("", ""),
-        ("linear", "class_embed", "class_head"),
-        ("linear", "bbox_embed.layers.{j}", "box_head/layer{j}"),
-        ("table", "label_enc", "label_embedding"),
-        ("table", "refpoint_embed", "anchors"),
-        ("pointwise", "input_proj", "input_proj"),
-        ("conv", BACKBONE_PREFIX + "conv1", "backbone/stem_conv"),
-        ("batch_norm", BACKBONE_PREFIX + "bn1", "backbone/stem_norm"),
-    ),
-    *_rows(
-        _BLOCK,
-        ("conv", "conv{k}", "conv{k}"),
-        ("batch_norm", "bn{k}", "norm{k}"),
-        ("conv", "downsample.0", "downsample_conv"),
-        ("batch_norm", "downsample.1", "downsample_norm"),
-    ),
-)
-
-# Their modules that are the same tensors under a second name: (pattern, the name in `MODULES`).
-TIED: tuple[tuple[str, str], ...] = ((r"^transformer\.decoder\.(?=bbox_embed\.)", ""),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,9 +119,9 @@ class _Rule:
 
 
 @functools.cache
-def _rules() -> tuple[_Rule, ...]:
+def _rules(modules: tuple[Row, ...]) -> tuple[_Rule, ...]:
     rules = []
-    for kind, theirs, ours in MODULES:
+    for kind, theirs, ours in modules:
         leaves = tuple(ours[0] + leaf for _, leaf, _ in KINDS[kind])
         for their_leaf, our_leaf, layout in KINDS[kind]:
             paths = tuple(path + our_leaf for path in ours)
@@ -190,55 +130,85 @@ def _rules() -> tuple[_Rule, ...]:
     return tuple(rules)
 
 
-def torch_tensors(
-    shapes: Mapping[str, tuple[int, ...]],
-) -> tuple[list[TorchTensor], list[str]]:
-    """The official tensors that hold the given parameters.
+@dataclasses.dataclass(frozen=True)
+class TorchNames:
+    """The official state dict of a variant.
 
-    Args:
-      shapes: shape of every parameter by path, for example {"class_head/bias": (91,)}.
-
-    Returns:
-      The tensors, and the paths that have no place in the official model (group norms).
+    Attributes:
+      rows: its modules and ours.
+      config: (state dict, command line stored with it or {}) -> the config keys that they decide,
+        {"model.num_queries": 300, ...}; the number of classes is one of them.
+      needs: names that every state dict of the variant has, as regular expressions.
+      excludes: names that none has. `needs` and `excludes` together tell the variants apart.
+      tied: (second, first) beginnings of names: a tensor has both, and `rows` has the first.
     """
-    tensors: list[TorchTensor] = []
-    covered: set[str] = set()
-    for path in shapes:
-        for rule in _rules():
-            match = rule.pattern.fullmatch(path)
-            if not match:
-                continue
-            indices = match.groupdict()
-            # A group norm has a scale and a bias as a batch norm has, and nothing else.
-            if any(leaf.format(**indices) not in shapes for leaf in rule.leaves):
-                continue
-            paths = tuple(template.format(**indices) for template in rule.paths)
-            # Shapes alone: a broadcast zero takes no memory.
-            part = rule.layout.to_torch(np.broadcast_to(np.float32(0), shapes[path])).shape
-            shape = (part[0] * len(paths), *part[1:])
-            tensors.append(TorchTensor(rule.name.format(**indices), shape, paths, rule.layout))
-            covered.update(paths)
-            break
-    return tensors, [path for path in shapes if path not in covered]
 
+    rows: tuple[Row, ...]
+    config: Callable[[Mapping[str, np.ndarray], Mapping[str, Any]], dict[str, Any]]
+    needs: tuple[str, ...] = ()
+    excludes: tuple[str, ...] = ()
+    tied: tuple[tuple[str, str], ...] = ()
 
-def canonical_name(name: str) -> str:
-    """The name under which a tensor is in the table: of a tied one, that of its twin.
+    def misfit(self, names: Iterable[str]) -> str:
+        """What speaks against names being those of this variant, "" if they are.
 
-    Examples:
-      >>> canonical_name("transformer.decoder.bbox_embed.layers.0.bias")
-      'bbox_embed.layers.0.bias'
-    """
-    for pattern, replacement in TIED:
-        name = re.sub(pattern, replacement, name)
-    return name
+        Examples:
+          >>> TorchNames((), dict, needs=("a.weight", "b.weight")).misfit(["a.weight"])
+          'it has no b.weight'
+        """
+        names = list(names)
 
+        def matching(pattern: str) -> list[str]:
+            return [name for name in names if re.fullmatch(pattern, name)]
 
-def tied_names(name: str) -> tuple[str, ...]:
-    """The other names under which the official state dict has the tensor `name`.
+        missing = [pattern for pattern in self.needs if not matching(pattern)]
+        foreign = [name for pattern in self.excludes for name in matching(pattern)]
+        if missing:
+            return f"it has no {some_of(missing)}"
+        return f"it has {some_of(foreign, count=1)}" if foreign else ""
 
-    Examples:
-      >>> tied_names("bbox_embed.layers.0.bias")
-      ('transformer.decoder.bbox_embed.layers.0.bias',)
-    """
-    return (f"transformer.decoder.{name}",) if name.startswith("bbox_embed.") else ()
+    def tensors(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[list[TorchTensor], list[str]]:
+        """The official tensors that hold the given parameters.
+
+        Args:
+          shapes: shape of every parameter by path, for example {"class_head/bias": (91,)}.
+
+        Returns:
+          The tensors, and the paths that have no place in the official model (group norms).
+        """
+        tensors: list[TorchTensor] = []
+        covered: set[str] = set()
+        rules = _rules(self.rows)
+        for path in shapes:
+            for rule in rules:
+                match = rule.pattern.fullmatch(path)
+                if not match:
+                    continue
+                indices = match.groupdict()
+                # A group norm has a scale and a bias as a batch norm has, and nothing else.
+                if any(leaf.format(**indices) not in shapes for leaf in rule.leaves):
+                    continue
+                paths = tuple(template.format(**indices) for template in rule.paths)
+                # Shapes alone: a broadcast zero takes no memory.
+                part = rule.layout.to_torch(np.broadcast_to(np.float32(0), shapes[path])).shape
+                shape = (part[0] * len(paths), *part[1:])
+                name = rule.name.format(**indices)
+                tensors.append(TorchTensor(name, shape, paths, rule.layout))
+                covered.update(paths)
+                break
+        return tensors, [path for path in shapes if path not in covered]
+
+    def first_name(self, name: str) -> str:
+        """The name under which a tensor is in the rows: of a tied one, that of its twin."""
+        for second, first in self.tied:
+            if name.startswith(second):
+                return first + name.removeprefix(second)
+        return name
+
+    def second_names(self, name: str) -> tuple[str, ...]:
+        """The other names under which the official state dict has the tensor `name`."""
+        return tuple(
+            second + name.removeprefix(first)
+            for second, first in self.tied
+            if name.startswith(first)
+        )

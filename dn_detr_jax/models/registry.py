@@ -60,8 +60,8 @@ class Variant:
       class_loss: (`config.loss`) -> loss, matching cost and scores of classes.
       output_parts: (outputs, dn, targets, totals, settings) -> the parts of the training loss, the
         matching queries first, see `criterion.output_parts`.
-      torch_names: "module:attribute" of the rows that name the official state dict, see
-        `interop.torch_names`; it is imported when weights are converted. Empty: there are none.
+      torch_names: "module:attribute" of the `interop.torch_names.TorchNames` of its official
+        state dict; it is imported when weights are converted. Empty: there is none.
     """
 
     name: str
@@ -98,7 +98,7 @@ register(
         keys=KEYS,
         checks=CHECKS,
         frozen=dn_dab_detr.frozen,
-        torch_names="dn_detr_jax.interop.torch_names:MODULES",
+        torch_names="dn_detr_jax.interop.names.dn_dab_detr:NAMES",
     )
 )
 
@@ -133,7 +133,7 @@ def num_matching_queries(config: ConfigDict) -> int:
 
 
 def torch_names(config: ConfigDict) -> Any:
-    """Imports the rows that name the official state dict of `config.model`.
+    """Imports the names of the official state dict of `config.model`, a `TorchNames`.
 
     Raises:
       ConfigError: the variant has none.
@@ -142,6 +142,15 @@ def torch_names(config: ConfigDict) -> Any:
     if not path:
         raise ConfigError("model.name", config.name, "it has no official PyTorch weights")
     return pkgutil.resolve_name(path)
+
+
+def all_torch_names() -> dict[str, Any]:
+    """Imports the names of the official state dicts of all variants, by the variant's name."""
+    return {
+        name: pkgutil.resolve_name(variant.torch_names)
+        for name, variant in _variants.items()
+        if variant.torch_names
+    }
 
 
 def loss_settings(config: ConfigDict) -> criterion.LossSettings:

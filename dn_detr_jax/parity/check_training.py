@@ -16,7 +16,7 @@ from flax import traverse_util
 from dn_detr_jax import denoising
 from dn_detr_jax.boxes import inverse_sigmoid
 from dn_detr_jax.interop.convert import gradients_to_torch
-from dn_detr_jax.models.registry import trainable
+from dn_detr_jax.models.registry import torch_names, trainable
 from dn_detr_jax.parity import reference
 from dn_detr_jax.parity.comparison import Report
 from dn_detr_jax.parity.prepared import (
@@ -269,9 +269,10 @@ def _rows(case: reference.Case, array: str, names: list[str]) -> dict[str, Any]:
     return dict(zip(names[:: step[0]] if step else names, case.stored(array), strict=True))
 
 
-def _official(tree: PyTree, names: list[str]) -> dict[str, np.ndarray]:
+def _official(prepared: PreparedCase, tree: PyTree, names: list[str]) -> dict[str, np.ndarray]:
     """Arrays shaped like parameters under the reference's names."""
-    tensors = {reference.canonical_name(k): v for k, v in gradients_to_torch(tree).items()}
+    official = gradients_to_torch(tree, torch_names(prepared.config.model))
+    tensors = {reference.canonical_name(name): value for name, value in official.items()}
     return {name: tensors[reference.canonical_name(name)] for name in names}
 
 
@@ -305,7 +306,7 @@ def check_gradients(report: Report, prepared: PreparedCase, grads: PyTree) -> No
     if "train.grad_norm" not in case:
         return
     names, limits = _parameter_names(prepared)
-    ours = _official(grads, names)
+    ours = _official(prepared, grads, names)
     with_gradient = {name: ours[name] for name in limits}
     _compare_norms(
         report, prepared, "train.grad_norm", with_gradient, rtol=limits, median=GRADIENT_MEDIAN
@@ -355,12 +356,12 @@ def check_updates(report: Report, prepared: PreparedCase, steps: list[dict[str, 
     if "train.sample_idx" not in case:
         return
     names, limits = _parameter_names(prepared)
-    start = _official(jax.device_get(prepared.params), names)
+    start = _official(prepared, jax.device_get(prepared.params), names)
     index = case["train.sample_idx"]
     real = _has_gradient(prepared, names, limits, index)
     report.array("init.param_sample", samples_of(start, index, names), atol=0.0)
     for number, rtol in ((1, UPDATE_RTOL), (3, None)):
-        values = _official(steps[number - 1]["params"], names)
+        values = _official(prepared, steps[number - 1]["params"], names)
         report.array(f"step{number}.param_sample", samples_of(values, index, names), where=real)
         array = f"step{number}.update_norm"
         if array in case:

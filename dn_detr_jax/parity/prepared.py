@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from dn_detr_jax import denoising
 from dn_detr_jax.errors import UnsupportedCase
 from dn_detr_jax.interop.convert import flat, params_from_torch
-from dn_detr_jax.models.registry import abstract_params, build_model
+from dn_detr_jax.models.registry import abstract_params, build_model, torch_names
 from dn_detr_jax.parity import reference
 from dn_detr_jax.parity.comparison import Report
 from dn_detr_jax.training.step import denoising_queries
@@ -80,7 +80,9 @@ def prepare(
     config.model.dtype = dtype
     model = build_model(config.model)
     shapes = {path: leaf.shape for path, leaf in flat(abstract_params(model)).items()}
-    params, conversion = params_from_torch(reference.state_dict(case), shapes)
+    params, conversion = params_from_torch(
+        reference.state_dict(case), shapes, torch_names(config.model)
+    )
     if conversion.unfilled or conversion.unused:
         raise UnsupportedCase(f"{case.name}: {conversion.summary()}")
     batch = reference.batch_of(case)

@@ -27,7 +27,6 @@ from dn_detr_jax.config import (
 )
 from dn_detr_jax.denoising import Noise
 from dn_detr_jax.errors import ConfigError, UnsupportedCase, one_line
-from dn_detr_jax.interop.torch_names import canonical_name
 
 # Arrays that no result is compared with: inputs, the noise of float32, and row numbers.
 _NO_OUTPUT = re.compile(
@@ -174,6 +173,16 @@ _TABLES = {
     "transformer.level_embed": 0.5,
     "transformer.patterns.weight": 0.5,
 }
+
+
+def canonical_name(name: str) -> str:
+    """One name of a tied tensor.
+
+    Examples:
+      >>> canonical_name("transformer.decoder.bbox_embed.layers.0.bias")
+      'bbox_embed.layers.0.bias'
+    """
+    return re.sub(r"^transformer\.decoder\.(?=(bbox|class)_embed\.)", "", name)
 
 
 def weight(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
