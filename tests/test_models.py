@@ -78,12 +78,18 @@ def test_stride_of_backbone_variants(options, shape):
 
 
 @pytest.mark.parametrize(
-    "depth, parameters, statistics, trained",
-    [(50, 43_694_977, 106_240, 43_472_577), (101, 62_634_881, 210_688, 62_412_481)],
+    "name, depth, parameters, statistics, trained",
+    [
+        ("dn_dab_detr", 50, 43_694_977, 106_240, 43_472_577),
+        ("dn_dab_detr", 101, 62_634_881, 210_688, 62_412_481),
+        ("dn_deformable_detr", 50, 47_429_154, 106_240, 47_206_754),
+    ],
 )
-def test_number_of_parameters_of_the_published_detectors(depth, parameters, statistics, trained):
-    """DN-DAB-DETR of the official code: its parameters, its buffers, and what it trains."""
-    config = base_config().model
+def test_number_of_parameters_of_the_published_detectors(
+    name, depth, parameters, statistics, trained
+):
+    """Detectors of the official code: their parameters, their buffers, and what they train."""
+    config = base_config(name).model
     config.backbone.depth = depth
     params = abstract_params(build_model(config))
     assert count(params) == parameters + statistics

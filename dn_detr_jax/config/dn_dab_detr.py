@@ -171,7 +171,7 @@ def check_frozen_stages(values: Values) -> None:
 
 def check_num_select(values: Values) -> None:
     """`eval.num_select` is at most the number of matching queries x `model.num_classes`."""
-    queries = values["model.num_queries"] * max(1, values["model.num_patterns"])
+    queries = values["model.num_queries"] * max(1, values.get("model.num_patterns", 0))
     most = queries * values["model.num_classes"]
     require(
         values,

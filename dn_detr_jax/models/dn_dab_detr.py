@@ -5,19 +5,16 @@ al., "DAB-DETR: Dynamic Anchor Boxes are Better Queries for DETR", ICLR 2022. Wi
 queries, as at inference, this is DAB-DETR.
 """
 
-import functools
-
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
-from dn_detr_jax.models.attention import attention, fused_attention
 from dn_detr_jax.models.backbones.resnet import ResNet
+from dn_detr_jax.models.build import layer_config
 from dn_detr_jax.models.decoder import DenseDecoder
 from dn_detr_jax.models.detector import Detector
 from dn_detr_jax.models.encoder import DenseEncoder
 from dn_detr_jax.models.heads import SharedHeads
-from dn_detr_jax.models.layers import LayerConfig
 from dn_detr_jax.models.pyramid import LastLevel
 from dn_detr_jax.models.queries import LabelQueries
 
@@ -30,15 +27,7 @@ def build(config: ConfigDict, attention_kernel: str = "xla") -> Detector:
       attention_kernel: `config.compile.attention`.
     """
     dtype, remat = jnp.dtype(config.dtype), tuple(config.remat)
-    plain = functools.partial(attention, remat="attention" in remat)
-    layers = LayerConfig(
-        num_heads=config.num_heads,
-        ffn_dim=config.ffn_dim,
-        activation=config.activation,
-        dropout=config.dropout,
-        dtype=dtype,
-        attention_fn=fused_attention if attention_kernel == "cudnn" else plain,
-    )
+    layers = layer_config(config, attention_kernel, config.activation)
     return Detector(
         backbone=build_resnet(config.backbone, dtype, remat="backbone" in remat),
         pyramid=LastLevel(

@@ -11,20 +11,25 @@ from dn_detr_jax.models.initializers import prior_probability_bias, torch_defaul
 from dn_detr_jax.models.layers import MLP, Linear
 
 
-def _class_head(num_classes: int, dtype: DTypeLike) -> Linear:
+def class_head(num_classes: int, dtype: DTypeLike, name: str | None = None) -> Linear:
+    """Makes a class head whose initial scores are 0.01."""
     return Linear(
         num_classes,
         prior_probability_bias(),
         torch_default_kernel,
         dtype=dtype,
         out_dtype=jnp.float32,
+        name=name,
     )
 
 
-def _box_head(hidden_dim: int, dtype: DTypeLike) -> MLP:
-    """Makes a box head whose initial offsets are 0."""
+def box_head(
+    hidden_dim: int, dtype: DTypeLike, name: str | None = None, *, initial_size: float = 0.0
+) -> MLP:
+    """Makes a box head whose initial offsets are 0, those of width and height `initial_size`."""
+    start = (0.0, 0.0, initial_size, initial_size)
     features = (hidden_dim, hidden_dim, 4)
-    return MLP(features, torch_default_kernel, last_constant=0.0, dtype=dtype)
+    return MLP(features, torch_default_kernel, last_constant=start, dtype=dtype, name=name)
 
 
 def _outputs(
@@ -51,8 +56,8 @@ class SharedHeads(nn.Module):
 
     def setup(self):
         """Makes the heads."""
-        self.class_head = _class_head(self.num_classes, self.dtype)
-        self.box_head = _box_head(self.hidden_dim, self.dtype)
+        self.class_head = class_head(self.num_classes, self.dtype)
+        self.box_head = box_head(self.hidden_dim, self.dtype)
 
     def box_offsets(
         self, layer: int, x: Float[Array, "*queries D"]
@@ -85,18 +90,21 @@ class LayerHeads(nn.Module):
       num_classes: C.
       hidden_dim: D.
       dtype: of the compute.
+      initial_size: initial offset of width and height in the first layer, in logit space; boxes
+        start smaller than their anchors by it.
     """
 
     num_layers: int
     num_classes: int
     hidden_dim: int
     dtype: DTypeLike = jnp.float32
+    initial_size: float = 0.0
 
     def setup(self):
         """Makes the heads."""
-        layers = range(self.num_layers)
-        self.class_head = [_class_head(self.num_classes, self.dtype) for _ in layers]
-        self.box_head = [_box_head(self.hidden_dim, self.dtype) for _ in layers]
+        sizes = [self.initial_size, *[0.0] * (self.num_layers - 1)]
+        self.class_head = [class_head(self.num_classes, self.dtype) for _ in sizes]
+        self.box_head = [box_head(self.hidden_dim, self.dtype, initial_size=x) for x in sizes]
 
     def box_offsets(
         self, layer: int, x: Float[Array, "*queries D"]

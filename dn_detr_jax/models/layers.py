@@ -99,13 +99,14 @@ class MLP(nn.Module):
     Attributes:
       features: number of outputs of each layer.
       kernel_init: initializer of the weights.
-      last_constant: if given, the last layer starts with weights 0 and this bias.
+      last_constant: if given, the last layer starts with weights 0 and this bias, one number or one
+        for each output.
       dtype: of the compute.
     """
 
     features: tuple[int, ...]
     kernel_init: nn.initializers.Initializer = torch_default_kernel
-    last_constant: float | None = None
+    last_constant: float | tuple[float, ...] | None = None
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -118,7 +119,7 @@ class MLP(nn.Module):
             init, bias_init = self.kernel_init, None
             if i == last and self.last_constant is not None:
                 init = nn.initializers.zeros
-                bias_init = nn.initializers.constant(self.last_constant)
+                bias_init = nn.initializers.constant(jnp.array(self.last_constant))
             out_dtype = jnp.float32 if i == last else None
             x = Linear(features, bias_init, init, self.dtype, out_dtype, name=f"layer{i}")(x)
             if i < last:

@@ -17,14 +17,15 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from dn_detr_jax import criterion
+from dn_detr_jax.config import dn_dab_detr as dab_keys
+from dn_detr_jax.config import dn_deformable_detr as deformable_keys
 from dn_detr_jax.config import variants
 from dn_detr_jax.config.checks import Check
-from dn_detr_jax.config.dn_dab_detr import CHECKS, KEYS, NAME
 from dn_detr_jax.config.keys import Key
 from dn_detr_jax.denoising import Denoising
 from dn_detr_jax.errors import ConfigError
 from dn_detr_jax.losses import ClassLoss, SigmoidFocalLoss
-from dn_detr_jax.models import dn_dab_detr
+from dn_detr_jax.models import dn_dab_detr, dn_deformable_detr
 
 
 def focal_loss(config: ConfigDict) -> SigmoidFocalLoss:
@@ -92,13 +93,23 @@ def register(variant: Variant) -> None:
 
 register(
     Variant(
-        name=NAME,
+        name=dab_keys.NAME,
         build=dn_dab_detr.build,
         num_queries=dn_dab_detr.num_queries,
-        keys=KEYS,
-        checks=CHECKS,
+        keys=dab_keys.KEYS,
+        checks=dab_keys.CHECKS,
         frozen=dn_dab_detr.frozen,
         torch_names="dn_detr_jax.interop.names.dn_dab_detr:NAMES",
+    )
+)
+register(
+    Variant(
+        name=deformable_keys.NAME,
+        build=dn_deformable_detr.build,
+        num_queries=dn_deformable_detr.num_queries,
+        keys=deformable_keys.KEYS,
+        checks=deformable_keys.CHECKS,
+        frozen=dn_dab_detr.frozen,
     )
 )
 

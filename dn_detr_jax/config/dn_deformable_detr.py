@@ -1,0 +1,83 @@
+"""The config keys of DN-Deformable-DETR: those of DN-DAB-DETR that fit, and the feature levels."""
+
+import dataclasses
+
+from dn_detr_jax.config import dn_dab_detr
+from dn_detr_jax.config.checks import Values, require
+from dn_detr_jax.config.keys import Key
+from dn_detr_jax.config.rules import whole
+from dn_detr_jax.config.variants import register
+
+NAME = "dn_deformable_detr"
+
+
+def keys_of_dab(*names: str, **defaults: object) -> tuple[Key, ...]:
+    """Returns keys of DN-DAB-DETR: those of the backbone, and of `config.model` by name.
+
+    Args:
+      *names: with the default of DN-DAB-DETR.
+      **defaults: keys with another default.
+    """
+    wanted = dict.fromkeys(names) | defaults
+    found = []
+    for key in dn_dab_detr.KEYS:
+        name = key.path.removeprefix("model.")
+        if name in defaults:
+            found.append(dataclasses.replace(key, default=defaults[name]))
+        elif name in wanted or name.startswith("backbone."):
+            found.append(key)
+    return tuple(found)
+
+
+def level_key(name: str, default: int, meaning: str, least: int) -> Key:
+    """A whole number of the multi-scale architecture."""
+    return Key(f"model.{name}", default, meaning, whole(least), evaluation="same")
+
+
+# The same for every variant with several feature levels.
+LEVEL_KEYS = (
+    level_key("backbone_levels", 3, "last stages of the backbone that become feature levels", 1),
+    level_key("extra_levels", 1, "further levels, each of half the resolution of the last one", 0),
+)
+POINT_KEYS = (
+    level_key("encoder_points", 4, "points that an encoder's head reads of each level", 1),
+    level_key("decoder_points", 4, "points that a decoder's head reads of each level", 1),
+)
+TRANSFORMER_KEYS = keys_of_dab(
+    "hidden_dim",
+    "num_heads",
+    "ffn_dim",
+    "encoder_layers",
+    "decoder_layers",
+    "num_queries",
+    "dropout",
+    "pe_temperature_box",
+    "remat",
+    pe_temperature_h=10000.0,
+    pe_temperature_w=10000.0,
+)
+KEYS = (*LEVEL_KEYS, *POINT_KEYS, *TRANSFORMER_KEYS)
+
+
+def check_levels(values: Values) -> None:
+    """`model.backbone_levels` is at most the number of stages of the backbone."""
+    stages = values["model.backbone.stages"]
+    fits = values["model.backbone_levels"] <= stages
+    require(values, "model.backbone_levels", fits, f"at most model.backbone.stages = {stages}")
+
+
+def check_level_norm(values: Values) -> None:
+    """`model.hidden_dim` is a multiple of 4 below 128, of 32 from there on: 32 groups at most."""
+    hidden = values["model.hidden_dim"]
+    fits = hidden % (4 if hidden < 128 else 32) == 0
+    expected = "a multiple of 4 below 128, of 32 from there on, for the group norms of the levels"
+    require(values, "model.hidden_dim", fits, expected)
+
+
+LEVEL_CHECKS = (check_levels, check_level_norm)
+CHECKS = (
+    *(check for check in dn_dab_detr.CHECKS if check is not dn_dab_detr.check_hidden_dim),
+    *LEVEL_CHECKS,
+)
+
+register(NAME, KEYS, CHECKS)
