@@ -40,7 +40,21 @@ The calls around a decoder of your own, in their order:
 >>> losses = denoising.reconstruction_loss(dn_logits, dn_boxes, dn)
 >>> match_logits.shape, losses["loss_bbox"].shape                   # one value per decoder layer
 ((4, 2, 10, 5), (4,))
+
+A target of another form needs a box that stands for it. A point is a box of a fixed size, with
+noise of its center alone:
+
+>>> points = jnp.array([[[0.25, 0.5], [0.75, 0.5]]])                # [B, M, 2]
+>>> around = jnp.concatenate([points, jnp.full_like(points, 0.1)], axis=-1)
+>>> noise = denoising.draw_noise(jax.random.key(0), (1, 3 * 2), num_classes=5)
+>>> dn = denoising.prepare(labels[:1], around, valid[:1], noise, groups=3, label_noise=0.2,
+...                        box_noise=0.8, parts="center")
+>>> noised, targets = dn.boxes[..., :2], dn.target_boxes[..., :2]   # [B, S, 2] points
+>>> bool(jnp.all(jnp.abs(noised - targets) <= 0.8 * 0.1 / 2)), bool(jnp.all(noised != targets))
+(True, True)
 """
+
+from collections.abc import Sequence
 
 import flax.struct
 import jax
@@ -48,29 +62,15 @@ import jax.numpy as jnp
 
 from dn_detr_jax import losses
 from dn_detr_jax.arrays import Array, Bool, Float, Int, Leaf, Shaped
-from dn_detr_jax.boxes import clamp, cxcywh_to_xyxy, xyxy_to_cxcywh
+from dn_detr_jax.noise import Noise as Noise
+from dn_detr_jax.noise import add_box_noise as add_box_noise
+from dn_detr_jax.noise import add_contrastive_box_noise as add_contrastive_box_noise
+from dn_detr_jax.noise import add_label_noise as add_label_noise
+from dn_detr_jax.noise import draw_noise as draw_noise
+from dn_detr_jax.noise import over_groups as over_groups
 
 # Label of negatives. It selects the last row of the label table, and as a target it is no class.
 NO_OBJECT = -1
-
-
-class Noise(flax.struct.PyTreeNode):
-    """Raw random draws. They are separate from their use, so that stored draws can be injected.
-
-    Attributes:
-      label_u: float32 [B, S] uniform in [0, 1); a label flips if it is below the noise scale.
-      label_new: int32 [B, S] replacements of the labels that flip.
-      box_u: float32 [B, S, 4] uniform in [0, 1).
-      box_sign: float32 [B, S, 4], 1 or -1, only for contrastive denoising.
-      priority: float32 [B, M] uniform in [0, 1), only for packing: of more objects than fit, those
-        with the lowest values are kept.
-    """
-
-    label_u: Leaf
-    label_new: Leaf
-    box_u: Leaf
-    box_sign: Leaf | None = None
-    priority: Leaf | None = None
 
 
 class Denoising(flax.struct.PyTreeNode):
@@ -85,6 +85,8 @@ class Denoising(flax.struct.PyTreeNode):
       target_labels: int32 [B, S] true labels, `NO_OBJECT` for negatives.
       target_boxes: float32 [B, S, 4] true boxes, cxcywh in [0, 1].
       negative: bool [B, S], True for copies without a box to reconstruct.
+      label_denoising: False: queries do not know their label and have no class loss.
+      mask: False: every query attends to all real queries, see `attention_mask`.
     """
 
     labels: Leaf
@@ -94,6 +96,8 @@ class Denoising(flax.struct.PyTreeNode):
     target_labels: Leaf
     target_boxes: Leaf
     negative: Leaf
+    label_denoising: bool = flax.struct.field(pytree_node=False, default=True)
+    mask: bool = flax.struct.field(pytree_node=False, default=True)
 
     @property
     def num_slots(self) -> int:
@@ -106,86 +110,6 @@ class Denoising(flax.struct.PyTreeNode):
         return jnp.sum(self.valid & ~self.negative, dtype=jnp.int32)
 
 
-def draw_noise(
-    key: jax.Array,
-    shape: tuple[int, int],
-    num_classes: int,
-    *,
-    contrastive: bool = False,
-    num_objects: int = 0,
-) -> Noise:
-    """Draws the noise of a global batch.
-
-    Args:
-      key: from `jax.random.fold_in(key, step)`, so that the noise does not depend on the devices.
-      shape: (B, S).
-      num_classes: C; replacements are uniform over the C real classes and may hit the true label.
-      contrastive: also draw the signs of contrastive denoising; the other draws stay the same.
-      num_objects: M, to also draw priorities for packing; the other draws stay the same. 0: none.
-    """
-    flip_key, label_key, box_key = jax.random.split(key, 3)
-    sign_key, priority_key = jax.random.fold_in(key, 3), jax.random.fold_in(key, 4)
-    objects = (shape[0], num_objects)
-    return Noise(
-        label_u=jax.random.uniform(flip_key, shape),
-        label_new=jax.random.randint(label_key, shape, 0, num_classes, dtype=jnp.int32),
-        box_u=jax.random.uniform(box_key, (*shape, 4)),
-        box_sign=jax.random.rademacher(sign_key, (*shape, 4), jnp.float32) if contrastive else None,
-        priority=jax.random.uniform(priority_key, objects) if num_objects else None,
-    )
-
-
-def add_label_noise(
-    labels: Int[Array, "B S"], noise: Noise, scale: float | Float[Array, ""]
-) -> Int[jax.Array, "B S"]:
-    """Flips each label of int [B, S] with probability `scale` (section 4.2)."""
-    return jnp.where(noise.label_u < scale, noise.label_new, labels)
-
-
-def add_box_noise(
-    boxes: Float[Array, "*slots 4"], noise: Noise, scale: float | Float[Array, ""]
-) -> Float[jax.Array, "*slots 4"]:
-    """Shifts centers and scales sides (section 4.2).
-
-    Args:
-      boxes: float [..., 4] cxcywh in [0, 1].
-      noise: raw draws.
-      scale: below 1. Centers move by at most `scale` times half a side, and thus stay inside their
-        box; sides become 1 - scale to 1 + scale times as long.
-
-    Returns:
-      float [..., 4] cxcywh, clipped to [0, 1].
-    """
-    half_range = jnp.concatenate([boxes[..., 2:] / 2, boxes[..., 2:]], axis=-1)
-    return clamp(boxes + (2.0 * noise.box_u - 1.0) * half_range * scale, 0.0, 1.0)
-
-
-def add_contrastive_box_noise(
-    boxes: Float[Array, "*slots 4"],
-    noise: Noise,
-    scale: float | Float[Array, ""],
-    negative: Bool[Array, "*slots"],
-) -> Float[jax.Array, "*slots 4"]:
-    """Moves every side of a box independently, further for negatives (DINO, section 3.3).
-
-    Args:
-      boxes: float [..., 4] cxcywh in [0, 1].
-      noise: raw draws with signs.
-      scale: below 1. A side moves inwards or outwards by a share of half the extent of the box: 0
-        to `scale`, for negatives `scale` to 2 * `scale`.
-      negative: bool [...].
-
-    Returns:
-      float [..., 4] cxcywh, corners clipped to [0, 1]. A box whose sides cross gets the extent 0.
-    """
-    if noise.box_sign is None:
-        raise ValueError("contrastive denoising needs draw_noise(..., contrastive=True)")
-    half = jnp.concatenate([boxes[..., 2:], boxes[..., 2:]], axis=-1) / 2
-    distance = noise.box_u + negative[..., None]
-    corners = cxcywh_to_xyxy(boxes) + noise.box_sign * distance * half * scale
-    return clamp(xyxy_to_cxcywh(clamp(corners, 0.0, 1.0)), 0.0)
-
-
 def prepare(
     labels: Int[Array, "B M"],
     boxes: Float[Array, "B M 4"],
@@ -193,9 +117,13 @@ def prepare(
     noise: Noise,
     *,
     groups: int,
-    label_noise: float,
-    box_noise: float,
+    label_noise: float | Sequence[float],
+    box_noise: float | Sequence[float],
     contrastive: bool = False,
+    distribution: str = "uniform",
+    parts: str = "both",
+    label_denoising: bool = True,
+    mask: bool = True,
 ) -> Denoising:
     """Lays out the groups and applies the noise: slot `g * M + m` is object m in group g.
 
@@ -208,43 +136,68 @@ def prepare(
       valid: bool [B, M], True for real objects.
       noise: draws for `slots_needed(M, groups, contrastive)` slots.
       groups: G, at least 1.
-      label_noise: probability that a label flips.
-      box_noise: scale of the box noise, in [0, 1).
+      label_noise: probability that a label flips; G values are one for each group.
+      box_noise: scale of the box noise, in [0, 1); G values are one for each group.
       contrastive: add negatives, and use `add_contrastive_box_noise`.
+      distribution: of the box noise, see `noise.displacement`.
+      parts: what the box noise changes: "both", "center" or "size".
+      label_denoising: False: only boxes are reconstructed. Queries have the content of "no object",
+        as the matching queries of DN-DAB-DETR, and no class loss.
+      mask: False: only for measuring what the attention mask is worth. Matching queries then see
+        the noised objects, which are missing at inference.
 
     Raises:
-      ValueError: the noise has another number of slots, or no signs for contrastive denoising.
+      ValueError: the noise has another number of slots, or no signs for contrastive denoising; a
+        number of scales that is not G; unknown distribution or parts.
     """
     batch, num_objects = labels.shape
     slots = slots_needed(num_objects, groups, contrastive)
-    if noise.label_u.shape[1] != slots:
-        copies = ", positive and negative," if contrastive else ""
-        raise ValueError(
-            f"noise for {noise.label_u.shape[1]} slots, but {groups} groups of {num_objects} "
-            f"objects{copies} need {slots}"
-        )
+    _check_slots(noise, slots, f"{groups} groups of {num_objects} objects", contrastive)
     repeats = slots // max(num_objects, 1)
     target_labels = jnp.tile(labels, (1, repeats))
     target_boxes = jnp.tile(boxes, (1, repeats, 1))
     slot = jnp.arange(slots, dtype=jnp.int32)
     group = slot // max(slots // groups, 1)
     negative = jnp.zeros((batch, slots), bool)
+    scale = _by_slot(box_noise, group, groups)
+    scale = scale if isinstance(scale, float | int) else scale[:, None]
+    shape = {"distribution": distribution, "parts": parts}
     if contrastive:
         negative = jnp.broadcast_to(slot // max(num_objects, 1) % 2 == 1, (batch, slots))
         target_labels = jnp.where(negative, NO_OBJECT, target_labels)
-        noised_boxes = add_contrastive_box_noise(target_boxes, noise, box_noise, negative)
+        noised_boxes = add_contrastive_box_noise(target_boxes, noise, scale, negative, **shape)
     else:
-        noised_boxes = add_box_noise(target_boxes, noise, box_noise)
-    noised_labels = add_label_noise(target_labels, noise, label_noise)
+        noised_boxes = add_box_noise(target_boxes, noise, scale, **shape)
+    noised_labels = add_label_noise(target_labels, noise, _by_slot(label_noise, group, groups))
+    unknown = negative if label_denoising else jnp.ones_like(negative)
     return Denoising(
-        labels=jnp.where(negative, NO_OBJECT, noised_labels),
+        labels=jnp.where(unknown, NO_OBJECT, noised_labels),
         boxes=noised_boxes,
         group=jnp.broadcast_to(group, (batch, slots)),
         valid=jnp.tile(valid, (1, repeats)),
         target_labels=target_labels,
         target_boxes=target_boxes,
         negative=negative,
+        label_denoising=label_denoising,
+        mask=mask,
     )
+
+
+def _check_slots(noise: Noise, slots: int, of: str, contrastive: bool) -> None:
+    if noise.label_u.shape[1] != slots:
+        copies = ", positive and negative," if contrastive else ""
+        raise ValueError(f"noise for {noise.label_u.shape[1]} slots, but {of}{copies} need {slots}")
+
+
+def _by_slot(
+    scale: float | Sequence[float], group: Int[Array, " S"], groups: int
+) -> float | Float[jax.Array, " S"]:
+    """Returns the scale of every slot; a scale for all stays a number."""
+    if isinstance(scale, float | int):
+        return scale
+    if len(scale) != groups:
+        raise ValueError(f"noise scales {tuple(scale)}: expected {groups}, one for each group")
+    return jnp.asarray(scale, jnp.float32)[group]
 
 
 def slots_needed(num_objects: int, groups: int, contrastive: bool = False) -> int:
@@ -325,7 +278,8 @@ def attention_mask(
     """Masks the decoder's self-attention: which query (row) may attend to which (column).
 
     Matching queries attend to matching queries only. Denoising queries attend to the matching
-    queries and the real slots of their own group.
+    queries and the real slots of their own group. If `dn.mask` is False, all attend to all real
+    slots, and the noised objects leak into the matching queries.
 
     Args:
       dn: from `prepare`.
@@ -339,6 +293,9 @@ def attention_mask(
     batch, slots = dn.valid.shape
     same_group = dn.group[:, :, None] == dn.group[:, None, :]
     visible = (dn.group >= 0) if attend_padding else dn.valid
+    if not dn.mask:
+        columns = jnp.concatenate([visible, jnp.ones((batch, num_queries), bool)], axis=1)
+        return jnp.broadcast_to(columns[:, None], (batch, *[slots + num_queries] * 2))
     dn_to_dn = same_group & visible[:, None, :]
     to_dn = jnp.concatenate([dn_to_dn, jnp.zeros((batch, num_queries, slots), bool)], axis=1)
     to_match = jnp.ones((batch, slots + num_queries, num_queries), bool)
@@ -378,7 +335,7 @@ def reconstruction_loss(
       `loss_ce`, `loss_bbox`, `loss_giou` and the metric `class_error` (percent), each float32 [L].
       They are sums over the batch, divided by the number of real slots, at least 1; under `jit`
       with a sharded batch that is the global number. All are 0 for a batch without objects.
-      Negatives enter only `loss_ce`, and do not count.
+      Negatives enter only `loss_ce`, and do not count. Without `dn.label_denoising` `loss_ce` is 0.
     """
     positive = dn.valid & ~dn.negative
     num_targets = dn.num_targets if num_targets is None else num_targets
@@ -391,8 +348,9 @@ def reconstruction_loss(
     def mean(per_slot, where):  # [L, B, S] -> [L]
         return jnp.sum(jnp.where(where, per_slot, 0.0), axis=(1, 2)) / count
 
+    with_class = dn.valid if dn.label_denoising else jnp.zeros_like(dn.valid)
     return {
-        "loss_ce": mean(jnp.sum(by_class, axis=-1), dn.valid),
+        "loss_ce": mean(jnp.sum(by_class, axis=-1), with_class),
         "loss_bbox": mean(jnp.sum(l1, axis=-1), positive),
         "loss_giou": mean(giou, positive),
         "class_error": mean(100.0 * wrong, positive),

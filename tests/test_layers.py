@@ -13,7 +13,7 @@ _PACKAGE = _ROOT / "dn_detr_jax"
 LAYERS = (
     ("errors", "files", "arrays"),
     ("boxes",),
-    ("losses", "matching", "denoising"),
+    ("losses", "matching", "noise", "denoising"),
     ("criterion",),
     ("config",),
     ("sharding",),

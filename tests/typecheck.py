@@ -12,6 +12,7 @@ MODULES = [
     "dn_detr_jax.losses",
     "dn_detr_jax.matching",
     "dn_detr_jax.denoising",
+    "dn_detr_jax.noise",
     "dn_detr_jax.criterion",
     "dn_detr_jax.models",
     "dn_detr_jax.evaluation.detect",

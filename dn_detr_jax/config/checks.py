@@ -50,6 +50,24 @@ def check_contrastive_slots(values: Values) -> None:
     require(values, "dn.slots", enough, "an integer >= 2")
 
 
+def check_noise_by_group(values: Values) -> None:
+    """`dn.label_noise_by_group` and `dn.box_noise_by_group` have at most `dn.groups` values."""
+    groups = values["dn.groups"]
+    for key in "dn.label_noise_by_group", "dn.box_noise_by_group":
+        fits = not groups or len(values[key]) <= groups
+        require(values, key, fits, f"at most dn.groups = {groups} values")
+
+
+def check_label_denoising(values: Values) -> None:
+    """`dn.contrastive` needs `dn.label_denoising`: negatives have a class loss alone."""
+    require(
+        values,
+        "dn.label_denoising",
+        values["dn.label_denoising"] or not values["dn.contrastive"],
+        "True for dn.contrastive: negatives have a class loss alone",
+    )
+
+
 def check_attend_padding(values: Values) -> None:
     """`dn.attend_padding` needs `dn.layout` "paper": packed groups have no empty slots."""
     require(
@@ -98,6 +116,8 @@ SHARED_CHECKS: tuple[Check, ...] = (
     check_fused_attention,
     check_copies,
     check_contrastive_slots,
+    check_noise_by_group,
+    check_label_denoising,
     check_attend_padding,
     check_weights,
     check_batches,

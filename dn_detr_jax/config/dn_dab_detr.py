@@ -70,6 +70,13 @@ KEYS = (
     _shaping("num_queries", 300, "anchors of the matching queries", whole(1)),
     _shaping("num_patterns", 0, "learned content patterns for each anchor; 0: none", whole(0)),
     _shaping(
+        "indicator",
+        True,
+        "True: the last channel of the content tells denoising queries (1) from matching queries "
+        "(0)",
+        FLAG,
+    ),
+    _shaping(
         "activation", "prelu", "activation of the feed-forward layers", one_of("prelu", "relu")
     ),
     _shaping("dropout", 0.0, "dropout probability in the transformer", BELOW_ONE),

@@ -224,6 +224,44 @@ _DENOISING = (
         BELOW_ONE,
     ),
     Key(
+        "dn.label_noise_by_group",
+        (),
+        "dn.label_noise from the first group to the last, interpolated linearly; empty: one for "
+        "all",
+        rules.numbers(PROBABILITY),
+    ),
+    Key(
+        "dn.box_noise_by_group",
+        (),
+        "dn.box_noise from the first group to the last, interpolated linearly; empty: one for all",
+        rules.numbers(BELOW_ONE),
+    ),
+    Key(
+        "dn.box_distribution",
+        "uniform",
+        "distribution of the box noise; normal: standard deviation of half of dn.box_noise; "
+        "truncated_normal: the same, cut off at dn.box_noise",
+        one_of("uniform", "normal", "truncated_normal"),
+    ),
+    Key(
+        "dn.box_parts",
+        "both",
+        "what the box noise changes: center and size, the center alone or the size alone",
+        one_of("both", "center", "size"),
+    ),
+    Key(
+        "dn.label_denoising",
+        True,
+        "False: denoising queries do not know their label and have no class loss",
+        FLAG,
+    ),
+    Key(
+        "dn.mask",
+        True,
+        "False, only to measure the leak: matching queries attend to denoising queries",
+        FLAG,
+    ),
+    Key(
         "dn.contrastive",
         False,
         "True: each object also has a negative with more noise (DINO)",

@@ -89,6 +89,14 @@ def some_of(*names: str) -> Rule:
     )
 
 
+def numbers(each: Rule) -> Rule:
+    """A tuple or list of numbers that follow a rule, or an empty one."""
+    return rule(
+        f"() or numbers, each {each.expected}",
+        lambda value: isinstance(value, tuple | list) and not any(map(each.problem, value)),
+    )
+
+
 SIZES = rule("positive integers, for example (480, 512)", lambda value: _are_sizes(value))
 SIZE_RANGE = rule(
     "(least, largest) size, for example (384, 600)",

@@ -40,6 +40,7 @@ def build(config: ConfigDict, attention_kernel: str = "xla") -> Detector:
             num_queries=config.num_queries,
             num_patterns=config.num_patterns,
             random_refpoints_xy=config.random_refpoints_xy,
+            indicator=config.indicator,
         ),
         decoder=DenseDecoder(
             config.decoder_layers,

@@ -87,6 +87,7 @@ class LabelQueries(nn.Module):
       num_queries: anchors; there are N = num_queries * max(num_patterns, 1) matching queries.
       num_patterns: learned contents that are added to the content of every anchor; 0: none.
       random_refpoints_xy: initial anchors have centers uniform over the image.
+      indicator: False: there is no indicator channel, and a label has D channels.
     """
 
     num_classes: int
@@ -94,17 +95,18 @@ class LabelQueries(nn.Module):
     num_queries: int
     num_patterns: int = 0
     random_refpoints_xy: bool = False
+    indicator: bool = True
 
     @nn.compact
     def __call__(
         self, levels: Levels, dn: Denoising | None, *, attend_padding: bool = False
     ) -> Queries:
         """Makes the queries of a batch, see `with_denoising`; `levels` give its size alone."""
-        normal = nn.initializers.normal(1.0)
-        table = self.param("label_embedding", normal, (self.num_classes + 1, self.hidden_dim - 1))
+        normal, width = nn.initializers.normal(1.0), self.hidden_dim - self.indicator
+        table = self.param("label_embedding", normal, (self.num_classes + 1, width))
         init = _anchor_init(self.random_refpoints_xy)
         anchors = self.param("anchors", init, (self.num_queries, 4))
-        content = jnp.append(table[-1], 0.0)  # "no object", indicator 0
+        content = jnp.pad(table[-1], (0, int(self.indicator)))  # "no object", indicator 0
         content = jnp.broadcast_to(content, (self.num_queries, self.hidden_dim))
         if self.num_patterns:
             patterns = self.param("patterns", normal, (self.num_patterns, self.hidden_dim))
@@ -113,7 +115,14 @@ class LabelQueries(nn.Module):
         batch = len(levels.tokens)
         content = jnp.broadcast_to(content, (batch, *content.shape))
         anchors = jnp.broadcast_to(anchors, (batch, *anchors.shape))
-        return with_denoising(content, anchors, table, dn, attend_padding=attend_padding)
+        return with_denoising(
+            content,
+            anchors,
+            table,
+            dn,
+            indicator=self.indicator,
+            attend_padding=attend_padding,
+        )
 
 
 class LearnedQueries(nn.Module):

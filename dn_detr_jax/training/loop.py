@@ -44,6 +44,7 @@ from dn_detr_jax.training.setup import (
     Setup,
     compile_programs,
     set_up,
+    warn_of_leak,
     warn_of_too_many_objects,
 )
 from dn_detr_jax.training.state import (
@@ -225,6 +226,7 @@ def _announce(
         setup.config.data.max_objects,
     )
     warn_of_too_many_objects(setup.config, [training, setup.validation])
+    warn_of_leak(setup.config)
     logger.info(
         "%d steps of %d images (%.1f epochs) on %d %s devices",
         plan.total,

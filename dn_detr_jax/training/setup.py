@@ -136,6 +136,15 @@ def warn_of_too_many_objects(config: ConfigDict, datasets: Sequence[Dataset]) ->
             )
 
 
+def warn_of_leak(config: ConfigDict) -> None:
+    """Logs a warning if denoising queries show the matching queries the objects."""
+    if config.dn.groups and not config.dn.mask:
+        logger.warning(
+            "dn.mask is False: matching queries attend to noised true boxes, which are missing at "
+            "inference; training losses mean little, and AP is low"
+        )
+
+
 def resolve(config: ConfigDict, dataset: Dataset) -> ConfigDict:
     """Returns a copy of the config in which zeros are replaced by the counts of the data."""
     config = copy.deepcopy(config)

@@ -73,16 +73,27 @@ def denoising_queries(
             raise ValueError("packing needs draw_noise(..., num_objects=M)")
         valid = denoising.limit_objects(valid, noise.priority, most)
     dn = denoising.prepare(
-        labels,
-        batch["boxes"],
-        valid,
-        noise,
-        groups=config.dn.groups,
-        label_noise=config.dn.label_noise,
-        box_noise=config.dn.box_noise,
-        contrastive=contrastive,
+        labels, batch["boxes"], valid, noise, contrastive=contrastive, **_noise_options(config.dn)
     )
     return denoising.pack(dn, config.dn.slots) if packed else dn
+
+
+def _noise_options(dn: ConfigDict) -> dict[str, Any]:
+    """Options of `denoising.prepare` from `config.dn`."""
+
+    def scale(name: str) -> float | tuple[float, ...]:
+        by_group = dn[f"{name}_by_group"]
+        return denoising.over_groups(by_group, dn.groups) if by_group else dn[name]
+
+    return {
+        "groups": dn.groups,
+        "label_noise": scale("label_noise"),
+        "box_noise": scale("box_noise"),
+        "distribution": dn.box_distribution,
+        "parts": dn.box_parts,
+        "label_denoising": dn.label_denoising,
+        "mask": dn.mask,
+    }
 
 
 def compute_losses(
