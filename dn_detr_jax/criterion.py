@@ -1,7 +1,7 @@
 """The training loss of a detector, as a sum over parts of its outputs.
 
 A part is a set of predictions with targets, weights and names of its own: the matching queries, the
-denoising queries, later proposals of an encoder. A part says either what assigning its objects to
+denoising queries, the proposals of an encoder. A part says either what assigning its objects to
 its queries costs, or that its targets are fixed. All parts that need a matching share one callback
 to the host.
 """
@@ -198,6 +198,33 @@ def output_parts(
     if dn is not None:
         parts.append(DenoisingPart(dn_logits, dn_boxes, dn, totals, settings))
     return parts
+
+
+def parts_with_proposals(
+    outputs: Outputs,
+    dn: denoising.Denoising | None,
+    targets: Targets,
+    totals: Totals,
+    settings: LossSettings,
+) -> list[OutputPart]:
+    """Splits outputs as `output_parts` does, and adds the part of the encoder's proposals.
+
+    Its terms are named `loss_ce_enc` and so on (Zhu et al., "Deformable DETR", ICLR 2021, appendix
+    A.4; Zhang et al., "DINO", ICLR 2023, section 3.4).
+
+    Args:
+      outputs: also `encoder_boxes` [1, B, P, 4] of P proposals, and either `encoder_logits`
+        [1, B, P, K], or `objectness_logits` [1, B, P, K], whose first logit stands for any object.
+      dn, targets, totals, settings: as for `output_parts`.
+    """
+    parts = output_parts(outputs, dn, targets, totals, settings)
+    if "objectness_logits" in outputs:
+        logits = outputs["objectness_logits"]
+        targets = {**targets, "labels": jnp.zeros_like(targets["labels"])}
+    else:
+        logits = outputs["encoder_logits"]
+    boxes = outputs["encoder_boxes"]
+    return [*parts, MatchedPart(logits, boxes, targets, totals, settings, names="{}_enc")]
 
 
 def total_loss(

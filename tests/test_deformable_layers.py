@@ -254,9 +254,10 @@ def sine(reference, features=8):
     return np.array([np.cos(a) if i % 2 else np.sin(a) for i, a in enumerate(angles)])
 
 
-def test_decoder_layers_equal_a_plain_loop(decoder):
+@pytest.mark.parametrize("mask_padding", [True, False])
+def test_decoder_layers_equal_a_plain_loop(decoder, mask_padding):
     """Catches the whole image for its valid part, a scaled first layer, and unrefined anchors."""
-    model, params, queries, memory = decoder()
+    model, params, queries, memory = decoder(mask_padding=mask_padding)
     run = fast_jit(lambda p, q, m: model.apply({"params": p}, q, m))
     states, references = map(np.asarray, run(params, queries, memory))
     outer, image = params["decoder"], 1
@@ -272,7 +273,8 @@ def test_decoder_layers_equal_a_plain_loop(decoder):
     for i in (0, 1):
         np.testing.assert_allclose(references[i, image], reference, atol=1e-5)
         layer = outer[f"layer{i}"]
-        position = mlp("reference_point_head", np.stack([sine(r * ratios[0]) for r in reference]))
+        encoded = np.stack([sine(r if mask_padding else r * ratios[0]) for r in reference])
+        position = mlp("reference_point_head", encoded)
         position = position * (mlp("query_scale", x) if i else 1)
 
         def linear(name, x, layer=layer):

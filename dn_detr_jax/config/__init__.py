@@ -1,6 +1,6 @@
 """The configuration of an experiment."""
 
-from dn_detr_jax.config import dn_deformable_detr  # noqa: F401, makes the variant known
+from dn_detr_jax.config import dn_deformable_detr, dn_dino_detr  # noqa: F401, known by import
 from dn_detr_jax.config.compiler import check_attention, compiler_options
 from dn_detr_jax.config.config import (
     base_config,

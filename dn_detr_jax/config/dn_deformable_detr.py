@@ -1,6 +1,7 @@
 """The config keys of DN-Deformable-DETR: those of DN-DAB-DETR that fit, and the feature levels."""
 
 import dataclasses
+from collections.abc import Iterable, Mapping
 
 from dn_detr_jax.config import dn_dab_detr
 from dn_detr_jax.config.checks import Values, require
@@ -11,22 +12,16 @@ from dn_detr_jax.config.variants import register
 NAME = "dn_deformable_detr"
 
 
-def keys_of_dab(*names: str, **defaults: object) -> tuple[Key, ...]:
-    """Returns keys of DN-DAB-DETR: those of the backbone, and of `config.model` by name.
+def with_defaults(keys: Iterable[Key], defaults: Mapping[str, object]) -> tuple[Key, ...]:
+    """Returns keys, some of them with other defaults.
 
     Args:
-      *names: with the default of DN-DAB-DETR.
-      **defaults: keys with another default.
+      keys: rows.
+      defaults: by path.
     """
-    wanted = dict.fromkeys(names) | defaults
-    found = []
-    for key in dn_dab_detr.KEYS:
-        name = key.path.removeprefix("model.")
-        if name in defaults:
-            found.append(dataclasses.replace(key, default=defaults[name]))
-        elif name in wanted or name.startswith("backbone."):
-            found.append(key)
-    return tuple(found)
+    return tuple(
+        dataclasses.replace(key, default=defaults.get(key.path, key.default)) for key in keys
+    )
 
 
 def level_key(name: str, default: int, meaning: str, least: int) -> Key:
@@ -43,18 +38,18 @@ POINT_KEYS = (
     level_key("encoder_points", 4, "points that an encoder's head reads of each level", 1),
     level_key("decoder_points", 4, "points that a decoder's head reads of each level", 1),
 )
-TRANSFORMER_KEYS = keys_of_dab(
-    "hidden_dim",
-    "num_heads",
-    "ffn_dim",
-    "encoder_layers",
-    "decoder_layers",
-    "num_queries",
-    "dropout",
-    "pe_temperature_box",
-    "remat",
-    pe_temperature_h=10000.0,
-    pe_temperature_w=10000.0,
+# What the transformer and its backbone have in common with those of DN-DAB-DETR.
+_SHARED = (
+    *("hidden_dim", "num_heads", "ffn_dim", "encoder_layers", "decoder_layers", "num_queries"),
+    *("dropout", "pe_temperature_h", "pe_temperature_w", "pe_temperature_box", "remat"),
+)
+TRANSFORMER_KEYS = with_defaults(
+    (
+        key
+        for key in dn_dab_detr.KEYS
+        if key.path.startswith("model.backbone.") or key.path.removeprefix("model.") in _SHARED
+    ),
+    {"model.pe_temperature_h": 10000.0, "model.pe_temperature_w": 10000.0},
 )
 KEYS = (*LEVEL_KEYS, *POINT_KEYS, *TRANSFORMER_KEYS)
 

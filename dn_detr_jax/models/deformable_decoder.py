@@ -90,6 +90,8 @@ class DeformableDecoder(nn.Module):
       query_scale: the encoding of the anchors is scaled by the content, from the second layer on.
       norm: one layer norm for the states of all layers; False: none.
       look_forward: see `refine`.
+      mask_padding: anchors are encoded relative to the valid part of the image; False: relative to
+        the first level with its padding, as in PyTorch.
       remat: recompute the layers in the backward pass, see `call_layer`.
     """
 
@@ -100,6 +102,7 @@ class DeformableDecoder(nn.Module):
     query_scale: bool = True
     norm: bool = False
     look_forward: bool = False
+    mask_padding: bool = True
     remat: bool = False
 
     @nn.compact
@@ -121,7 +124,8 @@ class DeformableDecoder(nn.Module):
 
         def decode(i, x, reference):
             references = reference[:, :, None] * ratios
-            encoded = box_encoding(references[:, :, 0], features // 2, self.temperature)
+            encoded = reference if self.mask_padding else references[:, :, 0]
+            encoded = box_encoding(encoded, features // 2, self.temperature)
             query_position = position_head(encoded)
             if scale is not None and i > 0:
                 query_position = query_position * scale(x)

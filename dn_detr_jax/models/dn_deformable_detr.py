@@ -40,6 +40,7 @@ def build(config: ConfigDict, attention_kernel: str = "xla") -> Detector:
             layers,
             num_points=config.decoder_points,
             temperature=config.pe_temperature_box,
+            mask_padding=config.backbone.mask_padding,
             remat="decoder" in remat,
         ),
         heads=LayerHeads(

@@ -19,13 +19,14 @@ from ml_collections import ConfigDict
 from dn_detr_jax import criterion
 from dn_detr_jax.config import dn_dab_detr as dab_keys
 from dn_detr_jax.config import dn_deformable_detr as deformable_keys
+from dn_detr_jax.config import dn_dino_detr as dino_keys
 from dn_detr_jax.config import variants
 from dn_detr_jax.config.checks import Check
 from dn_detr_jax.config.keys import Key
 from dn_detr_jax.denoising import Denoising
 from dn_detr_jax.errors import ConfigError
 from dn_detr_jax.losses import ClassLoss, SigmoidFocalLoss
-from dn_detr_jax.models import dn_dab_detr, dn_deformable_detr
+from dn_detr_jax.models import dn_dab_detr, dn_deformable_detr, dn_dino_detr
 
 
 def focal_loss(config: ConfigDict) -> SigmoidFocalLoss:
@@ -110,6 +111,17 @@ register(
         keys=deformable_keys.KEYS,
         checks=deformable_keys.CHECKS,
         frozen=dn_dab_detr.frozen,
+    )
+)
+register(
+    Variant(
+        name=dino_keys.NAME,
+        build=dn_dino_detr.build,
+        num_queries=dn_deformable_detr.num_queries,
+        keys=dino_keys.KEYS,
+        checks=dino_keys.CHECKS,
+        frozen=dn_dab_detr.frozen,
+        output_parts=criterion.parts_with_proposals,
     )
 )
 

@@ -48,6 +48,22 @@ def shared() -> ConfigDict:
     return config
 
 
+def levels(name: str) -> ConfigDict:
+    """Returns a config like `shared` of a variant with feature levels, of strides 8, 16 and 32."""
+    config = base_config(name)
+    own, model = config.model, detector().model
+    own.update({key: model[key] for key in own if key in model and key not in ("name", "backbone")})
+    own.update(num_classes=5, hidden_dim=32, backbone_levels=2, encoder_points=2, decoder_points=2)
+    own.update(decoder_layers=2, num_queries=8)
+    own.backbone.update(model.backbone)
+    own.backbone.update(stages=3, norm="group_norm", frozen_stages=-1)
+    config.data.update(canvases=((CANVAS, CANVAS),), max_objects=4)
+    config.dn.update(groups=GROUPS, slots=12)
+    config.train.batch_size = config.eval.batch_size = 3
+    config.eval.num_select = 10
+    return config
+
+
 def weights(**model) -> ConfigDict:
     """Returns a config with all stages of a ResNet-18, for conversions of its weights."""
     config = detector(

@@ -1,0 +1,58 @@
+"""The config keys of DN-DINO-DETR: those of DN-Deformable-DETR, and what DINO adds.
+
+Zhang et al., ICLR 2023; the defaults are those of the published models.
+"""
+
+from dn_detr_jax.config.dn_deformable_detr import (
+    CHECKS,
+    LEVEL_KEYS,
+    POINT_KEYS,
+    TRANSFORMER_KEYS,
+    with_defaults,
+)
+from dn_detr_jax.config.keys import SHARED_KEYS, Key
+from dn_detr_jax.config.rules import FLAG, one_of
+from dn_detr_jax.config.variants import register
+
+NAME = "dn_dino_detr"
+
+KEYS = (
+    *LEVEL_KEYS,
+    *POINT_KEYS,
+    *with_defaults(TRANSFORMER_KEYS, {"model.num_queries": 900}),
+    Key(
+        "model.proposal_score",
+        "class",
+        "queries start at the encoder's proposals with the highest score; class: the best logit, "
+        "trained by the classes of the selected proposals; objectness: logit 0, trained by all "
+        "proposals",
+        one_of("class", "objectness"),
+        evaluation="same",
+    ),
+    Key(
+        "model.decoder_norm",
+        True,
+        "True: one layer norm in front of the heads of all layers",
+        FLAG,
+        evaluation="same",
+    ),
+    Key(
+        "model.query_scale",
+        False,
+        "True: the encoding of the anchors is scaled by the content",
+        FLAG,
+        evaluation="same",
+    ),
+    Key(
+        "model.indicator",
+        False,
+        "True: the last channel of denoising queries is 1",
+        FLAG,
+        evaluation="same",
+    ),
+    *with_defaults(
+        [key for key in SHARED_KEYS if key.path == "dn.contrastive"], {"dn.contrastive": True}
+    ),
+)
+
+register(NAME, KEYS, CHECKS)
