@@ -116,6 +116,10 @@ def test_an_installed_package_has_the_same_command():
         ),
         (["export-torch", "s3://bucket/run", "--out=x.pth"], "error: s3://bucket/run: expected a"),
         (["visualize", "a.png", "runs/x"], "error: runs/x: expected NAME=WORKDIR"),
+        (
+            ["visualize-noise", "noise", "--config=digits", "--config.dn.groups=0"],
+            "error: config.dn.groups = 0: at least 1: there is no noise to draw",
+        ),
     ],
 )
 def test_a_wrong_command_is_one_line(arguments, expected, monkeypatch, capsys):

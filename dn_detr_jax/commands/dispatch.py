@@ -26,6 +26,7 @@ COMMANDS = {
     "check-reference": "check_reference",
     "preflight": "preflight",
     "visualize": "visualize",
+    "visualize-noise": "visualize_noise",
 }
 
 

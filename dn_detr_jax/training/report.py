@@ -29,7 +29,7 @@ from dn_detr_jax.evaluation.evaluator import Evaluation, Evaluator
 from dn_detr_jax.files import write_json_atomically
 from dn_detr_jax.models.registry import abstract_params
 from dn_detr_jax.sharding import replicated, with_sharding
-from dn_detr_jax.training.setup import Setup, compile_programs, set_up
+from dn_detr_jax.training.setup import Setup, compile_programs, resolve, set_up
 from dn_detr_jax.training.step import denoising_queries
 from dn_detr_jax.training.writers import MetricWriter, read_metrics
 from dn_detr_jax.visualize.boxes import render_detections
@@ -104,7 +104,9 @@ def save_run_figures(setup: Setup, detect: Callable, params: PyTree, workdir: Pa
         drawn = _detections(setup, detect, params)
         if jax.process_index() != 0:
             return
-        drawn |= _denoising(setup) | _curves(workdir)
+        if setup.config.dn.groups:
+            drawn |= denoising_figures(setup.config)
+        drawn |= _curves(workdir)
         figures.save(drawn, folder)
         last_step = max((line["step"] for line in read_metrics(workdir)), default=0)
         with MetricWriter(workdir, start_step=last_step) as writer:
@@ -173,19 +175,25 @@ def _detections(setup: Setup, detect: Callable, params: PyTree) -> dict[str, np.
     return {"detections": render_detections(shown, setup.class_names)}
 
 
-def _denoising(setup: Setup) -> dict[str, np.ndarray]:
-    """Draws the denoising queries of an image of the first training batch."""
-    config = setup.config
-    if not config.dn.groups:
-        return {}
+def denoising_figures(config: ConfigDict) -> dict[str, np.ndarray]:
+    """Draws the denoising queries of an image of the first training batch.
+
+    Args:
+      config: whole configuration, with at least one denoising group.
+
+    Returns:
+      RGB images by name, see `figures.denoising_groups`.
+    """
     dataset = open_dataset(config.data, "train", pack=False)
+    config = resolve(config, dataset)
     batch = next(train_batches(dataset, config, 0, 1, process_count=jax.process_count()))
     del batch["dropped_objects"], batch["bad_images"]
     image = figures.typical_image(batch)
     on_device = jax.tree.map(jnp.asarray, image)
     dn = denoising_queries(on_device, jax.random.key(config.seed), config)
     assert dn is not None  # config.dn.groups is not 0
-    return figures.denoising_groups(image, dn, config, setup.class_names)
+    names = [category.name for category in dataset.categories]
+    return figures.denoising_groups(image, dn, config, names)
 
 
 def _curves(workdir: Path) -> dict[str, np.ndarray]:

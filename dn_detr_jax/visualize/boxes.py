@@ -160,7 +160,7 @@ def render_noised_boxes(
     """Draws an image with its true boxes, then once per denoising group with the noised boxes.
 
     An object has the same color in every panel; its true box is dashed. A flipped label is shown
-    as "true → flipped" on a vermillion ground.
+    as "true → flipped" on a vermillion ground; a negative label is no object.
 
     Args:
       image: uint8 [H, W, 3] RGB, without padding.
@@ -201,7 +201,9 @@ def render_noised_boxes(
 
 def _name(class_names: Sequence[str], label: int) -> str:
     label = int(label)
-    return str(class_names[label]) if 0 <= label < len(class_names) else str(label)
+    if label < 0:
+        return "no object"
+    return str(class_names[label]) if label < len(class_names) else str(label)
 
 
 def _found(image: LabeledImage, kept: np.ndarray) -> np.ndarray:
