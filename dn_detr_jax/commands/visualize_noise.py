@@ -1,4 +1,4 @@
-"""Draws the denoising queries of a training image with the noise of a config.
+"""Draws the noised boxes and labels of a training image, as a config makes them.
 
     python -m dn_detr_jax visualize-noise noise --config digits --config.dn.box_noise=0.8
 
