@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 
 from dn_detr_jax.config import dn_dab_detr
+from dn_detr_jax.config.backbones import number_of_stages
 from dn_detr_jax.config.checks import Values, require
 from dn_detr_jax.config.keys import Key
 from dn_detr_jax.config.rules import whole
@@ -56,9 +57,9 @@ KEYS = (*LEVEL_KEYS, *POINT_KEYS, *TRANSFORMER_KEYS)
 
 def check_levels(values: Values) -> None:
     """`model.backbone_levels` is at most the number of stages of the backbone."""
-    stages = values["model.backbone.stages"]
+    name, stages = number_of_stages(values)
     fits = values["model.backbone_levels"] <= stages
-    require(values, "model.backbone_levels", fits, f"at most model.backbone.stages = {stages}")
+    require(values, "model.backbone_levels", fits, f"at most {name} = {stages}")
 
 
 def check_level_norm(values: Values) -> None:

@@ -51,6 +51,11 @@ class Key:
     evaluation: Agreement = "free"
 
 
+def architecture_key(name: str, default: Any, meaning: str, rule: Rule) -> Key:
+    """Makes a key of a model's architecture, `model.NAME`: checkpoints fit no other value."""
+    return Key(f"model.{name}", default, meaning, rule, evaluation="same")
+
+
 _RUN = (
     Key("seed", 0, "seed of all random choices", whole(0, below=2**32)),
     Key(

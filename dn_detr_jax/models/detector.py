@@ -21,7 +21,7 @@ class Detector(nn.Module):
     and heads stand beside them.
 
     Attributes:
-      backbone: (image, size) -> feature maps [B, h, w, C], finest first.
+      backbone: (image, size, train) -> feature maps [B, h, w, C], finest first.
       pyramid: (features, size, canvas) -> `Levels`.
       encoder: (levels, train) -> `Levels`, the memory.
       queries: (levels, dn, attend_padding) -> `Queries`.
@@ -61,14 +61,14 @@ class Detector(nn.Module):
           size: int [B, 2], valid height and width.
           dn: denoising queries with S slots, in training.
           attend_padding: see `denoising.attention_mask`.
-          train: dropout is active.
+          train: dropout is active, in the backbone that of whole residuals.
 
         Returns:
           `pred_logits` float32 [L, B, S + N, C] and `pred_boxes` float32 [L, B, S + N, 4], cxcywh
           relative to the valid size, of every decoder layer; denoising slots come first. And what
           the queries have predicted, see `Queries.outputs`.
         """
-        features = self.backbone(image.astype(self.dtype), size)
+        features = self.backbone(image.astype(self.dtype), size, train=train)
         levels = self.pyramid(features, size, image.shape[1:3])
         memory = self.encoder(levels, train=train)
         queries = self.queries(memory, dn, attend_padding=attend_padding)

@@ -6,10 +6,9 @@ queries, as at inference, this is DAB-DETR.
 """
 
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
-from dn_detr_jax.models.backbones.resnet import ResNet
+from dn_detr_jax.models.backbones.build import build_backbone, frozen_backbone
 from dn_detr_jax.models.build import layer_config
 from dn_detr_jax.models.decoder import DenseDecoder
 from dn_detr_jax.models.detector import Detector
@@ -29,7 +28,7 @@ def build(config: ConfigDict, attention_kernel: str = "xla") -> Detector:
     dtype, remat = jnp.dtype(config.dtype), tuple(config.remat)
     layers = layer_config(config, attention_kernel, config.activation)
     return Detector(
-        backbone=build_resnet(config.backbone, dtype, remat="backbone" in remat),
+        backbone=build_backbone(config.backbone, dtype, remat="backbone" in remat),
         pyramid=LastLevel(
             config.hidden_dim, config.pe_temperature_h, config.pe_temperature_w, dtype
         ),
@@ -54,32 +53,11 @@ def build(config: ConfigDict, attention_kernel: str = "xla") -> Detector:
     )
 
 
-def build_resnet(config: ConfigDict, dtype: DTypeLike, *, remat: bool) -> ResNet:
-    """Builds the backbone of `config.model.backbone`."""
-    return ResNet(
-        depth=config.depth,
-        width=config.width,
-        stages=config.stages,
-        norm=config.norm,
-        stem=config.stem,
-        dilation=config.dilation,
-        mask_padding=config.mask_padding,
-        dtype=dtype,
-        remat=remat,
-    )
-
-
 def num_queries(config: ConfigDict) -> int:
     """Returns the number of matching queries: every anchor with every pattern."""
     return config.num_queries * max(config.num_patterns, 1)
 
 
 def frozen(config: ConfigDict) -> list[str]:
-    """Returns patterns for frozen batch norms, the stem and `backbone.frozen_stages` stages."""
-    patterns = []
-    if config.backbone.norm == "frozen_batch_norm":
-        patterns.append(r"^backbone/.*norm\d?/")
-    if config.backbone.frozen_stages >= 0:
-        patterns.append(r"^backbone/stem")
-        patterns += [rf"^backbone/layer{i + 1}_" for i in range(config.backbone.frozen_stages)]
-    return patterns
+    """Returns patterns for the frozen parameters, all of them in the backbone."""
+    return frozen_backbone(config.backbone)

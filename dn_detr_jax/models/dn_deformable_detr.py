@@ -8,10 +8,10 @@ anchors as queries. Without denoising queries, as at inference, this is DAB-Defo
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from dn_detr_jax.models.backbones.build import build_backbone
 from dn_detr_jax.models.build import deformable_encoder, layer_config, multi_level
 from dn_detr_jax.models.deformable_decoder import DeformableDecoder
 from dn_detr_jax.models.detector import Detector
-from dn_detr_jax.models.dn_dab_detr import build_resnet
 from dn_detr_jax.models.heads import LayerHeads
 from dn_detr_jax.models.queries import LearnedQueries
 
@@ -29,7 +29,9 @@ def build(config: ConfigDict, attention_kernel: str = "xla") -> Detector:
     dtype, remat = jnp.dtype(config.dtype), tuple(config.remat)
     layers = layer_config(config, attention_kernel, "relu")
     return Detector(
-        backbone=build_resnet(config.backbone, dtype, remat="backbone" in remat),
+        backbone=build_backbone(
+            config.backbone, dtype, remat="backbone" in remat, levels=config.backbone_levels
+        ),
         pyramid=multi_level(config, half_pixel=True),
         encoder=deformable_encoder(config, layers),
         queries=LearnedQueries(

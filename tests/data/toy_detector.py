@@ -13,7 +13,7 @@ CONFIG = layers.LayerConfig(num_heads=2, ffn_dim=48)
 
 class Patches(nn.Module):
     @nn.compact
-    def __call__(self, image, size):
+    def __call__(self, image, size, *, train):
         return (nn.Conv(24, (16, 16), strides=16, name="embed")(image),)
 
 

@@ -21,7 +21,7 @@ BOTTLENECK_DEPTHS = (50, 101)
 BOTTLENECK_EXPANSION = 4
 
 # He et al., ICCV 2015, as torchvision initializes its ResNets.
-_kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+kaiming_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 class FrozenBatchNorm(nn.Module):
@@ -32,7 +32,7 @@ class FrozenBatchNorm(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B h w C"], valid: Bool[Array, "B h w 1"]
+        self, x: Float[Array, "B h w C"], valid: Bool[Array, "#B h w 1"]
     ) -> Float[jax.Array, "B h w C"]:
         """Scales and shifts every channel; ignores `valid`."""
         shape = (x.shape[-1],)
@@ -84,7 +84,7 @@ class GroupNorm(nn.Module):
 NORMS = {"frozen_batch_norm": FrozenBatchNorm, "group_norm": GroupNorm}
 
 
-class _Masks:
+class Masks:
     """Masks [B, H, W, 1] of the valid pixels at any resolution, each made once."""
 
     def __init__(self, size: Int[Array, "B 2"], canvas: tuple[int, ...]):
@@ -92,6 +92,7 @@ class _Masks:
         self._cache: dict[tuple[int, ...], jax.Array] = {}
 
     def __call__(self, shape: tuple[int, ...]) -> Bool[Array, "B {shape[0]} {shape[1]} 1"]:
+        """Returns the mask of a map of `shape`."""
         if shape not in self._cache:
             self._cache[shape] = valid_tokens(self._size, self._canvas, shape)[..., None]
         return self._cache[shape]
@@ -131,7 +132,7 @@ class _Block(nn.Module):
                 kernel_dilation=dilation,
                 padding=padding,
                 use_bias=False,
-                kernel_init=_kernel_init,
+                kernel_init=kaiming_normal,
                 dtype=self.dtype,
                 name=name,
             )(x)
@@ -183,19 +184,21 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(
-        self, image: Float[Array, "B H W 3"], size: Int[Array, "B 2"]
+        self, image: Float[Array, "B H W 3"], size: Int[Array, "B 2"], *, train: bool = False
     ) -> tuple[Float[jax.Array, "B _ _ _"], ...]:
         """Computes the features of a batch.
 
         Args:
           image: float [B, H, W, 3], normalized, zero at padded pixels.
           size: int [B, 2], valid height and width.
+          train: without effect.
 
         Returns:
           [B, ceil(H / s), ceil(W / s), C] of every stage: the stride s of stage i is 4 * 2 ** i,
           half of that for the last one with dilation.
         """
-        masks = _Masks(size, image.shape[1:3])
+        del train
+        masks = Masks(size, image.shape[1:3])
         norm = NORMS[self.norm]
         kernel, padding = ((7, 7), 3) if self.stem == "standard" else ((3, 3), 1)
         x = nn.Conv(
@@ -204,7 +207,7 @@ class ResNet(nn.Module):
             strides=2,
             padding=padding,
             use_bias=False,
-            kernel_init=_kernel_init,
+            kernel_init=kaiming_normal,
             dtype=self.dtype,
             name="stem_conv",
         )(image)
