@@ -14,17 +14,25 @@ published rate scaled to the batch, 12 epochs with a cosine. No AP is claimed fo
 To vary: `train.duration`, `train.batch_size` with `optimizer.learning_rate` in proportion (1e-4 for
 16 images), `data.augment.flip=0` where left and right matter, smaller canvases and sizes for
 smaller images (`python -m dn_detr_jax canvases` proposes them).
+
+`--config configs/finetune.py:aerial` starts from a preset of the augmentation: `conservative`,
+`aggressive` or `aerial` (docs/augmentation.md). `python -m dn_detr_jax preview` shows its images.
 """
 
-from dn_detr_jax.config import load_config
+from dn_detr_jax.config import augment_preset, load_config
 
 
-def get_config():
-    """Returns `coco_r50` with classes from the data, fresh heads and a short schedule."""
+def get_config(augmentation=""):
+    """Returns `coco_r50` with classes from the data, fresh heads and a short schedule.
+
+    Args:
+      augmentation: a preset, see `augment_preset`.
+    """
     config = load_config("coco_r50")
     config.data.labels = "contiguous"
     config.data.max_objects = 0
     config.data.snap = 0.1
+    config.data.augment.update(augment_preset(augmentation))
     config.model.num_classes = 0
     config.init.reset_heads = True
     config.optimizer.update(learning_rate=5e-5, schedule="cosine", warmup="0.1 epochs")

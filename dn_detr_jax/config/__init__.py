@@ -1,6 +1,7 @@
 """The configuration of an experiment."""
 
 from dn_detr_jax.config import dn_deformable_detr, dn_dino_detr  # noqa: F401, known by import
+from dn_detr_jax.config.augment_presets import augment_preset
 from dn_detr_jax.config.compiler import check_attention, compiler_options
 from dn_detr_jax.config.config import (
     base_config,
@@ -15,6 +16,7 @@ from dn_detr_jax.config.durations import parse_duration
 from dn_detr_jax.config.experiments import find_config, load_config
 
 __all__ = [
+    "augment_preset",
     "base_config",
     "check_attention",
     "compiler_options",

@@ -172,6 +172,46 @@ _DATA = (
         "least and largest side of the crop",
         rules.SIZE_RANGE,
     ),
+    *(
+        Key(f"data.augment.{name}", 0.0, f"probability of {meaning}", PROBABILITY)
+        for name, meaning in (
+            ("vertical_flip", "a vertical flip"),
+            ("rotate", "a rotation by 90, 180 or 270 degrees"),
+            ("zoom_out", "a smaller image on a plain ground, where it is not cropped"),
+            ("iou_crop", "a crop around objects, instead of the other crop"),
+            ("mosaic", "a mosaic of four images"),
+        )
+    ),
+    Key("data.augment.zoom_out_limit", 4.0, "largest side of that ground", rules.between(1, 10)),
+    Key(
+        "data.augment.scale",
+        (1.0, 1.0),
+        "(least, largest) factor of the size, drawn for each image; what exceeds the size without "
+        "it is cropped",
+        rules.FACTOR_RANGE,
+    ),
+    *(
+        Key(f"data.augment.{name}", 0.0, f"largest change of the {name}, as a share", limit)
+        for name, limit in (
+            ("brightness", PROBABILITY),
+            ("contrast", PROBABILITY),
+            ("saturation", PROBABILITY),
+            ("hue", rules.between(0, 0.5)),
+        )
+    ),
+    Key(
+        "data.augment.hook",
+        "",
+        "module:function of (image, boxes, labels, rng), called last; empty: none",
+        rules.FUNCTION,
+    ),
+    Key(
+        "data.augment.stop_at",
+        "100%",
+        "when zoom_out, iou_crop, mosaic, scale, changes of color and the hook end: with the next "
+        "epoch",
+        duration(),
+    ),
     Key("data.eval_short_side", 800, "short side of evaluated images in pixels", whole(1)),
     Key("data.eval_max_long_side", 1333, "limit of their long side", whole(1)),
     *(

@@ -102,6 +102,16 @@ SIZE_RANGE = rule(
     "(least, largest) size, for example (384, 600)",
     lambda value: _are_sizes(value) and len(value) == 2 and value[0] <= value[1],
 )
+FACTOR_RANGE = rule(
+    "(least, largest) factor from 0.01 to 10, for example (0.1, 2.0)",
+    lambda value: (
+        isinstance(value, tuple | list)
+        and len(value) == 2
+        and all(map(_is_number, value))
+        and 0.01 <= value[0] <= value[1] <= 10
+    ),
+)
+FUNCTION = rule('"module:function", or empty', lambda value: value == "" or _is_function(value))
 ALL_OR_SIZE = rule(
     "-1 (all) or a positive integer",
     lambda value: is_int(value) and (value == -1 or 0 < value < _LIMIT),
@@ -177,6 +187,12 @@ COMPILER_OPTIONS = rule(
 def _are_sizes(value: Any) -> bool:
     right = isinstance(value, tuple | list) and bool(value)
     return right and all(is_int(size) and 0 < size < _LIMIT for size in value)
+
+
+def _is_function(value: Any) -> bool:
+    if not isinstance(value, str) or value.count(":") != 1:
+        return False
+    return all(name.isidentifier() for name in value.replace(":", ".").split("."))
 
 
 def _is_number(value: Any) -> bool:

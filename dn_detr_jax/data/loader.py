@@ -14,6 +14,7 @@ pixels and M slots for objects:
 """
 
 import contextlib
+import functools
 import logging
 import multiprocessing
 import os
@@ -30,14 +31,19 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from dn_detr_jax.data import images, transforms
+from dn_detr_jax.data.augmentation import augmented, load_hook
 from dn_detr_jax.data.datasets import Dataset
+from dn_detr_jax.data.mosaic import Scene
 from dn_detr_jax.data.plan import (
     BatchSpec,
     EpochPlan,
     TrainPlan,
     choose_objects,
+    image_generator,
     plan_eval,
     process_rows,
+    steps_per_epoch,
+    stop_epoch,
 )
 from dn_detr_jax.data.records import Example
 from dn_detr_jax.errors import DataError
@@ -79,7 +85,7 @@ def train_batches(
     _check(dataset, config, "train.batch_size", batch_size, process_count)
     plan = train_plan(dataset, config)
     rows = process_rows(batch_size, process_index, process_count)
-    maker = _BatchMaker(dataset, plan, rows, config, replace_bad=True)
+    maker = _BatchMaker(dataset, plan, rows, config)
     return _prefetched(maker, range(start_step, start_step + num_steps), config.data)
 
 
@@ -108,12 +114,19 @@ def eval_batches(
     _check(dataset, config, "eval.batch_size", config.eval.batch_size, process_count)
     plan = eval_plan(dataset, config, subset)
     rows = process_rows(config.eval.batch_size, process_index, process_count)
-    maker = _BatchMaker(dataset, plan, rows, config, replace_bad=False)
+    maker = _BatchMaker(dataset, plan, rows, config)
     return _prefetched(maker, range(len(plan)), config.data)
 
 
 def train_plan(dataset: Dataset, config: ConfigDict) -> TrainPlan:
-    """Returns the plan that `train_batches` follows."""
+    """Returns the plan that `train_batches` follows.
+
+    Raises:
+      DataError: see `TrainPlan`.
+      ConfigError: `data.augment.hook` can't be imported.
+    """
+    load_hook(config.data.augment.hook)
+    batches = steps_per_epoch(len(dataset.sizes), config.train.batch_size)
     return TrainPlan(
         seed=config.seed,
         sizes=dataset.sizes,
@@ -122,6 +135,7 @@ def train_plan(dataset: Dataset, config: ConfigDict) -> TrainPlan:
         canvases=config.data.canvases,
         batch_size=config.train.batch_size,
         snap=config.data.snap,
+        stop_epoch=stop_epoch(config, batches),
     )
 
 
@@ -204,7 +218,6 @@ class _BatchMaker:
         plan: TrainPlan | EpochPlan,
         rows: slice,
         config: ConfigDict,
-        replace_bad: bool,
     ):
         self._source, self._annotations = dataset.source, dataset.annotations
         self._name = f"{dataset.name}, {dataset.split}"
@@ -212,7 +225,8 @@ class _BatchMaker:
         self._num_labels = len(dataset.categories)
         self._plan, self._rows = plan, rows
         self._max_objects, self._seed = config.data.max_objects, config.seed
-        self._skip_bad, self._replace_bad = config.data.skip_bad, replace_bad
+        self._skip_bad = config.data.skip_bad
+        self._train_plan = plan if isinstance(plan, TrainPlan) else None  # which augments
         self._exif = config.data.exif
         self._warned: set[int] = set()
 
@@ -243,7 +257,7 @@ class _BatchMaker:
                     raise
                 self._warn(index, error)
                 batch["bad_images"] += step == 0
-                if not self._replace_bad:
+                if self._train_plan is None:
                     return
                 continue
             geometry = spec.geometry.at(source_row)
@@ -265,6 +279,31 @@ class _BatchMaker:
                 f"image {table.image_ids[index]} of the data set {self._name} "
                 f"({table.file_names[index] or f'position {index}'}{where}) can't be read: {error}"
             ) from error
+
+    def _others(self, scene: Scene, rng: np.random.Generator) -> list[Scene]:
+        """Reads three random images for a mosaic with `scene`.
+
+        With `data.skip_bad`, `scene` itself replaces unreadable images.
+        """
+        scenes = []
+        for index in rng.integers(len(self._annotations.sizes), size=3).tolist():
+            try:
+                example, image = self._read(index)
+                scenes.append(Scene(image, example.boxes, example.labels))
+            except DataError as error:
+                if not self._skip_bad:
+                    raise
+                self._warn(index, error)
+                scenes.append(scene)
+        return scenes
+
+    def _check_labels(self, labels: np.ndarray, hook: str) -> None:
+        """Raises DataError for labels of the hook that are no classes."""
+        if hook and len(labels) and not 0 <= labels.min() <= labels.max() < self._num_labels:
+            raise DataError(
+                f"data.augment.hook {hook} returned labels {labels.tolist()}, expected 0 to "
+                f"{self._num_labels - 1}"
+            )
 
     def _check_objects(self, example: Example) -> None:
         """Raises ValueError for boxes and labels that would give a wrong loss without an error."""
@@ -289,9 +328,15 @@ class _BatchMaker:
         image: np.ndarray,
         geometry: transforms.Geometry,
     ) -> None:
-        image, boxes, labels = transforms.apply(
-            image, example.boxes, example.labels, geometry, canvas=batch["image"][row]
-        )
+        scene, canvas = Scene(image, example.boxes, example.labels), batch["image"][row]
+        if self._train_plan is None:
+            image, boxes, labels = transforms.apply(*scene, geometry, canvas)
+        else:
+            rng = image_generator(self._seed, epoch, index)
+            augment = self._train_plan.augment(epoch)
+            others = functools.partial(self._others, scene)
+            image, boxes, labels = augmented(rng, scene, geometry, augment, others, canvas)
+            self._check_labels(labels, augment.hook)
         kept = choose_objects(self._seed, epoch, index, len(boxes), self._max_objects)
         batch["dropped_objects"] += len(boxes) - len(kept)
         height, width = image.shape[:2]

@@ -8,6 +8,7 @@ needed to resume. Compiled steps see few shapes: a batch lies on one of the conf
 
 import collections
 import dataclasses
+import math
 import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from dn_detr_jax.config import parse_duration
+from dn_detr_jax.data.augmentation import after_stop
 from dn_detr_jax.data.placement import (
     Canvas,
     assign_canvases,
@@ -27,7 +30,7 @@ from dn_detr_jax.data.transforms import Geometry, draw_geometry, eval_geometry, 
 from dn_detr_jax.errors import DataError
 
 # Streams of random numbers that must not depend on each other.
-_PLAN_STREAM, _OBJECT_STREAM, _JOIN_STREAM = 0, 1, 2
+_PLAN_STREAM, _OBJECT_STREAM, _JOIN_STREAM, _IMAGE_STREAM = 0, 1, 2, 3
 
 _TRIES = 64  # augmentations drawn for an image that has to fit a canvas which is not its own
 
@@ -102,6 +105,27 @@ def steps_per_epoch(num_images: int, batch_size: int) -> int:
             f"at most {num_images} are possible"
         )
     return num_images // batch_size
+
+
+def stop_epoch(config: ConfigDict, steps_per_epoch: int) -> float:
+    """Returns the first epoch without what `data.augment.stop_at` ends, infinity if there is none.
+
+    Args:
+      config: whole configuration.
+      steps_per_epoch: batches of an epoch.
+
+    Raises:
+      ConfigError: not a duration.
+    """
+    number, unit = parse_duration(config.data.augment.stop_at, "data.augment.stop_at")
+    if unit == "%":
+        if number == 100:
+            return math.inf
+        share = number / 100
+        number, unit = parse_duration(config.train.duration, "train.duration")
+        number *= share
+    epochs = number / steps_per_epoch if unit == "steps" else number
+    return math.ceil(epochs - 1e-9)
 
 
 def plan_epoch(
@@ -282,18 +306,23 @@ class TrainPlan:
         canvases: Sequence[Canvas],
         batch_size: int,
         snap: float = 0.0,
+        stop_epoch: float = math.inf,
     ):
-        """See `plan_epoch` for the arguments.
+        """See `plan_epoch` for the other arguments.
+
+        Args:
+          stop_epoch: the first epoch without what `data.augment.stop_at` ends.
 
         Raises:
           DataError: if an image may fit no canvas, or if there is not one full batch.
         """
         check_canvases(largest_sizes(sizes, augment), canvases, sizes, image_ids)
         self.steps_per_epoch = steps_per_epoch(len(sizes), batch_size)
-        self._arguments = {
+        self._stop_epoch = stop_epoch
+        self._augments = augment, after_stop(augment)
+        self._arguments: dict[str, Any] = {
             "seed": seed,
             "sizes": sizes,
-            "augment": augment,
             "canvases": canvases,
             "batch_size": batch_size,
             "snap": snap,
@@ -305,7 +334,9 @@ class TrainPlan:
         self._epochs: collections.OrderedDict[int, EpochPlan] = collections.OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"steps_per_epoch": self.steps_per_epoch, "_arguments": self._arguments}
+        state = dict(vars(self))
+        del state["_lock"], state["_epochs"]
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -316,11 +347,16 @@ class TrainPlan:
         epoch, position = divmod(step, self.steps_per_epoch)
         return self.epoch(epoch).batch(position)
 
+    def augment(self, epoch: int) -> ConfigDict:
+        """`config.data.augment` of an epoch: `data.augment.stop_at` ends a part of it."""
+        return self._augments[epoch >= self._stop_epoch]
+
     def epoch(self, number: int) -> EpochPlan:
         """The plan of an epoch, counted from 0."""
         with self._lock:
             if number not in self._epochs:
-                self._epochs[number] = plan_epoch(epoch=number, **self._arguments)
+                augment = self.augment(number)
+                self._epochs[number] = plan_epoch(epoch=number, augment=augment, **self._arguments)
                 if len(self._epochs) > 2:  # prefetching reaches into the next epoch
                     self._epochs.popitem(last=False)
             return self._epochs[number]
@@ -381,6 +417,17 @@ def process_rows(batch_size: int, process_index: int, process_count: int) -> sli
         process_index * batch_size // process_count,
         (process_index + 1) * batch_size // process_count,
     )
+
+
+def image_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """Returns the generator of an image in an epoch, for `augmentation.augmented`.
+
+    Args:
+      seed: not negative.
+      epoch: of the plan.
+      index: of the image in the data set.
+    """
+    return np.random.default_rng([seed, _IMAGE_STREAM, epoch, index])
 
 
 def choose_objects(seed: int, epoch: int, index: int, count: int, limit: int) -> np.ndarray:
