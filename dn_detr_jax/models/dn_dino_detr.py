@@ -8,10 +8,10 @@ and, by `dn.contrastive`, denoising queries that have to be rejected.
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from dn_detr_jax.models.backbones.build import build_backbone
 from dn_detr_jax.models.build import deformable_encoder, layer_config, multi_level
 from dn_detr_jax.models.deformable_decoder import DeformableDecoder
 from dn_detr_jax.models.detector import Detector
-from dn_detr_jax.models.dn_dab_detr import build_resnet
 from dn_detr_jax.models.heads import LayerHeads
 from dn_detr_jax.models.proposals import SelectedProposals
 
@@ -26,7 +26,9 @@ def build(config: ConfigDict, attention_kernel: str = "xla") -> Detector:
     dtype, remat = jnp.dtype(config.dtype), tuple(config.remat)
     layers = layer_config(config, attention_kernel, "relu")
     return Detector(
-        backbone=build_resnet(config.backbone, dtype, remat="backbone" in remat),
+        backbone=build_backbone(
+            config.backbone, dtype, remat="backbone" in remat, levels=config.backbone_levels
+        ),
         pyramid=multi_level(config, half_pixel=True),
         encoder=deformable_encoder(config, layers),
         queries=SelectedProposals(
