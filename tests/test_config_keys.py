@@ -10,7 +10,7 @@ import pytest
 
 from dn_detr_jax.config import base_config, find_config, load_config, validate, variants
 from dn_detr_jax.config.checks import require
-from dn_detr_jax.config.keys import Key
+from dn_detr_jax.config.key import Key
 from dn_detr_jax.config.reference import describe_config
 from dn_detr_jax.config.rules import one_of, whole
 from dn_detr_jax.config.stored import changed_values, restored_config

@@ -1,7 +1,7 @@
 """The config keys of backbones, the same for every variant that has one of this package's."""
 
 from dn_detr_jax.config.checks import Values, require
-from dn_detr_jax.config.keys import architecture_key
+from dn_detr_jax.config.key import architecture_key
 from dn_detr_jax.config.rules import BELOW_ONE, FLAG, SIZES, number, one_of, whole
 
 _RESNET_KEYS = (

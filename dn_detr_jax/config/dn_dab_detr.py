@@ -2,7 +2,7 @@
 
 from dn_detr_jax.config.backbones import BACKBONE_CHECKS, BACKBONE_KEYS
 from dn_detr_jax.config.checks import Values, require
-from dn_detr_jax.config.keys import Key, architecture_key
+from dn_detr_jax.config.key import Key, architecture_key
 from dn_detr_jax.config.rules import (
     ABOVE_ZERO,
     AT_LEAST_ZERO,

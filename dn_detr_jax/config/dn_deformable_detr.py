@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dn_detr_jax.config import dn_dab_detr
 from dn_detr_jax.config.backbones import number_of_stages
 from dn_detr_jax.config.checks import Values, require
-from dn_detr_jax.config.keys import Key
+from dn_detr_jax.config.key import Key
 from dn_detr_jax.config.rules import whole
 from dn_detr_jax.config.variants import register
 

@@ -10,7 +10,8 @@ from dn_detr_jax.config.dn_deformable_detr import (
     TRANSFORMER_KEYS,
     with_defaults,
 )
-from dn_detr_jax.config.keys import SHARED_KEYS, Key
+from dn_detr_jax.config.key import Key
+from dn_detr_jax.config.keys import SHARED_KEYS
 from dn_detr_jax.config.rules import FLAG, one_of
 from dn_detr_jax.config.variants import register
 

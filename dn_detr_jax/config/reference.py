@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 from dn_detr_jax.config import variants
 from dn_detr_jax.config.checks import SHARED_CHECKS, Check
 from dn_detr_jax.config.config import flat_values
-from dn_detr_jax.config.keys import SHARED_KEYS, Key
+from dn_detr_jax.config.key import Key
+from dn_detr_jax.config.keys import SHARED_KEYS
 
 _HEAD = """\
 # Config keys

@@ -13,7 +13,7 @@ from dn_detr_jax.config.config import (
     nested_values,
     validate,
 )
-from dn_detr_jax.config.keys import Key
+from dn_detr_jax.config.key import Key
 from dn_detr_jax.errors import ConfigError
 
 

@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from dn_detr_jax.config.checks import SHARED_CHECKS, Check
-from dn_detr_jax.config.keys import SHARED_KEYS, Key
+from dn_detr_jax.config.key import Key
+from dn_detr_jax.config.keys import SHARED_KEYS
 from dn_detr_jax.errors import ConfigError
 
 

@@ -22,7 +22,7 @@ from dn_detr_jax.config import dn_deformable_detr as deformable_keys
 from dn_detr_jax.config import dn_dino_detr as dino_keys
 from dn_detr_jax.config import variants
 from dn_detr_jax.config.checks import Check
-from dn_detr_jax.config.keys import Key
+from dn_detr_jax.config.key import Key
 from dn_detr_jax.denoising import Denoising
 from dn_detr_jax.errors import ConfigError
 from dn_detr_jax.losses import ClassLoss, SigmoidFocalLoss
