@@ -3,8 +3,7 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
-from dn_detr_jax.config import rules
-from dn_detr_jax.config.key import Key
+from dn_detr_jax.config import key, rules
 from dn_detr_jax.criterion import MatchedPart, output_parts
 from dn_detr_jax.models import detector, encoder, heads, layers, pyramid, queries
 from dn_detr_jax.models.registry import Variant, register
@@ -57,5 +56,5 @@ def parts(outputs, dn, targets, totals, settings):
     return [*output_parts(outputs, dn, targets, totals, settings), proposals]
 
 
-KEYS = (Key("model.num_queries", 8, "matching queries", rules.whole(1)),)
+KEYS = (key.Key("model.num_queries", 8, "matching queries", rules.whole(1)),)
 register(Variant("toy", build, lambda config: config.num_queries, KEYS, output_parts=parts))
