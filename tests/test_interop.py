@@ -579,7 +579,8 @@ def test_import_with_other_classes(config, params, state):
     with pytest.raises(ConversionError, match="reset_heads=True"):
         convert(state, target)
     target.init.reset_heads = True
-    imported, account = convert(state, target)
+    found = convert(state, target)
+    imported, account = found.params, found.report
     assert set(account.unused) == {"class_embed.weight", "class_embed.bias", "label_enc.weight"}
     assert imported["class_head"]["bias"].shape == (3,)
     np.testing.assert_array_equal(imported["label_embedding"][-1], params["label_embedding"][-1])

@@ -1,10 +1,11 @@
-"""Writes parameters as a state dict of the official PyTorch code.
+"""Writes parameters as a state dict of the official PyTorch code, or of another one.
 
-    python -m dn_detr_jax export-torch runs/r50 --out r50.pth [--step latest]
+    python -m dn_detr_jax export-torch runs/r50 --out r50.pth [--step latest] [--names detrex]
 
 `r50.pth` is what `torch.save({"model": state_dict}, ...)` gives and the official code resumes from;
 the suffixes `.safetensors` and `.npz` give the state dict alone. Import followed by export returns
-every tensor bit by bit.
+every tensor bit by bit. `--names` gives the names of detrex, of transformers, or of the official
+DAB-DETR, where these have the model; docs/weights.md tells how they differ.
 """
 
 from collections.abc import Sequence
@@ -21,6 +22,9 @@ def define_flags() -> None:
     """Defines the flags of this command."""
     define_path_flag("out", "File to write: .pth, .safetensors or .npz.", required=True)
     define_step_flag("latest")
+    flags.DEFINE_enum(
+        "names", "official", ["official", "detrex", "transformers", "dab-detr"], "Whose names."
+    )
 
 
 def main(argv: Sequence[str]) -> None:
@@ -28,6 +32,6 @@ def main(argv: Sequence[str]) -> None:
     from dn_detr_jax.interop import torch_files
     from dn_detr_jax.interop.export_torch import export
 
-    state = export(local_path(argv[1]), FLAGS.step)
+    state = export(local_path(argv[1]), FLAGS.step, FLAGS.names)
     torch_files.write(FLAGS.out, state)
     print(f"Wrote {len(state)} tensors to {FLAGS.out}")

@@ -31,6 +31,7 @@ class ConversionReport:
       unused: tensors of the source that no parameter is made of.
       tied: tensors that repeat another one.
       stripped: names of wrapping modules that were removed from the tensors' names.
+      source: the code base that the names are of.
     """
 
     filled: tuple[str, ...]
@@ -38,10 +39,13 @@ class ConversionReport:
     unused: tuple[str, ...]
     tied: tuple[str, ...]
     stripped: tuple[str, ...] = ()
+    source: str = "official"
 
     def summary(self) -> str:
         """A line of counts, then what was stripped, unused tensors and unfilled parameters."""
         lines = [f"{len(self.filled)} parameters filled, {len(self.tied)} tied tensors equal"]
+        if self.source != "official":
+            lines[0] += f", from names of {self.source}"
         if self.stripped:
             removed = ", ".join(f"{part}." for part in self.stripped)
             lines.append(f"removed from names: {removed}")

@@ -5,7 +5,7 @@ from pathlib import Path
 import jax
 
 from dn_detr_jax.errors import Error, UnsupportedCase, short_reason
-from dn_detr_jax.parity import check_components, check_evaluation, check_training
+from dn_detr_jax.parity import check_components, check_evaluation, check_imported, check_training
 from dn_detr_jax.parity.comparison import Report
 from dn_detr_jax.parity.prepared import PreparedCase, prepare
 from dn_detr_jax.parity.reference import Case
@@ -35,6 +35,8 @@ def check(
             case = Case(case)
         if "modelname" in case.manifest:
             return check_detector(prepare(case, dtype, overrides))
+        if "num_queries" in case.manifest and not overrides:
+            return check_imported.check(case, dtype)
         if dtype != "float32" or overrides:
             raise UnsupportedCase(f"{case.name}: components have no model: no --dtype, no --set")
         return check_components.check(case)

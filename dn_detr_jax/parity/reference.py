@@ -185,17 +185,20 @@ def canonical_name(name: str) -> str:
     return re.sub(r"^transformer\.decoder\.(?=(bbox|class)_embed\.)", "", name)
 
 
-def weight(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+def weight(
+    name: str, shape: tuple[int, ...], seed: int, other_name: str | None = None
+) -> np.ndarray:
     """The float32 value of the official state dict's entry `name`.
 
     Args:
       name: official name; tied names give equal values.
       shape: official shape.
       seed: of the case.
+      other_name: the name that decides the random numbers, of a case in names of other code.
     """
     name = canonical_name(name)
-    stream = np.random.PCG64(zlib.crc32(name.encode()) + 1_000_003 * seed)
-    normal = np.random.Generator(stream).standard_normal(tuple(shape))
+    seed = zlib.crc32((other_name or name).encode()) + 1_000_003 * seed
+    normal = np.random.Generator(np.random.PCG64(seed)).standard_normal(tuple(shape))
     leaf = name.rsplit(".", 1)[-1]
     if leaf == "running_mean":
         value = 0.1 * normal

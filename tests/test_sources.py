@@ -1,0 +1,177 @@
+"""Checkpoints in the names of other code: detrex, transformers, and the official DAB-DETR."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from data import tiny as tiny_config
+from flax import traverse_util
+
+from dn_detr_jax.config import validate
+from dn_detr_jax.data.coco_classes import COCO_CATEGORIES
+from dn_detr_jax.errors import ConversionError
+from dn_detr_jax.interop.convert import flat, params_to_torch
+from dn_detr_jax.interop.import_torch import convert
+from dn_detr_jax.interop.names import dn_dab_detr, elsewhere
+from dn_detr_jax.models.registry import abstract_params, build_model
+
+NAMES = Path(__file__).parent / "data" / "names"
+LISTED = {
+    "detrex_dn_detr": elsewhere.DETREX_DN_DETR,
+    "transformers_dab_detr": elsewhere.TRANSFORMERS_DAB_DETR,
+}
+SLOPE = "transformer.encoder.layers.0.ffns.0."
+
+
+def listed(name):
+    """Returns (their name, official name, part of a packed tensor or None) of a stored list."""
+    rows = [line.split() for line in (NAMES / f"{name}.txt").read_text().splitlines()]
+    return [(row[0], row[1], int(row[2]) if len(row) == 3 else None) for row in rows]
+
+
+def config_with(num_classes=80, **model):
+    config = tiny_config.weights(num_classes=num_classes, activation="prelu", **model)
+    config.eval.num_select = 10
+    validate(config)
+    return config
+
+
+@pytest.fixture(scope="module")
+def official():
+    """The official state dict of a small model with 80 classes."""
+    shapes = flat(abstract_params(build_model(config_with().model)))
+    rng = np.random.default_rng(0)
+    params = {k: rng.normal(size=v.shape).astype(np.float32) for k, v in shapes.items()}
+    return params_to_torch(traverse_util.unflatten_dict(params, sep="/"), dn_dab_detr.NAMES)
+
+
+@pytest.fixture(scope="module")
+def without_content(official):
+    """As `official`, with matching queries that have no content."""
+    table = official["label_enc.weight"].copy()
+    table[-1] = 0.0
+    return official | {"label_enc.weight": table}
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_every_listed_name_has_its_official_name(name):
+    """Catches a rule for the wrong tensor: a pair of norms or projections of equal shapes.
+
+    The lists are of layers 0 and 1 of the real models. They were checked by running the official
+    code with weights that were renamed so.
+    """
+    source, rows = LISTED[name], listed(name)
+    state = {theirs: np.full(3, i) for i, (theirs, _, _) in enumerate(rows)}
+    for first in source.twins:  # one tensor there
+        assert any(theirs.startswith(first[0].split("{")[0]) for theirs in state)
+    for theirs in state:
+        state[theirs] = state[source.first_name(theirs)]
+    found = source.to_official(state)
+    for theirs, official, part in rows:
+        own = found[official] if part is None else np.split(found[official], 3)[part]
+        np.testing.assert_array_equal(own, state[theirs], err_msg=theirs)
+    assert found.keys() == {official for _, official, _ in rows}
+    back = source.from_official(found | {"label_enc.weight": np.zeros((1, 1))})
+    assert back.keys() - {"denoising_generator.label_encoder.weight"} == state.keys() - {
+        "denoising_generator.label_encoder.weight"
+    }
+    for theirs in state:
+        if "label_encoder" not in theirs:
+            np.testing.assert_array_equal(back[theirs], state[theirs], err_msg=theirs)
+
+
+def test_a_checkpoint_of_detrex(official):
+    """Catches a source that is not recognized, and classes or settings that do not follow it."""
+    state = elsewhere.DETREX_DN_DETR.from_official(official)
+    config = config_with(num_classes=91, num_queries=5)
+    found = convert(state, config)
+    assert found.report.source == "detrex"
+    assert found.report.unused == found.report.unfilled == ()
+    assert found.followed == {
+        "model.num_classes": 80,
+        "data.labels": "contiguous",
+        "eval.num_select": 300,
+    }
+    assert found.config.model.num_classes == 80 and found.config.eval.num_select == 300
+    assert config.model.num_classes == 91 and config.eval.num_select == 10
+    assert found.categories == COCO_CATEGORIES
+    again = params_to_torch(found.params, dn_dab_detr.NAMES)
+    assert again.keys() == official.keys()
+    jax.tree.map(np.testing.assert_array_equal, again, official)
+
+
+def test_other_numbers_of_classes_are_not_those_of_coco(official):
+    """Catches the names of COCO's classes for a model that detrex trained on other data."""
+    reduced = {name: official[f"class_embed.{name}"][:7] for name in ("weight", "bias")}
+    state = official | {f"class_embed.{name}": value for name, value in reduced.items()}
+    state["label_enc.weight"] = official["label_enc.weight"][-8:]
+    state = elsewhere.DETREX_DN_DETR.from_official(state)
+    with pytest.raises(ConversionError, match=r"fits --config\.model\.num_classes=7"):
+        convert(state, config_with())
+    found = convert(state, config_with(num_classes=0))
+    assert [category.name for category in found.categories] == [f"class {i}" for i in range(7)]
+    assert "data.labels" not in found.followed
+
+
+def test_one_name_of_twins_is_enough(official):
+    state = elsewhere.DETREX_DN_DETR.from_official(official)
+    for second in (SLOPE + "layers.0.1.weight", SLOPE + "activation.weight"):
+        assert convert({k: v for k, v in state.items() if k != second}, config_with())
+    state[SLOPE + "layers.0.1.weight"] = np.float32([3.0])
+    with pytest.raises(ConversionError, match=r"activation\.weight and .*0\.1\.weight .* differ"):
+        convert(state, config_with())
+
+
+def test_names_of_early_files(official):
+    """The files of detrex 0.1.0 have names that its models do not have any more."""
+    state = elsewhere.DETREX_DN_DETR.from_official(official)
+    early = {
+        name.replace("denoising_generator.", "").replace("anchor_box_", "refpoint_"): value
+        for name, value in state.items()
+    }
+    assert "label_encoder.weight" in early and "refpoint_embed.weight" in early
+    assert convert(early, config_with()).report.unused == ()
+
+
+def test_dc5_of_detrex_is_told_by_its_backbone(official):
+    state = elsewhere.DETREX_DN_DETR_DC5.from_official(official)
+    assert "backbone.body.layer1.0.bn1.running_mean" in state
+    with pytest.raises(ConversionError, match=r"backbone\.dilation=True"):
+        convert(state, config_with())
+    config = config_with()
+    config.model.backbone.dilation = True
+    assert convert(state, config).report.unused == ()
+    assert elsewhere.source_named("detrex", config.model) is elsewhere.DETREX_DN_DETR_DC5
+    assert elsewhere.source_named("detrex", config_with().model) is elsewhere.DETREX_DN_DETR
+
+
+@pytest.mark.parametrize("name", ["transformers", "dab-detr"])
+def test_dab_detr_has_matching_queries_without_content(without_content, name):
+    """Catches a random row for the matching queries, which DAB-DETR has no content for."""
+    source = elsewhere.source_named(name, config_with().model)
+    state = source.from_official(without_content)
+    found = convert(state, config_with())
+    assert found.report.source == name and found.report.unused == ()
+    table = found.params["label_embedding"]
+    assert not table[-1].any() and table[:-1].std() == pytest.approx(1, abs=0.1)
+    again = params_to_torch(found.params, dn_dab_detr.NAMES)
+    for key in without_content.keys() - {"label_enc.weight"}:
+        np.testing.assert_array_equal(again[key], without_content[key], err_msg=key)
+
+
+def test_content_of_queries_has_no_place_in_dab_detr(official):
+    with pytest.raises(ConversionError, match="no place for the content of the matching queries"):
+        elsewhere.TRANSFORMERS_DAB_DETR.from_official(official)
+
+
+def test_a_part_of_a_packed_tensor_is_missing(without_content):
+    state = elsewhere.TRANSFORMERS_DAB_DETR.from_official(without_content)
+    del state["model.encoder.layers.1.self_attn.k_proj.bias"]
+    with pytest.raises(ConversionError, match=r"q_proj\.bias is there, but not .*k_proj\.bias"):
+        convert(state, config_with())
+
+
+def test_names_that_a_variant_does_not_have():
+    with pytest.raises(ConversionError, match=r"no names of 'mmdet', only of dab-detr, detrex"):
+        elsewhere.source_named("mmdet", config_with().model)
