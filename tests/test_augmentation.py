@@ -19,6 +19,7 @@ from dn_detr_jax.data.plan import plan_epoch, stop_epoch
 from dn_detr_jax.data.records import Example
 from dn_detr_jax.data.transforms import FILL, Geometry, apply, draw_geometry, largest_sizes
 from dn_detr_jax.errors import ConfigError, DataError
+from dn_detr_jax.training.preview import write_preview
 
 CHAINS = {
     "orientation": {"flip": 0.5, "vertical_flip": 0.5, "rotate": 0.75},
@@ -330,6 +331,10 @@ def wrong_labels(image, boxes, labels, rng):
     return image, boxes, labels + 1000
 
 
+def no_objects(image, boxes, labels, rng):
+    return image, boxes[:0], labels[:0]
+
+
 def nothing(image, boxes, labels, rng):
     pass
 
@@ -394,6 +399,32 @@ def test_presets_fit_the_canvases_of_the_fine_tuning(preset):
     )
     with pytest.raises(ConfigError, match=r"'x': one of the presets conservative, aggressive, aer"):
         augment_preset("x")
+
+
+def test_a_preview_shows_what_the_model_gets(markers, config, tmp_path):
+    """Catches boxes of another image, other canvases, and images that are not those of the step."""
+    config.data.augment.update(CHAINS["orientation"])
+    batches = list(train_batches(markers, config, 2, 2))
+    write_preview(markers, config, tmp_path / "boxes", 10, step=2)
+    config.data.augment.hook = f"{__name__}:no_objects"
+    write_preview(markers, config, tmp_path / "plain", 10, step=2)
+    files = sorted((tmp_path / "plain").iterdir())
+    assert [path.name for path in files] == [p.name for p in sorted((tmp_path / "boxes").iterdir())]
+    assert len(files) == 10
+    for number, path in enumerate(files):
+        batch, row = batches[number // 8], number % 8
+        assert path.name.startswith(f"step_{2 + number // 8:06d}_row_{row:03d}_image_")
+        plain, drawn = (np.asarray(Image.open(p)) for p in (path, tmp_path / "boxes" / path.name))
+        np.testing.assert_array_equal(plain, batch["image"][row])
+        colored = plain.max(-1) - plain.min(-1) > 60
+        ys, xs = np.flatnonzero(colored.any(1)), np.flatnonzero(colored.any(0))
+        changed = (plain != drawn).any(-1)
+        # The frame goes around the marker; the name covers a part of it.
+        top, bottom, left, right = ys[0], ys[-1], xs[0], xs[-1]
+        assert changed[top : top + 3, xs[2:-2]].any(0).all()
+        assert changed[bottom - 2 : bottom + 1, xs[2:-2]].any(0).all()
+        assert changed[ys[2:-2], left : left + 3].any(1).all()
+        assert changed[ys[2:-2], right - 2 : right + 1].any(1).all()
 
 
 def test_unreadable_tiles_of_a_mosaic(markers, config):

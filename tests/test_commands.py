@@ -109,6 +109,8 @@ def test_an_installed_package_has_the_same_command():
         (["xyz"], "error: 'xyz' is not a command; commands: train, eval, "),
         (["predict", "--workdr=x"], "error: Unknown command line flag 'workdr'"),
         (["train", "--config=no_such"], "error: --config=no_such: there is no such file"),
+        (["train", "--config=finetune:x"], "error: config.data.augment = 'x': one of the presets"),
+        (["train", "--config=finetune:x", "--config.seed=1"], "error: config.data.augment = 'x': "),
         (["eval", "--config=digits", "--config.dn.group=1"], "did you mean dn.groups?"),
         (
             ["train", "--config=digits", "--workdir=gs://bucket/run"],

@@ -229,12 +229,14 @@ def _parse_flags(argv: Sequence[str], arguments: Sequence[str]) -> list[str]:
     if any(_HELP.fullmatch(argument) for argument in argv[1:]):
         return flags.FLAGS(argv)  # absl prints the help and exits
     argv = _find_config_file(argv)
-    _check_overrides(argv)
     try:
+        _check_overrides(argv)
         if any(re.fullmatch("--?help_config", argument) for argument in argv[1:]):
             _print_config_reference(argv)
         rest = flags.FLAGS(argv)
     except flags.IllegalFlagValueError as error:
+        if cause := _expected_cause(error):
+            fail(str(cause))
         lines = str(error).strip().splitlines()
         named = [i for i, line in enumerate(lines) if line.startswith("flag ")]
         fail(" ".join(lines[named[-1] if named else -1 :]))  # the lines before say the same
@@ -247,6 +249,13 @@ def _parse_flags(argv: Sequence[str], arguments: Sequence[str]) -> list[str]:
     if len(rest) - 1 < len(arguments):
         fail(f"{arguments[len(rest) - 1].removesuffix('...')} is missing; see --help")
     return rest
+
+
+def _expected_cause(error: BaseException | None) -> Error | None:
+    """The error of this package that a config file raised, if it led to `error`."""
+    while error is not None and not isinstance(error, Error):
+        error = None if error.__suppress_context__ else error.__context__
+    return error
 
 
 def _find_config_file(argv: Sequence[str]) -> list[str]:

@@ -21,6 +21,7 @@ COMMANDS = {
     "export": "export",
     "check": "check",
     "canvases": "canvases",
+    "preview": "preview",
     "import": "import_checkpoint",
     "export-torch": "export_checkpoint",
     "check-reference": "check_reference",

@@ -118,9 +118,7 @@ def draw_detections(
     scores: np.ndarray,
     class_names: Sequence[str],
 ) -> np.ndarray:
-    """Draws boxes on an image at its own resolution: class, score, and a color per label.
-
-    Lines and texts are larger on larger images. A text that would hide others is left out.
+    """Draws detections on an image as `draw_boxes` does, with class and score.
 
     Args:
       image: uint8 [H, W, 3] RGB.
@@ -128,6 +126,24 @@ def draw_detections(
       labels: int [n].
       scores: float [n], descending: the first are drawn on top and named first.
       class_names: of every box, n of them.
+    """
+    texts = [f"{name} {score:.2f}" for name, score in zip(class_names, scores, strict=True)]
+    return draw_boxes(image, boxes, labels, texts)
+
+
+def draw_boxes(
+    image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, texts: Sequence[str]
+) -> np.ndarray:
+    """Draws boxes on an image at its own resolution, with texts and a color per label.
+
+    Lines and texts are larger on larger images. A text that would hide others is left out.
+
+    Args:
+      image: uint8 [H, W, 3] RGB.
+      boxes: float [n, 4] xyxy in pixels; parts outside the image are cut off. The first are drawn
+        on top.
+      labels: int [n].
+      texts: of every box, n of them.
     """
     height, width = image.shape[:2]
     line = max(_LINE, round(max(height, width) / 400))
@@ -137,8 +153,8 @@ def draw_detections(
     limit = np.array([width, height, width, height]) - 1
     corners = np.clip(np.round(np.asarray(boxes)) - (0, 0, 1, 1), 0, limit).astype(int).tolist()
     objects = [
-        _Box(box, BY_OBJECT[int(label) % len(BY_OBJECT)], f"{name} {score:.2f}")
-        for box, label, score, name in zip(boxes, labels, scores, class_names, strict=True)
+        _Box(box, BY_OBJECT[int(label) % len(BY_OBJECT)], text)
+        for box, label, text in zip(boxes, labels, texts, strict=True)
     ]
     for box, corner in reversed(list(zip(objects, corners, strict=True))):
         _rectangle(draw, corner, box, line)
