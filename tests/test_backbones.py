@@ -3,6 +3,8 @@
 import functools
 import math
 import re
+import zlib
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +15,16 @@ from flax import traverse_util
 from tiny_detector import random_params
 
 from dn_detr_jax.config import base_config, validate
-from dn_detr_jax.errors import ConfigError
+from dn_detr_jax.errors import ConfigError, ConversionError
+from dn_detr_jax.interop.convert import backbone_from_torch
+from dn_detr_jax.interop.names.backbones import MOBILENET_V2, NAMES, SWIN
 from dn_detr_jax.models.backbones.build import build_backbone, frozen_backbone
 from dn_detr_jax.models.backbones.mobilenet_v2 import MobileNetV2
 from dn_detr_jax.models.backbones.swin import Block, Swin
 from dn_detr_jax.models.images import normalize_images
 
 TINY = {
-    "swin": Swin(channels=8, depths=(2, 2, 2), heads=(2, 2, 4), window=3),
+    "swin": Swin(channels=8, depths=(2, 2, 2), heads=(2, 2, 4), window=3, levels=3),
     "mobilenet_v2": MobileNetV2(width=0.25),
 }
 
@@ -193,3 +197,81 @@ def test_wrong_backbones_are_refused(changes, message):
         (config.model.backbone[section] if section else config.model.backbone)[name] = value
     with pytest.raises(ConfigError, match=message):
         validate(config)
+
+
+# --- weights of PyTorch ---------------------------------------------------------------------------
+
+
+def torch_weight(name, shape):
+    """Returns the weight that the stored features were computed with, by its PyTorch name."""
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    if name.endswith("running_var"):
+        value = rng.uniform(0.5, 1.5, shape)
+    elif len(shape) > 1:
+        value = rng.normal(0, 1.4 * math.prod(shape[1:]) ** -0.5, shape)
+    elif name.endswith("weight"):
+        value = rng.uniform(0.5, 1.5, shape)
+    else:
+        value = rng.normal(0, 0.3, shape)
+    return value.astype(np.float32)
+
+
+def file_of(kind):
+    """Returns shapes of the backbone's parameters by path, and its state dict."""
+    paths = traverse_util.flatten_dict({"backbone": shapes_of(TINY[kind])[1]}, sep="/")
+    shapes = {path: leaf.shape for path, leaf in paths.items()}
+    tensors, foreign = NAMES.tensors(shapes)
+    assert not foreign
+    prefix = {"swin": SWIN, "mobilenet_v2": MOBILENET_V2}[kind].prefix
+    names = {tensor.name.removeprefix(prefix): tensor.shape for tensor in tensors}
+    return shapes, {name: torch_weight(name, shape) for name, shape in names.items()}
+
+
+@pytest.mark.parametrize("kind, last_step", [("swin", 1), ("mobilenet_v2", 16)])
+def test_features_equal_those_of_pytorch(kind, last_step):
+    """The stored features are those of transformers' SwinBackbone and torchvision's MobileNetV2.
+
+    `tests/data/README.md` says how they were made. Maps are odd, and windows do not divide them.
+    Catches a wrong name or layout, window order, bias index, shift mask, merge order or stride.
+    """
+    shapes, state = file_of(kind)
+    params, report = backbone_from_torch(state, shapes)
+    assert not report.unfilled and not report.unused
+    params = traverse_util.unflatten_dict(params, sep="/")["backbone"]
+    sides = {"swin": (59, 75), "mobilenet_v2": (52, 75)}[kind]
+    image = np.random.default_rng(0).normal(size=(1, *sides, 3)).astype(np.float32)
+    run = fast_jit(lambda image: TINY[kind].apply({"params": params}, image, np.int32([sides])))
+    got = run(image)
+    with np.load(Path(__file__).parent / "data" / "backbones.npz") as stored:
+        for level, features in enumerate(got):
+            step = last_step if level == len(got) - 1 else 1
+            want = stored[f"{kind}_feature{level}"]
+            np.testing.assert_allclose(features[..., ::step], want, atol=3e-5 * np.abs(want).max())
+
+
+def test_files_of_swin():
+    """ImageNet weights have no norms of the features; timm counts merging to the later stage."""
+    shapes, state = file_of("swin")
+    plain = {name: value for name, value in state.items() if not name.startswith("norm")}
+    later = r"layers\.(\d)\.downsample"
+    newer = {
+        "model." + re.sub(later, lambda m: f"layers.{int(m[1]) + 1}.downsample", name): value
+        for name, value in plain.items()
+    }
+    want, report = backbone_from_torch(plain | {"norm.weight": np.ones(32)}, shapes)
+    assert report.unused == ("norm.weight",)
+    assert {path.split("/")[1] for path in report.unfilled} == {"norm0", "norm1", "norm2"}
+    got, _ = backbone_from_torch(newer, shapes)
+    assert set(got) == set(want)
+    assert all(np.array_equal(got[path], want[path]) for path in want)
+
+
+def test_another_swin_is_refused_with_the_config_that_fits():
+    """Catches a deeper model whose last blocks are silently left out."""
+    shapes, state = file_of("swin")
+    deeper = {name.replace("blocks.1", "blocks.2"): v for name, v in state.items()} | state
+    fits = r"swin\.depths='\(3, 3, 3\)' .*swin\.heads='\(2, 2, 4\)' .*swin\.window=3"
+    with pytest.raises(ConversionError, match=f"a deeper Swin Transformer: .*{fits}"):
+        backbone_from_torch(deeper, shapes)
+    with pytest.raises(ConversionError, match=r"nothing for .*mobilenet_v2\.width=0.25"):
+        backbone_from_torch(file_of("mobilenet_v2")[1], shapes)

@@ -244,7 +244,7 @@ def resnet_state(config, prefix=""):
 
 @pytest.mark.parametrize("prefix", ["", "module.", "backbone.body."])
 def test_resnets_in_the_names_of_torchvision_and_timm(config, params, prefix):
-    loaded, account = backbone_from_torch(resnet_state(config, prefix), shapes_of(config), NAMES)
+    loaded, account = backbone_from_torch(resnet_state(config, prefix), shapes_of(config))
     assert set(loaded) == {path for path in shapes_of(config) if path.startswith("backbone/")}
     assert set(account.unused) == {"fc.weight", "bn1.num_batches_tracked"}
     np.testing.assert_array_equal(
@@ -258,7 +258,7 @@ def test_another_resnet_says_which_config_fits(config, depth):
     other = small_config()
     other.model.backbone.depth = depth
     with pytest.raises(ConversionError, match=f"model.backbone.depth={depth}"):
-        backbone_from_torch(resnet_state(other), shapes_of(config), NAMES)
+        backbone_from_torch(resnet_state(other), shapes_of(config))
 
 
 def test_backbones_that_can_not_take_a_resnet():
@@ -266,9 +266,9 @@ def test_backbones_that_can_not_take_a_resnet():
     state = resnet_state(config)
     config.model.backbone.update(norm="group_norm", width=16)
     with pytest.raises(ConversionError, match="frozen_batch_norm"):
-        backbone_from_torch(state, shapes_of(config), NAMES)
+        backbone_from_torch(state, shapes_of(config))
     with pytest.raises(ConversionError, match=r"layer1.0.conv1.weight, the source has 0"):
-        backbone_from_torch({"a": np.zeros(1)}, shapes_of(config), NAMES)
+        backbone_from_torch({"a": np.zeros(1)}, shapes_of(config))
 
 
 # --- files ----------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """What a state dict tells of a model: the variant and the config keys that it decides."""
 
 import re
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -101,6 +102,7 @@ def check_config(found: Mapping[str, Any], config: ConfigDict, *, reset_heads: b
         own = config
         for part in key.split("."):
             own = own[part]
+        own = tuple(own) if isinstance(own, list) else own
         if own != value and not (reset_heads and key == "model.num_classes"):
             wrong[key] = value
     if wrong:
@@ -114,4 +116,4 @@ def check_config(found: Mapping[str, Any], config: ConfigDict, *, reset_heads: b
 
 def as_flags(overrides: Mapping[str, Any]) -> str:
     """Config keys as flags of the command line."""
-    return " ".join(f"--config.{key}={value}" for key, value in overrides.items())
+    return " ".join(f"--config.{key}={shlex.quote(f'{value}')}" for key, value in overrides.items())

@@ -15,6 +15,7 @@ from flax import traverse_util
 from dn_detr_jax.errors import ConversionError, some_of
 from dn_detr_jax.interop.architecture import as_flags
 from dn_detr_jax.interop.names.backbones import BACKBONES, BackboneNames
+from dn_detr_jax.interop.names.backbones import NAMES as BACKBONE_NAMES
 from dn_detr_jax.interop.state_dicts import unwrapped
 from dn_detr_jax.interop.torch_names import TorchNames
 
@@ -149,28 +150,29 @@ def gradients_to_torch(tree: PyTree, names: TorchNames) -> dict[str, np.ndarray]
 
 
 def backbone_from_torch(
-    state: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], names: TorchNames
+    state: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[dict[str, np.ndarray], ConversionReport]:
     """The backbone's parameters from a file of a backbone alone, such as torchvision's and timm's.
 
     Args:
-      state: tensors by name; anything in front of a ResNet's `layer1.0.conv1.weight` is in front
-        of all names.
+      state: tensors by name; anything in front of the name that marks a family, such as a ResNet's
+        `layer1.0.conv1.weight`, is in front of all names.
       shapes: of the model's parameters by path, those outside the backbone are ignored.
-      names: of the variant.
 
     Raises:
       ConversionError: no backbone, a wrong shape, or a parameter without a tensor.
     """
     state, stripped = unwrapped(state)
     family, prefix = _family(state)
-    renamed = {
-        family.prefix + name.removeprefix(prefix): value
-        for name, value in state.items()
-        if name.startswith(prefix)
-    }
+    renamed = family.renamed(
+        {
+            family.prefix + name.removeprefix(prefix): value
+            for name, value in state.items()
+            if name.startswith(prefix)
+        }
+    )
     shapes = {path: shape for path, shape in shapes.items() if path.startswith("backbone/")}
-    _, foreign = names.tensors(shapes)
+    _, foreign = BACKBONE_NAMES.tensors(shapes)
     if foreign:
         raise ConversionError(
             f"the source has batch norms, the model has not: {some_of(foreign)}; set "
@@ -178,14 +180,16 @@ def backbone_from_torch(
         )
     fitting = f". The source fits {as_flags(family.config(renamed))}"
     try:
-        params, report = params_from_torch(renamed, shapes, names)
+        params, report = params_from_torch(renamed, shapes, BACKBONE_NAMES)
     except ConversionError as error:
         raise ConversionError(f"{error}{fitting}") from None
-    if report.unfilled:
-        raise ConversionError(f"nothing for {some_of(report.unfilled)}{fitting}")
-    layers = [name for name in report.unused if re.search(r"layer\d\.\d+\.conv", name)]
-    if layers and any(re.search(r"layer[1-3]\.", name) for name in layers):
-        raise ConversionError(f"a deeper ResNet: {some_of(layers)}{fitting}")
+    missing = [path for path in report.unfilled if not re.fullmatch(family.fresh, path)]
+    if missing:
+        raise ConversionError(f"nothing for {some_of(missing)}{fitting}")
+    blocks = r"layer\d\.\d+\.conv|blocks\.\d+\.attn\.qkv"
+    layers = [name for name in report.unused if re.search(blocks, name)]
+    if layers and any(re.search(r"layer[1-3]\.|blocks", name) for name in layers):
+        raise ConversionError(f"a deeper {family.title}: {some_of(layers)}{fitting}")
     unused = tuple(name.removeprefix(family.prefix) for name in report.unused)
     stripped += (prefix.removesuffix("."),) if prefix else ()
     return params, dataclasses.replace(report, unused=unused, stripped=stripped)

@@ -20,7 +20,7 @@ from dn_detr_jax.errors import CheckpointError, ConfigError, ConversionError, We
 from dn_detr_jax.interop import torch_files
 from dn_detr_jax.interop.class_heads import head_paths, reorder_heads, reset_heads
 from dn_detr_jax.interop.convert import backbone_from_torch, flat
-from dn_detr_jax.models.registry import abstract_params, build_model, torch_names
+from dn_detr_jax.models.registry import abstract_params, build_model
 
 PyTree = Any
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def _from_backbone(fresh: dict[str, Any], config: ConfigDict) -> dict[str, Any]:
     try:
         file = torch_files.read(path)
         shapes = {path: value.shape for path, value in fresh.items()}
-        loaded, report = backbone_from_torch(file.state, shapes, torch_names(config.model))
+        loaded, report = backbone_from_torch(file.state, shapes)
     except (OSError, WeightsError, ConversionError) as error:
         raise ConfigError("init.backbone", path, str(error)) from error
     report = dataclasses.replace(report, stripped=file.stripped + report.stripped)

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from dn_detr_jax.interop.torch_names import Row, rows
+from dn_detr_jax.interop.names import mobilenet_v2, swin
+from dn_detr_jax.interop.torch_names import Row, TorchNames, rows
 from dn_detr_jax.models.backbones.resnet import BLOCKS, BOTTLENECK_DEPTHS
 
 
@@ -24,6 +25,8 @@ class BackboneNames:
       mark: the end of one tensor's name that every such backbone has, and no other.
       rows: modules with `prefix`.
       config: state dict in a detector's names -> the config keys that it decides.
+      renamed: other names of the same family, with `prefix`, as those of `rows`.
+      fresh: pattern of our paths that a file of a backbone alone need not fill.
     """
 
     title: str
@@ -31,6 +34,8 @@ class BackboneNames:
     mark: str
     rows: tuple[Row, ...]
     config: Callable[[Mapping[str, np.ndarray]], dict[str, Any]]
+    renamed: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]] = dict
+    fresh: str = ""
 
 
 def _resnet_config(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -43,7 +48,11 @@ def _resnet_config(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
         return {}
     counts = tuple(len(blocks[stage]) for stage in sorted(blocks))
     bottleneck = _BODY + "layer1.0.conv3.weight" in state
-    found = {"model.backbone.stages": len(counts), "model.backbone.width": stem.shape[0]}
+    found: dict[str, Any] = {
+        "model.backbone.kind": "resnet",
+        "model.backbone.stages": len(counts),
+        "model.backbone.width": stem.shape[0],
+    }
     for depth, known in BLOCKS.items():
         if known[: len(counts)] == counts and bottleneck == (depth in BOTTLENECK_DEPTHS):
             found["model.backbone.depth"] = depth
@@ -72,10 +81,30 @@ RESNET = BackboneNames(
     ),
     config=_resnet_config,
 )
-BACKBONES = (RESNET,)
+SWIN = BackboneNames(
+    title="Swin Transformer",
+    prefix=swin.PREFIX,
+    mark=swin.MARK,
+    rows=swin.ROWS,
+    config=swin.config,
+    renamed=swin.renamed,
+    fresh=swin.FRESH,
+)
+MOBILENET_V2 = BackboneNames(
+    title="MobileNetV2",
+    prefix=mobilenet_v2.PREFIX,
+    mark=mobilenet_v2.MARK,
+    rows=mobilenet_v2.ROWS,
+    config=mobilenet_v2.config,
+)
+BACKBONES = (RESNET, SWIN, MOBILENET_V2)
 ROWS: tuple[Row, ...] = tuple(row for backbone in BACKBONES for row in backbone.rows)
 
 
 def backbone_config(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Config keys that the backbone in a detector's state dict decides, empty if it is unknown."""
     return {key: value for names in BACKBONES for key, value in names.config(state).items()}
+
+
+# For files of a backbone alone, whatever the variant that it is a part of.
+NAMES = TorchNames(rows=ROWS, config=lambda state, args: backbone_config(state))
