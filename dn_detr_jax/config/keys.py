@@ -292,11 +292,17 @@ _EVALUATION = (
     ),
     Key("checkpoint.keep_latest", 2, "latest checkpoints that are kept", whole(1), resume="free"),
     Key("checkpoint.keep_best", 1, "checkpoints kept for their AP", whole(0), resume="free"),
-    Key("init.checkpoint", "", "work directory whose parameters the training starts from", TEXT),
+    Key(
+        "init.checkpoint",
+        "",
+        "work directory, weights file or hf:OWNER/NAME whose parameters the training starts from",
+        TEXT,
+    ),
     Key(
         "init.backbone",
         "",
-        "weights file for the backbone, of torchvision or timm: .pth, .safetensors or .npz",
+        "weights file for the backbone, of torchvision or timm: .pth, .safetensors, .npz, or "
+        "hf:OWNER/NAME such as hf:timm/resnet50.tv_in1k",
         TEXT,
     ),
     Key(

@@ -25,6 +25,7 @@ from dn_detr_jax.interop import torch_files
 from dn_detr_jax.interop.architecture import as_flags, check_config, official_config
 from dn_detr_jax.interop.class_heads import head_paths, reset_heads
 from dn_detr_jax.interop.convert import ConversionReport, flat, params_from_torch
+from dn_detr_jax.interop.hub import weights_path
 from dn_detr_jax.interop.names.elsewhere import source_of
 from dn_detr_jax.interop.state_dicts import unwrapped
 from dn_detr_jax.models.registry import (
@@ -144,7 +145,7 @@ def import_file(
     """Writes the checkpoint of a file into a new work directory.
 
     Args:
-      source: `.pth`, `.pth.tar`, `.safetensors` or `.npz`.
+      source: `.pth`, `.pth.tar`, `.safetensors` or `.npz`, or a name for `hub.fetch`.
       config: whole configuration, stored with the checkpoint; `model.num_classes` 0 is filled in.
       out: work directory without checkpoints.
       entry: dotted path of the state dict in the file, such as "ema.module"; None: the usual ones.
@@ -158,7 +159,7 @@ def import_file(
     validate(config)
     if (Path(out) / "checkpoints").exists():
         raise ConfigError("--out", str(out), "a directory without checkpoints: none is replaced")
-    file = torch_files.read(source, entry)
+    file = torch_files.read(weights_path(str(source), ""), entry)
     found = convert(file.state, config, file.args)
     validate(found.config)
     report = dataclasses.replace(found.report, stripped=file.stripped)

@@ -1,5 +1,6 @@
 """Parameters to start a training from: a pretrained backbone, or a whole trained detector."""
 
+import copy
 import dataclasses
 import logging
 from collections.abc import Sequence
@@ -14,12 +15,13 @@ from ml_collections import ConfigDict
 from dn_detr_jax.checkpoints.categories import match_labels
 from dn_detr_jax.checkpoints.params import read_params
 from dn_detr_jax.checkpoints.run_config import read_run_config
-from dn_detr_jax.config import expand_user
 from dn_detr_jax.data.coco_classes import Category
 from dn_detr_jax.errors import CheckpointError, ConfigError, ConversionError, WeightsError
 from dn_detr_jax.interop import torch_files
 from dn_detr_jax.interop.class_heads import head_paths, reorder_heads, reset_heads
 from dn_detr_jax.interop.convert import backbone_from_torch, flat
+from dn_detr_jax.interop.hub import weights_path
+from dn_detr_jax.interop.import_torch import convert
 from dn_detr_jax.models.registry import abstract_params, build_model
 
 PyTree = Any
@@ -31,9 +33,10 @@ def load_initial(params: PyTree, config: ConfigDict, categories: Sequence[Catego
 
     Args:
       params: nested dictionary of arrays.
-      config: whole configuration. `init.backbone` is a file of ResNet weights in torchvision's or
-        timm's names; `init.checkpoint` is a work directory of a training or an import; its
-        best checkpoint is taken, or the latest if none has been evaluated. With
+      config: whole configuration. `init.backbone` is a file of a backbone's weights in
+        torchvision's or timm's names; `init.checkpoint` is a work directory of a training or an
+        import, whose best checkpoint is taken, or the latest if none has been evaluated; or it is
+        a file of PyTorch weights. Both may be names for `hub.fetch`. With
         `init.reset_heads` the class head and the label embedding stay fresh, except the embedding
         that stands for no class. Without it, they are matched by class name: their rows are put
         into the order of `categories`.
@@ -65,50 +68,86 @@ def _placed(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:
 
 
 def _from_backbone(fresh: dict[str, Any], config: ConfigDict) -> dict[str, Any]:
-    path = str(expand_user(config.init.backbone, "init.backbone"))
+    name = config.init.backbone
     try:
-        file = torch_files.read(path)
+        file = torch_files.read(weights_path(name, "init.backbone"))
         shapes = {path: value.shape for path, value in fresh.items()}
         loaded, report = backbone_from_torch(file.state, shapes)
     except (OSError, WeightsError, ConversionError) as error:
-        raise ConfigError("init.backbone", path, str(error)) from error
+        raise ConfigError("init.backbone", name, str(error)) from error
     report = dataclasses.replace(report, stripped=file.stripped + report.stripped)
     logger.info("backbone from %s: %s", file.description(), report.summary())
     return fresh | loaded
 
 
+@dataclasses.dataclass(frozen=True)
+class _Trained:
+    """A trained detector: `config.model`, parameters by path and classes."""
+
+    model: ConfigDict
+    params: dict[str, Any]
+    categories: Sequence[Category]
+
+
 def _from_checkpoint(
     fresh: dict[str, Any], config: ConfigDict, categories: Sequence[Category]
 ) -> dict[str, Any]:
-    path = str(expand_user(config.init.checkpoint, "init.checkpoint"))
-    if not (Path(path) / "config.json").is_file():
-        raise ConfigError("init.checkpoint", path, "no work directory: it has no config.json")
-    source, known = read_run_config(path)
-    shapes = abstract_params(build_model(source.model))
-    rows = None if config.init.reset_heads else _rows_by_class(known, categories, path)
+    name = config.init.checkpoint
+    try:
+        path = weights_path(name, "init.checkpoint")
+        found = _from_file(path, config) if path.is_file() else None
+    except (WeightsError, ConversionError) as error:
+        raise ConfigError("init.checkpoint", name, str(error)) from error
+    return _fitted(found or _from_workdir(path), fresh, config, categories)
+
+
+def _from_file(path: Path, config: ConfigDict) -> _Trained:
+    """The detector in a file of PyTorch weights, with its own classes."""
+    own = copy.deepcopy(config)
+    own.init.reset_heads, own.model.num_classes = False, 0
+    file = torch_files.read(path)
+    found = convert(file.state, own, file.args)
+    logger.info("parameters from %s: %s", file.description(), found.report.summary())
+    return _Trained(found.config.model, flat(found.params), found.categories)
+
+
+def _from_workdir(path: Path) -> _Trained:
+    if not (path / "config.json").is_file():
+        reason = "no file, and no work directory: it has no config.json"
+        raise ConfigError("init.checkpoint", str(path), reason)
+    source, categories = read_run_config(path)
+    found = read_params(path, abstract_params(build_model(source.model)))
+    logger.info("parameters from %s, step %s", path, found.step)
+    return _Trained(source.model, flat(jax.device_get(found.params)), categories)
+
+
+def _fitted(
+    trained: _Trained, fresh: dict[str, Any], config: ConfigDict, categories: Sequence[Category]
+) -> dict[str, Any]:
+    """The parameters of a trained detector for the model and the classes of a config."""
+    name = config.init.checkpoint
+    reset = config.init.reset_heads
+    rows = None if reset else _rows_by_class(trained.categories, categories, name)
     heads = head_paths(fresh)
-    free = heads if config.init.reset_heads or rows is not None else ()
+    free = heads if reset or rows is not None else ()
     wrong = [
-        f"{name} is {theirs} there, {ours} here"
-        for name, theirs, ours in _differences(flat(shapes), fresh)
-        if name not in free
+        f"{path} is {theirs} there, {ours} here"
+        for path, theirs, ours in _differences(trained.params, fresh)
+        if path not in free
     ]
     if wrong:
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         only_heads = {line.split(" ")[0] for line in wrong} <= set(heads)
         hint = "; init.reset_heads=True keeps all but the classes" if only_heads else ""
         reason = f"another model: {'; '.join(wrong[:3])}{more}{hint}"
-        raise ConfigError("init.checkpoint", path, reason)
-    found = read_params(path, shapes)
-    restored = flat(jax.device_get(found.params))
-    logger.info("parameters from %s, step %s", path, found.step)
-    classes = source.model.num_classes, config.model.num_classes
-    if config.init.reset_heads:
-        return reset_heads(restored, jax.device_get(fresh), classes)
+        raise ConfigError("init.checkpoint", name, reason)
+    classes = trained.model.num_classes, config.model.num_classes
+    if reset:
+        return reset_heads(trained.params, jax.device_get(fresh), classes)
     if rows is not None:
-        logger.warning("%s numbers its classes differently: they are matched by name", path)
-        return reorder_heads(restored, jax.device_get(fresh), classes, rows)
-    return restored
+        logger.warning("%s numbers its classes differently: they are matched by name", name)
+        return reorder_heads(trained.params, jax.device_get(fresh), classes, rows)
+    return trained.params
 
 
 def _rows_by_class(
