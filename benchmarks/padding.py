@@ -31,8 +31,8 @@ from dn_detr_jax.commands.command_line import run_main
 from dn_detr_jax.config import (
     validate,
 )
-from dn_detr_jax.data import coco
 from dn_detr_jax.data.canvases import padding, propose, required_sizes
+from dn_detr_jax.data.formats import load_split
 from dn_detr_jax.data.layout import find_split
 from dn_detr_jax.data.placement import Canvas, place
 from dn_detr_jax.data.plan import plan_epoch
@@ -143,7 +143,7 @@ def measure_canvases(
 def measure(directory: Path, config: ConfigDict) -> dict[str, dict[str, Any]]:
     """Returns the rows of the table by name, for the training of `config.data`."""
     training, validation = (
-        coco.load_split(find_split(directory, split, config[split]))[0].sizes
+        load_split(find_split(directory, split, config[split]))[0].sizes
         for split in ("train", "validation")
     )
     rng = np.random.default_rng(0)

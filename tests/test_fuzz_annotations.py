@@ -23,11 +23,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dn_detr_jax.config import base_config
-from dn_detr_jax.data import coco, images, records, tfrecord
+from dn_detr_jax.data import images, records, tfrecord
 from dn_detr_jax.data.annotations import label_categories, load_table, save_table
 from dn_detr_jax.data.check import check_split
 from dn_detr_jax.data.check_report import report
 from dn_detr_jax.data.datasets import open_dataset
+from dn_detr_jax.data.formats import load_split
 from dn_detr_jax.data.layout import find_split
 from dn_detr_jax.data.plan import TrainPlan, plan_eval
 from dn_detr_jax.errors import DataError
@@ -58,7 +59,7 @@ def used(directory, content: bytes) -> bool:
         report([split]).encode()
         files = find_split(directory, "train", config.train)
         try:
-            table, categories = coco.load_split(files)
+            table, categories = load_split(files)
         except DataError as error:
             one_line(error, "train.json")
             assert split.findings.errors

@@ -215,8 +215,8 @@ def test_a_folder_that_can_not_be_written_is_named(coco_dir):
 def test_an_image_that_vanishes_while_packing_is_named(coco_dir, monkeypatch):
     load = packing.load_split
 
-    def load_and_remove(files):
-        loaded = load(files)
+    def load_and_remove(files, exif):
+        loaded = load(files, exif)
         (coco_dir / "train" / loaded[0].file_names[30]).unlink()
         return loaded
 

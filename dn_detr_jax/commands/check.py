@@ -1,4 +1,4 @@
-"""Checks a COCO-format directory before a training.
+"""Checks a data set in the format of COCO, YOLO or Pascal VOC.
 
     python -m dn_detr_jax check DIR
     python -m dn_detr_jax check DIR --config configs/finetune.py

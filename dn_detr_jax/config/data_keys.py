@@ -25,7 +25,7 @@ DATA_KEYS = (
     Key(
         "data.packed_dir",
         "",
-        "folder for COCO-format data packed once; empty: packed/ in data.dir",
+        "folder for images packed once; empty: packed/ in data.dir",
         TEXT,
         resume="free",
         machines="free",
@@ -157,8 +157,8 @@ DATA_KEYS = (
         for part, meaning in (
             (
                 "annotations",
-                f"COCO-format annotation file of the {split} split, relative to data.dir; empty: "
-                "found in the usual layouts",
+                f"annotations of the {split} split, from data.dir: a file of COCO, data.yaml of "
+                "YOLO, a list or folder of Pascal VOC; empty: found in the usual layouts",
             ),
             ("images", "folder of its images, relative to data.dir; empty: found likewise"),
         )

@@ -128,6 +128,53 @@ class Annotations:
         }
 
 
+class ImageRow(NamedTuple):
+    """An image of a table: id, height and width in pixels, name."""
+
+    id: int
+    size: tuple[int, int]
+    file_name: str
+
+
+class ObjectRow(NamedTuple):
+    """An object of a table.
+
+    Attributes:
+      image: position of its image.
+      id: of the object.
+      bbox: left, top, width, height in pixels.
+      category_id: of its class.
+      area: in square pixels.
+      crowd: whether it is to be ignored.
+    """
+
+    image: int
+    id: int
+    bbox: Sequence[float]
+    category_id: int
+    area: float
+    crowd: bool
+
+
+def build_table(images: Sequence[ImageRow], objects: Sequence[ObjectRow]) -> Annotations:
+    """Returns the table of some images and their objects, those of an image in the given order."""
+    objects = sorted(objects, key=lambda found: found.image)  # stable
+    count = len(objects)
+    rows = np.fromiter((found.image for found in objects), np.int64, count)
+    per_image = np.bincount(rows, minlength=len(images))
+    return Annotations(
+        image_ids=np.fromiter((image.id for image in images), np.int64, len(images)),
+        sizes=np.array([image.size for image in images], np.int32).reshape(-1, 2),
+        file_names=tuple(image.file_name for image in images),
+        offsets=np.concatenate([[0], np.cumsum(per_image)]).astype(np.int64),
+        ids=np.fromiter((found.id for found in objects), np.int64, count),
+        bboxes=np.array([found.bbox for found in objects], np.float64).reshape(-1, 4),
+        category_ids=np.fromiter((found.category_id for found in objects), np.int64, count),
+        areas=np.fromiter((found.area for found in objects), np.float64, count),
+        crowd=np.fromiter((found.crowd for found in objects), np.bool_, count),
+    )
+
+
 def save_table(path: Path, annotations: Annotations, categories: Sequence[Category]) -> None:
     """Writes a table and the categories of a data set to one `.npz` file, all or nothing.
 

@@ -16,9 +16,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dn_detr_jax.config import expand_user
-from dn_detr_jax.data import coco
 from dn_detr_jax.data.annotations import Annotations
 from dn_detr_jax.data.datasets import find_tfds, open_dataset
+from dn_detr_jax.data.formats import load_split
 from dn_detr_jax.data.layout import find_split
 from dn_detr_jax.data.placement import Canvas, canvas_factors, place
 from dn_detr_jax.data.transforms import draw_geometry, eval_geometry, largest_sizes
@@ -302,5 +302,5 @@ def split_annotations(data_config: ConfigDict, split: str) -> Annotations:
     """Returns the table of a split, without packing a directory in COCO format."""
     directory = expand_user(data_config.dir, "data.dir")
     if data_config.name == "coco" and data_config.dir and find_tfds(directory) is None:
-        return coco.load_split(find_split(directory, split, data_config[split]))[0]
+        return load_split(find_split(directory, split, data_config[split]))[0]
     return open_dataset(data_config, split).annotations

@@ -1,4 +1,4 @@
-"""Checks a directory in COCO format before a training, and reports what is wrong with it.
+"""Checks a data set in the format of COCO, YOLO or Pascal VOC before a training.
 
     python -m dn_detr_jax check DIR
     python -m dn_detr_jax check DIR --config configs/finetune.py
@@ -20,15 +20,16 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from dn_detr_jax.config import expand_user
-from dn_detr_jax.data import coco, images
 from dn_detr_jax.data import findings as kinds
+from dn_detr_jax.data import formats, images
 from dn_detr_jax.data.annotations import Annotations
 from dn_detr_jax.data.box_format import TOLERANCE, check_box_format, describe_box
 from dn_detr_jax.data.check_report import Split
 from dn_detr_jax.data.coco_classes import Category
 from dn_detr_jax.data.datasets import SPLITS, find_tfds, nothing_to_learn
+from dn_detr_jax.data.directory import ImageFolder
 from dn_detr_jax.data.findings import Findings, Kind
-from dn_detr_jax.data.layout import ImageFolder, find_split
+from dn_detr_jax.data.layout import find_split
 from dn_detr_jax.errors import DataError
 
 _READERS = 8
@@ -46,7 +47,7 @@ def check(data_config: ConfigDict, decode: bool = False, num_queries: int = 0) -
       The training split, then the validation split.
 
     Raises:
-      DataError: it is no directory in the format of COCO.
+      DataError: there is no such folder, or it is prepared by TFDS.
     """
     directory = expand_user(data_config.dir, "data.dir")
     if not directory.is_dir():
@@ -54,7 +55,7 @@ def check(data_config: ConfigDict, decode: bool = False, num_queries: int = 0) -
     if find_tfds(directory) is not None:
         raise DataError(
             f"{find_tfds(directory)} is prepared by TFDS, which has checked it; this command is "
-            "for directories in the format of COCO"
+            "for data in the format of COCO, YOLO or Pascal VOC"
         )
     splits = [
         check_split(directory, name, data_config[name], decode, data_config.exif, num_queries)
@@ -77,7 +78,7 @@ def check_split(
     """Checks a split alone: its paths, its annotations, and its images.
 
     Args:
-      directory: in the format of COCO.
+      directory: of the data set.
       name: "train" or "validation".
       split_config: `config.data.train` or `config.data.validation`.
       decode: whether to decode the images, too.
@@ -87,7 +88,7 @@ def check_split(
     findings = Findings()
     try:
         files = find_split(directory, name, split_config)
-        loaded = coco.read_annotations(files.annotations, findings)
+        loaded = formats.read_annotations(files, findings, exif)
     except (DataError, OSError) as error:
         findings.add(kinds.FILES_NOT_FOUND, error)
         return Split(name, findings)
@@ -103,7 +104,7 @@ def check_split(
         objects = f"{annotations.file_names[index]}: {annotations.counts[index]} objects"
         findings.add(kinds.TOO_MANY_OBJECTS, f"{objects}, {num_queries} queries")
     folder = ImageFolder(files.images)
-    present = coco.check_files(annotations.file_names, folder, findings)
+    present = formats.check_files(annotations.file_names, folder, findings)
     found = [folder.find(file_name) for file_name in annotations.file_names]
     paths = tuple(None if path is None else files.images / path for path in found)
     _check_images(annotations, paths, present, findings, decode, exif)

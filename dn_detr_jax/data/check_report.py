@@ -8,10 +8,11 @@ import numpy as np
 
 from dn_detr_jax.data.annotations import Annotations, label_categories
 from dn_detr_jax.data.coco_classes import Category
+from dn_detr_jax.data.directory import SplitFiles
 from dn_detr_jax.data.findings import Findings
-from dn_detr_jax.data.layout import SplitFiles
 from dn_detr_jax.errors import DataError
 
+NAMES = {"coco": "COCO", "yolo": "YOLO", "voc": "Pascal VOC"}  # of formats
 _EXCEEDING = 0.005  # share of the images that may have more objects than the proposed max_objects
 
 
@@ -49,7 +50,10 @@ def report(splits: Sequence[Split]) -> str:
 def _describe(split: Split) -> list[str]:
     lines = [f"{split.name}:"]
     if split.files is not None:
-        lines.append(f"  annotations {split.files.annotations}, images in {split.files.images}/")
+        lines.append(
+            f"  {NAMES[split.files.format]}: annotations {split.files.source}, images in "
+            f"{split.files.images}/"
+        )
     table = split.annotations
     if table is not None:
         lines.append(

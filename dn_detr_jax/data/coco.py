@@ -8,20 +8,17 @@ import contextlib
 import gc
 import json
 import math
-import posixpath
-import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from dn_detr_jax.data import findings as kinds
-from dn_detr_jax.data.annotations import Annotations
-from dn_detr_jax.data.box_format import check_box_format
+from dn_detr_jax.data.annotations import Annotations, ImageRow, ObjectRow, build_table
 from dn_detr_jax.data.coco_classes import Category
+from dn_detr_jax.data.directory import is_plain, normal_name
 from dn_detr_jax.data.findings import Findings, shortened
-from dn_detr_jax.data.layout import ImageFolder, SplitFiles
 
 _LARGEST_ID = np.iinfo(np.int32).max  # of images: batches carry the ids as int32
 _PARTS = ("images", "annotations", "categories")  # lists of an annotation file
@@ -87,11 +84,13 @@ def _read_annotations(
         return None
     categories, bad_categories = _read_categories(parts["categories"], findings)
     images, bad_images = _read_images(parts["images"], findings)
-    known = _Known(images, bad_images, categories, bad_categories)
+    positions = {image_id: position for position, image_id in enumerate(images)}
+    known = _Known(positions, bad_images, categories, bad_categories)
     objects = _read_objects(parts["annotations"], known, findings)
     if findings.errors and not (images and categories):
         return None
-    return _table(images, objects), tuple(Category(*item) for item in categories.items())
+    table = build_table(list(images.values()), objects)
+    return table, tuple(Category(*item) for item in categories.items())
 
 
 def _without_segmentation(value: dict) -> dict:
@@ -129,24 +128,18 @@ def _readable_id(entry: Any) -> list[int]:
         return []
 
 
-class _Image(NamedTuple):
-    position: int
-    size: tuple[int, int]
-    file_name: str
-
-
 class _Known(NamedTuple):
-    """Images and categories by id, and the ids of the malformed ones."""
+    """Positions of images and names of categories by id, and the ids of the malformed ones."""
 
-    images: dict[int, _Image]
+    images: dict[int, int]
     bad_images: set[int]
     categories: dict[int, str]
     bad_categories: set[int]
 
 
-def _read_images(entries: list, findings: Findings) -> tuple[dict[int, _Image], set[int]]:
+def _read_images(entries: list, findings: Findings) -> tuple[dict[int, ImageRow], set[int]]:
     """Reads images by id, and the ids of malformed entries."""
-    images: dict[int, _Image] = {}
+    images: dict[int, ImageRow] = {}
     malformed: set[int] = set()
     names: dict[str, int] = {}
     for number, entry in enumerate(entries):
@@ -165,8 +158,8 @@ def _read_images(entries: list, findings: Findings) -> tuple[dict[int, _Image], 
             example = f"{image_id} ({images[image_id].file_name} and {file_name})"
             findings.add(kinds.IMAGE_ID_TWICE, example)
             continue
-        images[image_id] = _Image(len(images), size, file_name)
-        first = names.setdefault(_normal_name(file_name), image_id)
+        images[image_id] = ImageRow(image_id, size, file_name)
+        first = names.setdefault(normal_name(file_name), image_id)
         if first != image_id:
             findings.add(kinds.LISTED_TWICE, f"{file_name} (ids {first} and {image_id})")
     if not entries:
@@ -174,23 +167,7 @@ def _read_images(entries: list, findings: Findings) -> tuple[dict[int, _Image], 
     return images, malformed
 
 
-def _normal_name(file_name: str) -> str:
-    """Returns one spelling for all the spellings of a path."""
-    if "/" in file_name:
-        file_name = posixpath.normpath(file_name)
-    return unicodedata.normalize("NFC", file_name)
-
-
-class _Object(NamedTuple):
-    image: int  # position
-    id: int
-    bbox: list[float]
-    category_id: int
-    area: float
-    crowd: bool
-
-
-def _read_objects(entries: list, known: _Known, findings: Findings) -> list[_Object]:
+def _read_objects(entries: list, known: _Known, findings: Findings) -> list[ObjectRow]:
     objects, seen = [], set()
     for number, entry in enumerate(entries):
         try:
@@ -204,11 +181,10 @@ def _read_objects(entries: list, known: _Known, findings: Findings) -> list[_Obj
             findings.add(kinds.ANNOTATION_ID_TWICE, found.id)
         seen.add(found.id)
         objects.append(found)
-    objects.sort(key=lambda found: found.image)  # stable: within an image as in the file
     return objects
 
 
-def _read_object(entry: Any, number: int, known: _Known, findings: Findings) -> _Object | None:
+def _read_object(entry: Any, number: int, known: _Known, findings: Findings) -> ObjectRow | None:
     image_id, category_id = _whole(entry, "image_id"), _whole(entry, "category_id")
     bbox = _bbox(entry)
     object_id = _whole(entry, "id", least=-_LARGEST) if "id" in entry else number + 1
@@ -225,25 +201,7 @@ def _read_object(entry: Any, number: int, known: _Known, findings: Findings) -> 
         findings.add(kinds.UNKNOWN_IMAGE, example)
     if not (has_category and has_image):
         return None
-    return _Object(known.images[image_id].position, object_id, bbox, category_id, area, bool(crowd))
-
-
-def _table(images: dict[int, _Image], objects: list[_Object]) -> Annotations:
-    count = len(objects)
-    rows = np.fromiter((found.image for found in objects), np.int64, count)
-    bboxes = np.array([found.bbox for found in objects], np.float64).reshape(-1, 4)
-    per_image = np.bincount(rows, minlength=len(images))
-    return Annotations(
-        image_ids=np.fromiter(images, np.int64, len(images)),
-        sizes=np.array([image.size for image in images.values()], np.int32).reshape(-1, 2),
-        file_names=tuple(image.file_name for image in images.values()),
-        offsets=np.concatenate([[0], np.cumsum(per_image)]).astype(np.int64),
-        ids=np.fromiter((found.id for found in objects), np.int64, count),
-        bboxes=bboxes,
-        category_ids=np.fromiter((found.category_id for found in objects), np.int64, count),
-        areas=np.fromiter((found.area for found in objects), np.float64, count),
-        crowd=np.fromiter((found.crowd for found in objects), np.bool_, count),
-    )
+    return ObjectRow(known.images[image_id], object_id, bbox, category_id, area, bool(crowd))
 
 
 class _MalformedError(Exception):
@@ -299,17 +257,10 @@ def _as_float(value: int | float) -> float:
 
 def _text(entry: Any, key: str) -> str:
     value = _value(entry, key)
-    if not isinstance(value, str) or not value or not _is_plain(value):
+    if not isinstance(value, str) or not value or not is_plain(value):
         wanted = "text without control characters"
         raise _MalformedError(f"{key} is {_shown(value)}, expected {wanted}")
     return value
-
-
-def _is_plain(text: str) -> bool:
-    """Whether a text has no control characters, and no surrogates, which no encoding has."""
-    if text.isprintable():
-        return True
-    return not any(unicodedata.category(character) in ("Cc", "Cs") for character in text)
 
 
 def _kind(value: Any) -> str:
@@ -321,36 +272,3 @@ def _shown(value: Any) -> str:
         return shortened(json.dumps(value))
     except ValueError:  # a number of more digits than Python prints
         return _kind(value)
-
-
-def load_split(files: SplitFiles) -> tuple[Annotations, tuple[Category, ...]]:
-    """Reads the annotations of a split that is to be trained or evaluated on.
-
-    Raises:
-      DataError: one line that names everything that would break a training.
-      OSError: the annotation file can't be read.
-    """
-    findings = Findings()
-    loaded = read_annotations(files.annotations, findings)
-    if loaded is not None:
-        check_box_format(loaded[0], findings)
-        check_files(loaded[0].file_names, ImageFolder(files.images), findings)
-    advice = (
-        f"Images are looked for in {files.images}. Everything at once: python -m dn_detr_jax check "
-        "DIR"
-    )
-    findings.raise_errors(str(files.annotations), advice)
-    assert loaded is not None  # without errors there is a table
-    return loaded
-
-
-def check_files(file_names: Sequence[str], folder: ImageFolder, findings: Findings) -> list[int]:
-    """Counts the images that are not on disk; returns the positions of those that are."""
-    present = []
-    for position, name in enumerate(file_names):
-        if folder.find(name) is not None:
-            present.append(position)
-            continue
-        hint = folder.hint(name) if findings.wants_example(kinds.MISSING_IMAGE) else ""
-        findings.add(kinds.MISSING_IMAGE, f"{name}{hint}")
-    return present

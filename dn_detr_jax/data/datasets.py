@@ -1,7 +1,8 @@
 """Detection data sets by name: random access to encoded images, and a table of their objects.
 
 `config.data.name` chooses. "coco" opens `config.data.dir`: a folder that TFDS has prepared with the
-features of `coco/2017`, or a directory in the format of COCO, which is packed on first use.
+features of `coco/2017`, or a directory in the format of COCO, YOLO or Pascal VOC, which is packed
+on first use.
 "digits" opens scenes of handwritten digits, which are drawn into `config.data.dir` on first use.
 """
 
@@ -141,7 +142,7 @@ def nothing_to_learn(annotations: Annotations) -> str:
 
 
 def _open_coco(data_config: ConfigDict, split: str, directory: Path, pack: bool) -> Dataset:
-    """Opens a TFDS folder or a COCO-format directory, whichever is there."""
+    """Opens a TFDS folder or a directory of annotations and images, whichever is there."""
     split_config = data_config[split]
     prepared = None if split_config.images else find_tfds(directory)
     if prepared is None:

@@ -1,4 +1,4 @@
-"""Everything that is looked for in a directory in COCO format, and how often each was found.
+"""Everything that is looked for in a data set, and how often each was found.
 
 `KINDS` is the one list: the reader of annotation files and the check count what they find by it,
 and the table in docs/own_data.md is made from it (`table`).
@@ -35,12 +35,16 @@ def _warning(name: str, meaning: str) -> Kind:
 
 FILES_NOT_FOUND = _error(
     "files not found",
-    "no annotation file or no folder of images is there, or several fit",
+    "no annotations or no folder of images are there, several fit, or `data.yaml` is damaged",
 )
 NO_JSON = _error("no JSON", "the annotation file can't be parsed")
 NO_COCO = _error("no COCO format", "`images`, `annotations` or `categories` is not a list")
-NO_IMAGES = _error("no images", "the list of images is empty")
-NO_CATEGORIES = _error("no categories", "the list of categories is empty")
+NO_XML = _error("no XML", "a file of Pascal VOC is missing or can't be parsed")
+NO_LABELS = _error(
+    "no text files of YOLO", "no image has one: they are looked for in `labels/` and beside images"
+)
+NO_IMAGES = _error("no images", "the list or the folder of images is empty")
+NO_CATEGORIES = _error("no categories", "the list of categories is empty, or no object has a name")
 MALFORMED_IMAGE = _error(
     "malformed image", "an entry without a usable id, size or file name; its objects are ignored"
 )
@@ -48,7 +52,8 @@ MALFORMED_CATEGORY = _error(
     "malformed category", "an entry without a usable id or name; its objects are ignored"
 )
 MALFORMED_ANNOTATION = _error(
-    "malformed annotation", "an entry without usable ids or box, such as `[]` or a box of strings"
+    "malformed annotation",
+    "an entry without usable ids or box, such as `[]`, a box of strings or of pixels in YOLO",
 )
 IMAGE_ID_TWICE = _error("image id that comes twice", "objects can't be told apart by image")
 CATEGORY_ID_TWICE = _error("category id that comes twice", "objects can't be told apart by class")

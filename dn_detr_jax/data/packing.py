@@ -1,4 +1,4 @@
-"""Packs the images of a COCO-format split, as they are, into records that are read by position.
+"""Packs the images of a split, as they are, into records that are read by position.
 
 A data set of many small files is slow to read at random; packed once, it is a few hundred large
 ones. The records are a folder of TFDS (`array_record`, features of `coco/2017`) that
@@ -7,8 +7,8 @@ this module writes the shards, and TFDS writes its metadata around them:
 
 - Each shard is written under another name, flushed, and renamed when complete. A packing that was
   killed is continued: complete shards stay.
-- The whole is renamed to its final name when complete. The name holds a checksum of the annotation
-  file and of where the images are: what is packed from other annotations has another name.
+- The whole is renamed to its final name when complete. The name holds a checksum of the annotations
+  and of where the images are: what is packed from other annotations has another name.
 - One process packs at a time; the lock makes others wait.
 - Size and modification time of every image are kept. When a packed split is opened, images whose
   file has changed are compared with what is packed, and the shards of those that differ are written
@@ -34,9 +34,9 @@ import tensorflow_datasets as tfds
 
 from dn_detr_jax.data import images, shards
 from dn_detr_jax.data.annotations import Annotations, load_table, save_table
-from dn_detr_jax.data.coco import load_split
 from dn_detr_jax.data.coco_classes import Category
-from dn_detr_jax.data.layout import ImageFolder, SplitFiles
+from dn_detr_jax.data.directory import ImageFolder, SplitFiles
+from dn_detr_jax.data.formats import checksum, load_split
 from dn_detr_jax.data.records import EncodedImages
 from dn_detr_jax.data.shards import SPLIT, ShardWriter, packed_features, progress_bar, read_file
 from dn_detr_jax.errors import DataError
@@ -81,9 +81,9 @@ def open_packed(
     """
     source = _describe(files, directory, exif)
     digest = hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()
-    folder = packed_dir / f"{files.annotations.stem.strip('_')}-{digest[:16]}"
+    folder = packed_dir / f"{_name(files)}-{digest[:16]}"
     if not folder.exists() and not pack:
-        raise DataError(f"the images of {files.annotations} are not packed in {packed_dir} yet")
+        raise DataError(f"the images of {files.source} are not packed in {packed_dir} yet")
     if not folder.exists():
         try:
             with _lock(packed_dir):
@@ -97,15 +97,22 @@ def open_packed(
 
 def _describe(files: SplitFiles, directory: Path, exif: images.Exif) -> dict[str, Any]:
     """Returns all that decides what a packed folder holds, except for the images' content."""
-    with files.annotations.open("rb") as file:
-        checksum = hashlib.file_digest(file, "sha256").hexdigest()
+    listed = [os.path.relpath(path, directory) for path in files.listed]
     return {
         "annotations": os.path.relpath(files.annotations, directory),
         "images": os.path.relpath(files.images, directory),
-        "sha256": checksum,
+        "sha256": checksum(files, directory),
         "format": _FORMAT,
         **({} if exif == "auto" else {"exif": exif}),
+        **({} if files.format == "coco" else {"kind": files.format, "listed": listed}),
     }
+
+
+def _name(files: SplitFiles) -> str:
+    """Returns the part of a packed folder's name that is for people."""
+    path = files.listed[0] if files.listed else files.annotations
+    name = path.stem.strip("_") or files.format
+    return name if files.format == "coco" else f"{files.format}-{name}"
 
 
 def _no_room(error: OSError, packed_dir: Path) -> str:
@@ -132,8 +139,8 @@ def _pack(files: SplitFiles, folder: Path, source: dict[str, Any], exif: images.
     partial = folder.with_name(f"{folder.name}.partial")
     replaced = [other for other in _packed_from(source, folder.parent) if other != partial]
     if replaced:
-        logger.info("%s has changed since it was packed: packing it again", files.annotations)
-    annotations, categories = load_split(files)
+        logger.info("%s has changed since it was packed: packing it again", files.source)
+    annotations, categories = load_split(files, exif)
     paths = _paths(files, annotations)
     stamps = _stamps(paths)  # before reading: a file that changes meanwhile is noticed next time
     if exif != "auto":
@@ -168,7 +175,7 @@ def _packed_from(source: dict[str, Any], packed_dir: Path) -> list[Path]:
     for path in packed_dir.glob(f"*/{_SOURCE}"):
         with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
             other = json.loads(path.read_text(encoding="utf-8"))
-            keys = ("annotations", "images", "exif")
+            keys = ("annotations", "images", "exif", "kind", "listed")
             if all(other.get(key) == source.get(key) for key in keys):
                 found.append(path.parent)
     return found
@@ -189,7 +196,7 @@ def _write_shards(
     logger.info(
         "packing %d images of %s into %s, once%s",
         len(paths),
-        files.annotations,
+        files.source,
         partial.with_suffix(""),
         f"; {done} are there already" if done else "",
     )
@@ -202,7 +209,7 @@ def _write_shards(
             "boxes are taken as drawn on the stored pixels. data.exif=as_shown or as_stored says "
             "which; python -m dn_detr_jax check names them",
             write.open_orientations,
-            files.annotations,
+            files.source,
         )
     return sum((partial / name).stat().st_size for name in names)
 
@@ -281,7 +288,7 @@ def _refreshed(packed: Packed, files: SplitFiles, exif: images.Exif) -> Packed:
         return packed
     try:
         with _lock(packed.folder.parent):  # another process may have been faster
-            return _refresh(packed, paths, stamps, exif)
+            return _refresh(packed, files, paths, stamps, exif)
     except OSError as error:
         changed = _changed(packed.folder, paths, _suspects(packed.folder, stamps))
         if not changed:  # a folder for reading only: the files are compared again next time
@@ -325,7 +332,11 @@ def _changed(folder: Path, paths: Sequence[Path], suspects: np.ndarray) -> list[
 
 
 def _refresh(
-    packed: Packed, paths: Sequence[Path], stamps: np.ndarray, exif: images.Exif
+    packed: Packed,
+    files: SplitFiles,
+    paths: Sequence[Path],
+    stamps: np.ndarray,
+    exif: images.Exif,
 ) -> Packed:
     """Writes the shards of changed images, then the table, then the stamps.
 
@@ -340,7 +351,9 @@ def _refresh(
             paths[changed[0]],
             folder,
         )
-        if exif != "auto":
+        if files.format == "yolo":  # whose boxes are shares of the images' sizes
+            annotations, _ = load_split(files, exif)
+        elif exif != "auto":
             annotations = _with_sizes_of_boxes(annotations, paths, changed, exif)
         _replace_shards(folder, paths, stamps, changed, annotations, categories)
         save_table(folder / _TABLE, annotations, categories)
