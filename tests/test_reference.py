@@ -329,7 +329,7 @@ def test_command_refuses_other_models(tmp_path, capsys):
     manifest = json.loads((DATA / "dn_dab_detr_r50.json").read_text())
     shutil.copy(DATA / "components.npz", tmp_path / "case.npz")
     for change, words in (
-        ({"modelname": "dn_dab_deformable_detr"}, "is not a model of this package"),
+        ({"modelname": "conditional_detr"}, "is not a model of this package"),
         ({"args": manifest["args"] | {"pre_norm": True}}, "pre_norm=True has no counterpart"),
     ):
         (tmp_path / "case.json").write_text(json.dumps(manifest | change))

@@ -42,7 +42,8 @@ POINT_KEYS = (
 # What the transformer and its backbone have in common with those of DN-DAB-DETR.
 _SHARED = (
     *("hidden_dim", "num_heads", "ffn_dim", "encoder_layers", "decoder_layers", "num_queries"),
-    *("dropout", "pe_temperature_h", "pe_temperature_w", "pe_temperature_box", "remat"),
+    *("pe_temperature_h", "pe_temperature_w", "pe_temperature_box"),
+    *("indicator", "dropout", "remat"),
 )
 TRANSFORMER_KEYS = with_defaults(
     (

@@ -20,7 +20,7 @@ NAME = "dn_dino_detr"
 KEYS = (
     *LEVEL_KEYS,
     *POINT_KEYS,
-    *with_defaults(TRANSFORMER_KEYS, {"model.num_queries": 900}),
+    *with_defaults(TRANSFORMER_KEYS, {"model.num_queries": 900, "model.indicator": False}),
     Key(
         "model.proposal_score",
         "class",
@@ -41,13 +41,6 @@ KEYS = (
         "model.query_scale",
         False,
         "True: the encoding of the anchors is scaled by the content",
-        FLAG,
-        evaluation="same",
-    ),
-    Key(
-        "model.indicator",
-        False,
-        "True: the last channel of denoising queries is 1",
         FLAG,
         evaluation="same",
     ),

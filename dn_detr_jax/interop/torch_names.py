@@ -34,6 +34,11 @@ _LINEAR = Layout(np.transpose, np.transpose)
 _CONV = Layout(lambda x: x.transpose(3, 2, 0, 1), lambda x: x.transpose(2, 3, 1, 0))
 # A 1x1 convolution there, a linear map over channels here.
 _POINTWISE = Layout(lambda x: x.T[:, :, None, None], lambda x: x[:, :, 0, 0].T)
+# A convolution whose size decides between the two.
+_PROJECTION = Layout(
+    lambda x: (_POINTWISE if x.ndim == 2 else _CONV).to_torch(x),
+    lambda x: (_POINTWISE if x.shape[2:] == (1, 1) else _CONV).from_torch(x),
+)
 _SCALAR = Layout(lambda x: x.reshape(1), lambda x: x.reshape(()))
 
 # kind -> (their leaf, our leaf, layout)
@@ -41,6 +46,7 @@ KINDS: dict[str, tuple[tuple[str, str, Layout], ...]] = {
     "linear": ((".weight", "/kernel", _LINEAR), (".bias", "/bias", _SAME)),
     "packed": (("_weight", "/kernel", _LINEAR), ("_bias", "/bias", _SAME)),
     "pointwise": ((".weight", "/kernel", _POINTWISE), (".bias", "/bias", _SAME)),
+    "projection": ((".weight", "/kernel", _PROJECTION), (".bias", "/bias", _SAME)),
     "conv": ((".weight", "/kernel", _CONV),),
     "conv_bias": ((".weight", "/kernel", _CONV), (".bias", "/bias", _SAME)),
     "matrix": ((".weight", "/kernel", _LINEAR),),

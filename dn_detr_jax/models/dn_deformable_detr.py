@@ -35,7 +35,7 @@ def build(config: ConfigDict, attention_kernel: str = "xla") -> Detector:
         pyramid=multi_level(config, half_pixel=True),
         encoder=deformable_encoder(config, layers),
         queries=LearnedQueries(
-            config.num_classes, config.hidden_dim, config.num_queries, indicator=True
+            config.num_classes, config.hidden_dim, config.num_queries, indicator=config.indicator
         ),
         decoder=DeformableDecoder(
             config.decoder_layers,

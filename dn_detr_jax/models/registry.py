@@ -111,6 +111,7 @@ register(
         keys=deformable_keys.KEYS,
         checks=deformable_keys.CHECKS,
         frozen=dn_dab_detr.frozen,
+        torch_names="dn_detr_jax.interop.names.dn_deformable_detr:NAMES",
     )
 )
 register(
@@ -122,6 +123,7 @@ register(
         checks=dino_keys.CHECKS,
         frozen=dn_dab_detr.frozen,
         output_parts=criterion.parts_with_proposals,
+        torch_names="dn_detr_jax.interop.names.dn_dino_detr:NAMES",
     )
 )
 

@@ -1,11 +1,4 @@
-"""The reference's denoising components: preparation, mask, split and losses of sets of targets.
-
-The contrastive cases contain a slip of the PyTorch code. That code lists the objects of a batch
-image by image, each image's positives followed by its negatives. It gives the larger noise to the
-second half of the whole list and takes the boxes of the first half for its loss; its class targets
-are right. The slip changes nothing if only one image has objects. This package treats every image
-by itself; the comparison puts the slip into its queries here.
-"""
+"""The reference's denoising components: preparation, mask, split and losses of sets of targets."""
 
 from typing import Any
 
@@ -17,6 +10,7 @@ from dn_detr_jax import boxes as box_ops
 from dn_detr_jax import denoising
 from dn_detr_jax.parity import reference
 from dn_detr_jax.parity.comparison import ATOL, RTOL, Report
+from dn_detr_jax.parity.contrastive import with_halves_of_the_batch
 
 
 def check(report: Report, case: reference.Case, settings: dict[str, Any]) -> None:
@@ -53,7 +47,7 @@ def check(report: Report, case: reference.Case, settings: dict[str, Any]) -> Non
     dn = prepare(labels, boxes, valid, noise)
     rows = reference.slots_of(copies, groups)
     order = reference.official_order(copies, groups)
-    official = _halves_of_the_batch(dn, noise, rows, groups, **options) if contrastive else dn
+    official = with_halves_of_the_batch(dn, noise, rows, groups, **options) if contrastive else dn
     _check_queries(report, case, settings, official, order)
     report.equal(prefix + "batch_idx", rows[0][: len(rows[0]) // groups])
     report.equal(prefix + "map_known_indice", np.argsort(order)[rows])
@@ -61,28 +55,6 @@ def check(report: Report, case: reference.Case, settings: dict[str, Any]) -> Non
     report.equal(prefix + "known_labels", classes[rows])
     report.equal(prefix + "known_bboxs", np.asarray(dn.target_boxes)[rows])
     _check_loss(report, case, settings, dn, official, order)
-
-
-def _halves_of_the_batch(
-    dn: denoising.Denoising,
-    noise: denoising.Noise,
-    rows: tuple[np.ndarray, np.ndarray],
-    groups: int,
-    *,
-    label_noise: float,
-    box_noise: float,
-) -> denoising.Denoising:
-    """Contrastive queries with the slip of the PyTorch code, see above."""
-    count = len(rows[0]) // groups
-    second_half = np.zeros(dn.valid.shape, bool)
-    second_half[rows] = np.tile(np.arange(count) >= count // 2, groups)
-    negative = jnp.asarray(second_half)
-    labels = denoising.add_label_noise(dn.target_labels, noise, label_noise)
-    return dn.replace(
-        labels=jnp.where(negative, denoising.NO_OBJECT, labels),
-        boxes=denoising.add_contrastive_box_noise(dn.target_boxes, noise, box_noise, negative),
-        negative=negative,
-    )
 
 
 def _check_queries(

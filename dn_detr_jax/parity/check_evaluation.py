@@ -21,6 +21,7 @@ from dn_detr_jax.parity.prepared import (
     PreparedCase,
     compare_terms,
     reference_terms,
+    sequence_as_stored,
 )
 from dn_detr_jax.sharding import make_mesh
 from dn_detr_jax.training.step import criterion
@@ -57,6 +58,7 @@ def compare(
 ) -> None:
     """Compares all that the case has of the evaluation with what `run` returned."""
     check_intermediates(report, prepared, collected)
+    check_references(report, prepared, outputs, collected)
     report.array("eval.logits", outputs["pred_logits"], atol=prepared.limit(LOGIT_ATOL))
     report.array("eval.boxes", outputs["pred_boxes"], atol=prepared.limit(BOX_ATOL))
     check_losses(report, prepared, outputs)
@@ -65,35 +67,54 @@ def compare(
 
 
 def check_intermediates(report: Report, prepared: PreparedCase, collected: dict[str, Any]) -> None:
-    """Compares backbone, encodings, the states of all layers, and references.
+    """Compares backbone, encodings and the states of all layers.
 
     Values of padded pixels and tokens reach nothing and are not compared.
     """
-    features = collected["features"][0]
-    canvas = prepared.batch["image"].shape[1:3]
-    mask = valid_tokens(jnp.asarray(prepared.batch["size"]), canvas, features.shape[1:3])
-    real = np.asarray(mask)
-    report.equal("eval.backbone_mask0", ~real)
-    report.array(
-        "eval.backbone0", features.transpose(0, 3, 1, 2), atol=prepared.limit(ENCODER_ATOL)
-    )
-    for name, values, tolerance in (
-        ("eval.pos0", collected["position"], POSITION_ATOL),
-        ("eval.src0", collected["src"], ENCODER_ATOL),
-    ):
-        ours = values[0].transpose(0, 3, 1, 2)
-        report.array(name, ours, atol=prepared.limit(tolerance), where=real[:, None])
-    tokens = real.reshape(len(real), -1).T[:, :, None]  # as the PyTorch code: (tokens, batch)
+    canvas, size = prepared.batch["image"].shape[1:3], jnp.asarray(prepared.batch["size"])
+    backbone = prepared.limit(ENCODER_ATOL)
+    for level, features in enumerate(collected["features"]):
+        real = np.asarray(valid_tokens(size, canvas, features.shape[1:3]))
+        report.equal(f"eval.backbone_mask{level}", ~real)
+        report.array(f"eval.backbone{level}", features.transpose(0, 3, 1, 2), atol=backbone)
+    tokens = []
+    for level, values in enumerate(zip(collected["position"], collected["src"], strict=True)):
+        real = np.asarray(valid_tokens(size, canvas, values[0].shape[1:3]))
+        tokens.append(real.reshape(len(real), -1))
+        for name, value, tolerance in zip(
+            ("pos", "src"), values, (POSITION_ATOL, ENCODER_ATOL), strict=True
+        ):
+            ours, limit = value.transpose(0, 3, 1, 2), prepared.limit(tolerance)
+            report.array(f"eval.{name}{level}", ours, atol=limit, where=real[:, None])
+    real = np.concatenate(tokens, axis=1)[..., None]
     for name, state in _states(prepared, collected):
-        is_encoder = not name.startswith("eval.dec")
+        is_decoder = name.startswith("eval.dec")
         report.array(
             name,
-            state.transpose(1, 0, 2),
-            atol=prepared.limit(ENCODER_ATOL if is_encoder else LOGIT_ATOL),
-            where=tokens if is_encoder else None,
+            sequence_as_stored(prepared.case, name, state),
+            atol=prepared.limit(LOGIT_ATOL if is_decoder else ENCODER_ATOL),
+            where=None if is_decoder else sequence_as_stored(prepared.case, name, real),
         )
     report.array("eval.hs", collected["hs"][0], atol=prepared.limit(LOGIT_ATOL))
-    report.array("eval.ref", collected["references"][0], atol=prepared.limit(BOX_ATOL))
+
+
+def check_references(
+    report: Report, prepared: PreparedCase, outputs: dict[str, Any], collected: dict[str, Any]
+) -> None:
+    """Compares references, and the scores of proposals and which of them were selected."""
+    references = collected["references"][0]
+    if "decoder_points" in prepared.config.model:
+        # Decoders with deformable attention return the boxes that leave a layer there; those of
+        # the last one are its predictions.
+        report.array("eval.init_ref", references[0], atol=prepared.limit(BOX_ATOL))
+        references = np.concatenate([references[1:], outputs["pred_boxes"][-1:]])
+    report.array("eval.ref", references, atol=prepared.limit(BOX_ATOL))
+    if "encoder_scores" in collected:
+        atol = prepared.limit(LOGIT_ATOL)
+        report.array("eval.enc_scores", collected["encoder_scores"][0], atol=atol)
+        report.array("eval.enc_logits", outputs["objectness_logits"][0], atol=atol)
+        report.array("eval.enc_boxes", outputs["encoder_boxes"][0], atol=prepared.limit(BOX_ATOL))
+        report.equal("eval.topk_idx", collected["selected"][0], required=prepared.exact)
 
 
 def _states(prepared: PreparedCase, collected: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:

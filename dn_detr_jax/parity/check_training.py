@@ -5,7 +5,7 @@ programs do the whole case.
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +13,22 @@ import numpy as np
 import optax
 from flax import traverse_util
 
-from dn_detr_jax import denoising
-from dn_detr_jax.boxes import inverse_sigmoid
+from dn_detr_jax import denoising, matching
+from dn_detr_jax.criterion import MatchedPart, Totals
 from dn_detr_jax.interop.convert import gradients_to_torch
-from dn_detr_jax.models.registry import torch_names, trainable
+from dn_detr_jax.models.registry import (
+    loss_settings,
+    torch_names,
+    trainable,
+    variant_of,
+)
 from dn_detr_jax.parity import reference
+from dn_detr_jax.parity.check_queries import check_queries, in_official_order
 from dn_detr_jax.parity.comparison import Report
 from dn_detr_jax.parity.prepared import (
     BFLOAT16_LOSS_RTOL,
     BOX_ATOL,
     LOGIT_ATOL,
-    POSITION_ATOL,
     TERM_RTOL,
     TOTAL_RTOL,
     PreparedCase,
@@ -47,35 +52,10 @@ def compare(report: Report, prepared: PreparedCase, steps: list[dict[str, Any]])
     check_queries(report, prepared)
     check_outputs(report, prepared, steps[0])
     check_matching(report, prepared, steps[0]["assignment"])
+    check_proposals(report, prepared, steps[0])
     check_losses(report, prepared, steps)
     check_gradients(report, prepared, steps[0]["grads"])
     check_updates(report, prepared, steps)
-
-
-def check_queries(report: Report, prepared: PreparedCase) -> None:
-    """Denoising queries, their targets and the attention mask, from the stored noise."""
-    dn, config, params = prepared.dn, prepared.config, prepared.params
-    matching = jnp.append(params["label_embedding"][-1], 0.0)
-    repeats = max(1, config.model.num_patterns)
-    queries = config.model.num_queries * repeats
-    batch = len(prepared.batch["image"])
-    content = jnp.broadcast_to(matching, (batch, queries, len(matching)))
-    anchors = jnp.broadcast_to(jnp.tile(params["anchors"], (repeats, 1)), (batch, queries, 4))
-    allowed = np.ones((batch, queries, queries), bool)
-    if dn is not None:
-        content = jnp.concatenate(
-            [denoising.query_content(params["label_embedding"], dn), content], axis=1
-        )
-        anchors = jnp.concatenate([inverse_sigmoid(denoising.query_boxes(dn)), anchors], axis=1)
-        mask = denoising.attention_mask(dn, queries, attend_padding=config.dn.attend_padding)
-        allowed = np.asarray(mask)
-        rows = reference.slots_of(prepared.batch["valid"], config.dn.groups)
-        report.equal("train.md_map_known_indice", rows[1])
-        report.equal("train.md_known_labels", np.asarray(dn.target_labels)[rows])
-        report.equal("train.md_known_bboxs", np.asarray(dn.target_boxes)[rows])
-    report.array("train.input_query_label", content.swapaxes(0, 1), atol=POSITION_ATOL)
-    report.array("train.input_query_bbox", anchors.swapaxes(0, 1), atol=POSITION_ATOL)
-    report.equal("train.attn_mask", ~allowed)
 
 
 def run_steps(prepared: PreparedCase, count: int = 3) -> list[dict[str, Any]]:
@@ -104,6 +84,8 @@ def run_steps(prepared: PreparedCase, count: int = 3) -> list[dict[str, Any]]:
             train=True,
         )
         total, terms, assignment = criterion(outputs, dn, batch, config=config, mesh=mesh)
+        if dn is not None and config.dn.contrastive:
+            terms["dn_class_error"] = _class_error(outputs, dn)
         return total, outputs | {"terms": terms, "assignment": assignment}
 
     def update(grads, opt_state, params):
@@ -124,13 +106,21 @@ def run_steps(prepared: PreparedCase, count: int = 3) -> list[dict[str, Any]]:
     return results
 
 
+def _class_error(outputs: dict[str, jax.Array], dn: denoising.Denoising) -> jax.Array:
+    """Percent of wrong classes: the PyTorch code counts all negatives, half of its queries."""
+    logits, _ = denoising.split(outputs["pred_logits"][-1], dn)
+    right = jnp.argmax(logits, axis=-1) == dn.target_labels
+    return 100.0 * (1.0 - jnp.sum(right & dn.valid) / jnp.sum(dn.valid))
+
+
 def check_outputs(report: Report, prepared: PreparedCase, first: dict[str, Any]) -> None:
     """Logits and boxes of step 1, of the matching and of the denoising queries."""
     for name, tolerance in (("logits", LOGIT_ATOL), ("boxes", BOX_ATOL)):
         queries, matched = denoising.split(first[f"pred_{name}"], prepared.dn)
         report.array(f"train.{name}", matched, atol=prepared.limit(tolerance))
         if prepared.dn is not None:
-            report.array(f"train.dn_{name}", queries, atol=prepared.limit(tolerance))
+            ours = in_official_order(prepared, np.asarray(queries))
+            report.array(f"train.dn_{name}", ours, atol=prepared.limit(tolerance))
 
 
 def check_losses(report: Report, prepared: PreparedCase, steps: list[dict[str, Any]]) -> None:
@@ -186,11 +176,9 @@ def check_matching(report: Report, prepared: PreparedCase, assignment: np.ndarra
     """Matched queries of every image and layer; in lower precision they may differ."""
     equal = {}
     for layer in range(prepared.config.model.decoder_layers):
-        for image, valid in enumerate(prepared.batch["valid"]):
+        for image in range(len(assignment)):
             name = f"train.match_l{layer}_i{image}"
-            queries = assignment[image, layer, valid]
-            order = np.argsort(queries)
-            ours = np.stack([queries[order], order])
+            ours = _pairs(prepared, assignment, layer, image)
             if prepared.exact:
                 report.equal(name, ours)
             elif name in prepared.case:
@@ -198,6 +186,28 @@ def check_matching(report: Report, prepared: PreparedCase, assignment: np.ndarra
     if equal:
         found, wanted = {"equal": sum(equal.values())}, {"equal": len(equal)}
         report.scalars("matching", found, wanted, rtol=None, covers=equal)
+
+
+def _pairs(prepared: PreparedCase, assignment: np.ndarray, layer: int, image: int) -> np.ndarray:
+    """Matched queries, ascending, and their objects."""
+    queries = assignment[image, layer, prepared.batch["valid"][image]]
+    order = np.argsort(queries)
+    return np.stack([queries[order], order])
+
+
+def check_proposals(report: Report, prepared: PreparedCase, outputs: dict[str, Any]) -> None:
+    """Matched proposals of the encoder, if the model has any."""
+    if "encoder_boxes" not in outputs:
+        return
+    targets = {name: jnp.asarray(value) for name, value in prepared.batch.items()}
+    totals, settings = Totals.of(targets, prepared.dn), loss_settings(prepared.config)
+    split = variant_of(prepared.config.model).output_parts
+    part = cast(MatchedPart, split(outputs, prepared.dn, targets, totals, settings)[-1])
+    cost, _ = matching.sanitize(part.cost(), targets["valid"])
+    assignment = matching.solve_on_host(cost, targets["valid"])
+    for image in range(len(assignment)):
+        ours = _pairs(prepared, assignment, 0, image)
+        report.equal(f"train.match_enc_i{image}", ours, required=prepared.exact)
 
 
 def _matches(prepared: PreparedCase) -> list[str]:
@@ -234,7 +244,8 @@ def check_losses_as_matched(
         return total, terms
 
     losses_of = jax.jit(losses_of, compiler_options=prepared.compiler_options)
-    outputs = {name: outputs[name] for name in ("pred_logits", "pred_boxes")}
+    kept = ("pred_logits", "pred_boxes", "objectness_logits", "encoder_boxes")
+    outputs = {name: outputs[name] for name in kept if name in outputs}
     total, terms = jax.device_get(losses_of(outputs, stored_assignment(prepared)))
     stored = dict(zip(names, prepared.case["steps.losses"][0], strict=True))
     ours = reference_terms(terms, names)

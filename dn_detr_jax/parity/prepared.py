@@ -16,7 +16,9 @@ from dn_detr_jax.errors import UnsupportedCase
 from dn_detr_jax.interop.convert import flat, params_from_torch
 from dn_detr_jax.models.registry import abstract_params, build_model, torch_names
 from dn_detr_jax.parity import reference
+from dn_detr_jax.parity.case_config import case_config
 from dn_detr_jax.parity.comparison import Report
+from dn_detr_jax.parity.contrastive import with_halves_of_the_batch
 from dn_detr_jax.training.step import denoising_queries
 
 PyTree = Any
@@ -41,6 +43,7 @@ class PreparedCase:
       params: filled from the recipe through the importer.
       batch: standardized images and padded targets.
       dn: denoising queries from the stored noise, None without denoising.
+      slot_order: int [B, S], our denoising slot for each of the PyTorch code's.
       compiler_options: of `jax.jit`, for example to compile faster.
     """
 
@@ -50,6 +53,7 @@ class PreparedCase:
     params: PyTree
     batch: dict[str, np.ndarray]
     dn: denoising.Denoising | None
+    slot_order: np.ndarray
     compiler_options: dict[str, Any] | None = None
 
     @property
@@ -68,15 +72,15 @@ def prepare(
     """Builds and fills the model of a case.
 
     Args:
-      case: of a `dn_dab_detr`.
+      case: of a whole detector.
       dtype: of the compute.
-      overrides: of the configuration, see `reference.case_config`.
+      overrides: of the configuration, see `case_config`.
 
     Raises:
-      UnsupportedCase: see `reference.case_config`.
+      UnsupportedCase: see `case_config`.
       ConversionError: the state dict of the case does not fit the model.
     """
-    config = reference.case_config(case, overrides)
+    config = case_config(case, overrides)
     config.model.dtype = dtype
     model = build_model(config.model)
     shapes = {path: leaf.shape for path, leaf in flat(abstract_params(model)).items()}
@@ -86,20 +90,42 @@ def prepare(
     if conversion.unfilled or conversion.unused:
         raise UnsupportedCase(f"{case.name}: {conversion.summary()}")
     batch = reference.batch_of(case)
-    dn = None
-    # Without any object the PyTorch code has no denoising queries.
-    if config.dn.groups and "in.noise_label_u" in case and batch["valid"].any():
-        noise = reference.stored_noise(
-            case["in.noise_label_u"],
-            case["in.noise_label_new"],
-            case["in.noise_box_u"],
-            batch["valid"],
-            config.dn.groups,
-        )
-        arrays = {key: jnp.asarray(value) for key, value in batch.items()}
-        dn = denoising_queries(arrays, jax.random.key(config.seed), config, noise)
+    dn, slot_order = _denoising(case, config, batch)
     params = jax.tree.map(jnp.asarray, traverse_util.unflatten_dict(params, sep="/"))
-    return PreparedCase(case, config, model, params, batch, dn)
+    return PreparedCase(case, config, model, params, batch, dn, slot_order)
+
+
+def _denoising(
+    case: reference.Case, config: ConfigDict, batch: dict[str, np.ndarray]
+) -> tuple[denoising.Denoising | None, np.ndarray]:
+    """Denoising queries and the order of their slots."""
+    # Without any object the PyTorch code has no denoising queries.
+    if not config.dn.groups or "in.noise_label_u" not in case or not batch["valid"].any():
+        return None, np.zeros((len(batch["valid"]), 0), int)
+    contrastive, groups = config.dn.contrastive, config.dn.groups
+    copies = np.tile(batch["valid"], (1, 2)) if contrastive else batch["valid"]
+    noise = reference.stored_noise(
+        case["in.noise_label_u"],
+        case["in.noise_label_new"],
+        case["in.noise_box_u"],
+        copies,
+        groups,
+        case["in.noise_box_sign01"] if contrastive else None,
+    )
+    arrays = {key: jnp.asarray(value) for key, value in batch.items()}
+    dn = denoising_queries(arrays, jax.random.key(config.seed), config, noise)
+    if dn is not None and contrastive:
+        rows = reference.slots_of(copies, groups)
+        scales = {"label_noise": config.dn.label_noise, "box_noise": config.dn.box_noise}
+        dn = with_halves_of_the_batch(dn, noise, rows, groups, **scales)
+    return dn, reference.official_order(copies, groups)
+
+
+def sequence_as_stored(case: reference.Case, name: str, values: np.ndarray) -> np.ndarray:
+    """A sequence [B, T, D] in the layout of a stored array: some have the tokens first."""
+    if name not in case or case.full_shape(name)[:1] == values.shape[:1]:
+        return values
+    return values.swapaxes(0, 1)
 
 
 def reference_terms(terms: dict[str, Any], names: list[str]) -> dict[str, float]:

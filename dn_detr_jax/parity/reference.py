@@ -6,7 +6,6 @@ the importer. The recipe has to be followed to the bit; it makes activations of 
 boxes, and logits with a deviation near 1.
 """
 
-import ast
 import json
 import math
 import re
@@ -17,16 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
-from dn_detr_jax.config import (
-    base_config,
-    flat_keys,
-    nearest_key,
-    validate,
-)
 from dn_detr_jax.denoising import Noise
-from dn_detr_jax.errors import ConfigError, UnsupportedCase, one_line
+from dn_detr_jax.errors import UnsupportedCase, one_line
 
 # Arrays that no result is compared with: inputs, the noise of float32, and row numbers.
 _NO_OUTPUT = re.compile(
@@ -251,131 +243,6 @@ def state_dict(case: Case) -> dict[str, np.ndarray]:
     return {
         e["name"]: weight(e["name"], e["shape"], manifest["seed"]) for e in manifest["state_dict"]
     }
-
-
-def case_config(case: Case, overrides: Mapping[str, str] | None = None) -> ConfigDict:
-    """The configuration that computes what the PyTorch code computed for a case.
-
-    Args:
-      case: of a whole model.
-      overrides: config keys and values as text, for measuring what an option changes.
-
-    Raises:
-      UnsupportedCase: another model, or an argument that this package has no counterpart of.
-      ConfigError: an override of no key, or with a value that can't be right.
-    """
-    require(case.name, case.manifest, "args", "seed", "state_dict", "image_sizes_hw")
-    args = case.manifest["args"]
-    require(f"{case.name}, args", args, *_ARGS)
-    model = case.manifest["modelname"]
-    if model != "dn_dab_detr":
-        raise UnsupportedCase(
-            f"{case.name}: {model!r} is not a model of this package, which is 'dn_dab_detr'"
-        )
-    _check_supported(case.name, args)
-    shapes = {entry["name"]: entry["shape"] for entry in case.manifest["state_dict"]}
-    config = base_config()
-    config.model.update(
-        num_classes=shapes["class_embed.bias"][0],
-        hidden_dim=args["hidden_dim"],
-        num_heads=args["nheads"],
-        ffn_dim=args["dim_feedforward"],
-        encoder_layers=args["enc_layers"],
-        decoder_layers=args["dec_layers"],
-        num_queries=args["num_queries"],
-        num_patterns=args["num_patterns"],
-        activation=args["transformer_activation"],
-        dropout=args["dropout"],
-        pe_temperature_h=float(args["pe_temperatureH"]),
-        pe_temperature_w=float(args["pe_temperatureW"]),
-    )
-    config.model.backbone.update(
-        depth=int(args["backbone"].removeprefix("resnet")),
-        dilation=args["dilation"],
-        mask_padding=False,
-        frozen_stages=1 if args["lr_backbone"] > 0 else 4,
-    )
-    config.dn.update(
-        groups=args["scalar"] if args["use_dn"] else 0,
-        label_noise=args["label_noise_scale"],
-        box_noise=args["box_noise_scale"],
-        layout="paper",
-        attend_padding=True,
-    )
-    config.matcher.update(
-        cost_class=float(args["set_cost_class"]),
-        cost_bbox=float(args["set_cost_bbox"]),
-        cost_giou=float(args["set_cost_giou"]),
-    )
-    config.loss.update(
-        weight_class=float(args["cls_loss_coef"]),
-        weight_bbox=float(args["bbox_loss_coef"]),
-        weight_giou=float(args["giou_loss_coef"]),
-        focal_alpha=args["focal_alpha"],
-    )
-    config.optimizer.update(
-        learning_rate=args["lr"],
-        lr_multipliers=(("^backbone/", args["lr_backbone"] / args["lr"]),),
-        weight_decay=args["weight_decay"],
-        clip_norm=args["clip_max_norm"],
-        step_at=f"{args['lr_drop']} epochs",
-    )
-    config.eval.num_select = args["num_select"]
-    for key, text in (overrides or {}).items():
-        _override(config, key, text)
-    validate(config)
-    return config
-
-
-# Arguments of the PyTorch code's command line that a config is made from.
-_ARGS = (
-    *("hidden_dim", "nheads", "dim_feedforward", "enc_layers", "dec_layers", "num_queries"),
-    *("num_patterns", "transformer_activation", "dropout", "pe_temperatureH", "pe_temperatureW"),
-    *("backbone", "dilation", "lr", "lr_backbone", "lr_drop", "weight_decay", "clip_max_norm"),
-    *("use_dn", "scalar", "label_noise_scale", "box_noise_scale", "num_select", "focal_alpha"),
-    *("set_cost_class", "set_cost_bbox", "set_cost_giou"),
-    *("cls_loss_coef", "bbox_loss_coef", "giou_loss_coef"),
-)
-
-
-def _check_supported(name: str, args: Mapping[str, Any]) -> None:
-    wanted = {
-        "position_embedding": ("sine",),
-        "batch_norm_type": ("FrozenBatchNorm2d",),
-        "backbone": ("resnet18", "resnet34", "resnet50", "resnet101"),
-        "transformer_activation": ("prelu", "relu"),
-        "backbone_freeze_keywords": (None,),
-        "pre_norm": (False,),
-        "two_stage": (False,),
-        "contrastive": (False,),
-        "masks": (False,),
-        "aux_loss": (True,),
-        "dropout": (0.0,),
-        "frozen_weights": (None,),
-    }
-    for key, values in wanted.items():
-        if args.get(key, values[0]) not in values:
-            raise UnsupportedCase(
-                f"{name}: {key}={args[key]!r} has no counterpart in this package, only {values}"
-            )
-
-
-def _override(config: ConfigDict, key: str, text: str) -> None:
-    if key not in flat_keys(config):
-        near = nearest_key(key, flat_keys(config))
-        raise ConfigError(key, text, f"no such key; {near}".rstrip("; "))
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = text
-    section = config
-    *sections, last = key.split(".")
-    for part in sections:
-        section = section[part]
-    try:
-        section[last] = value
-    except TypeError:
-        raise ConfigError(key, value, f"a value such as {section[last]!r}") from None
 
 
 def batch_of(case: Case) -> dict[str, np.ndarray]:

@@ -1,0 +1,34 @@
+"""A slip of the PyTorch code in contrastive denoising, for the comparison with it.
+
+The PyTorch code lists the objects of a batch image by image, each image's positives followed by its
+negatives. It gives the larger noise to the second half of the whole list and takes the boxes of the
+first half for its loss; its class targets are right. The slip changes nothing if only one image has
+objects. This package treats every image by itself; the comparison puts the slip into its queries.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+
+from dn_detr_jax import denoising
+
+
+def with_halves_of_the_batch(
+    dn: denoising.Denoising,
+    noise: denoising.Noise,
+    rows: tuple[np.ndarray, np.ndarray],
+    groups: int,
+    *,
+    label_noise: float,
+    box_noise: float,
+) -> denoising.Denoising:
+    """Contrastive queries with the slip of the PyTorch code, see above."""
+    count = len(rows[0]) // groups
+    second_half = np.zeros(dn.valid.shape, bool)
+    second_half[rows] = np.tile(np.arange(count) >= count // 2, groups)
+    negative = jnp.asarray(second_half)
+    labels = denoising.add_label_noise(dn.target_labels, noise, label_noise)
+    return dn.replace(
+        labels=jnp.where(negative, denoising.NO_OBJECT, labels),
+        boxes=denoising.add_contrastive_box_noise(dn.target_boxes, noise, box_noise, negative),
+        negative=negative,
+    )
