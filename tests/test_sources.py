@@ -163,7 +163,7 @@ def test_content_of_queries_has_no_place_in_dab_detr(official):
 
 def test_a_part_of_a_packed_tensor_is_missing(without_content):
     state = elsewhere.TRANSFORMERS_DAB_DETR.from_official(without_content)
-    del state["model.encoder.layers.1.self_attn.k_proj.bias"]
+    del state["model.encoder.layers.0.self_attn.k_proj.bias"]
     with pytest.raises(ConversionError, match=r"q_proj\.bias is there, but not .*k_proj\.bias"):
         convert(state, config_with())
 
