@@ -21,6 +21,7 @@ from dn_detr_jax.data.datasets import open_dataset
 from dn_detr_jax.data.formats import load_split
 from dn_detr_jax.data.layout import find_split
 from dn_detr_jax.errors import DataError
+from dn_detr_jax.training.setup import with_classes_of
 
 # Names in alphabetical order and ids from 0, as VOC numbers its classes.
 CLASSES = [{"id": 0, "name": "cat"}, {"id": 1, "name": "dog & co"}, {"id": 2, "name": "fish"}]
@@ -513,3 +514,81 @@ def test_supervision_reads_the_same_boxes(directories):
             np.testing.assert_allclose(found.xyxy, boxes, atol=1e-3)
             ours = [names[i] for i in table.category_ids[rows].tolist()]
             assert [expected.classes[i] for i in found.class_id] == ours
+
+
+# Splits that a directory does not have
+
+
+def one_split(directory, form, found):
+    if form == "coco":
+        write_split(directory / "train.json", directory / "train", found)
+        return directory
+    return (write_yolo if form == "yolo" else write_voc)(directory, {"train": found})
+
+
+def test_a_part_of_the_training_images_is_evaluated_on(tmp_path):
+    """Catches images in both splits, and splits that depend on format, order or seed."""
+    divisions = []
+    for form in ("coco", "yolo", "voc"):
+        directory = one_split(tmp_path / form, form, content(0, 10))
+        with pytest.raises(DataError, match=r"evaluate on a fifth .*data\.prepare_split=0\.2"):
+            open_dataset(data_config(directory), "validation")
+        config = data_config(directory, prepare_split=0.3)
+        train, validation = (open_dataset(config, split) for split in ("train", "validation"))
+        assert (len(train), len(validation)) == (7, 3)
+        names = [[Path(n).name for n in d.annotations.file_names] for d in (train, validation)]
+        divisions.append((sorted(names[0]), sorted(names[1])))
+        assert not set(names[0]) & set(names[1])
+        for dataset in (train, validation):
+            for i in range(len(dataset)):
+                path = dataset.annotations.file_names[i].rpartition("/")[2]
+                (stored,) = [p for p in directory.rglob(path) if "packed" not in p.parts]
+                example = dataset.source[i]
+                assert example.image == stored.read_bytes()
+                assert example.image_id == dataset.image_ids[i]
+                assert len(example.boxes) == dataset.annotations.counts[i]
+        truth = validation.coco_ground_truth()
+        assert len(truth["images"]) == 3
+        assert len(truth["annotations"]) == len(validation.annotations.ids)
+        splits = check(config)
+        assert [len(split.annotations.image_ids) for split in splits] == [7, 3]
+        assert not any(split.findings.errors for split in splits)
+    assert divisions[0] == divisions[1] == divisions[2]
+
+
+def test_validation_data_wins_over_a_part_of_the_training_images(directories):
+    config = data_config(directories["yolo"], prepare_split=0.4)
+    assert [len(open_dataset(config, split)) for split in ("train", "validation")] == [5, 4]
+
+
+@pytest.mark.parametrize("labels", ["category_ids", "contiguous"])
+@pytest.mark.parametrize("has_objects", [False, True])
+def test_a_class_that_one_file_names(tmp_path, has_objects, labels):
+    """An export of Roboflow has two names for its empty category 0."""
+    splits = {"train": content(0, 4), "val": content(1, 3)}
+    for name, found in splits.items():
+        for annotation in found["annotations"]:
+            annotation["category_id"] += 1
+        classes = [{"id": c["id"] + 1, "name": c["name"]} for c in CLASSES]
+        found["categories"] = [{"id": 0, "name": f"fish-{name}"}, *classes]
+    splits["val"]["categories"].append({"id": 4, "name": "whale"})
+    if has_objects:
+        splits["val"]["annotations"][0]["category_id"] = 4
+    for seed, (name, found) in enumerate(splits.items()):
+        write_split(tmp_path / f"{name}.json", tmp_path / name, found, seed)
+    config = data_config(tmp_path, labels=labels)
+    _, validation = check(config)
+    datasets = [open_dataset(config, split) for split in ("train", "validation")]
+    kind = findings.EMPTY_CLASS_OF_ONE_SPLIT.name
+    assert "'fish-train' (0) is in the training file" in str(validation.findings.warnings[kind])
+    if has_objects:
+        assert findings.CLASS_OF_ONE_SPLIT.name in validation.findings.errors
+        with pytest.raises(DataError, match=r"label 0 .*'fish-val'"):
+            with_classes_of(*datasets)
+        return
+    assert not validation.findings.errors
+    found = with_classes_of(*datasets)
+    assert found.categories == datasets[0].categories
+    for i in range(len(found)):
+        before = [datasets[1].categories[label] for label in datasets[1].source[i].labels]
+        assert [found.categories[label] for label in found.source[i].labels] == before

@@ -3,6 +3,7 @@
 from dn_detr_jax.config import rules
 from dn_detr_jax.config.key import Key
 from dn_detr_jax.config.rules import (
+    BELOW_ONE,
     FLAG,
     PROBABILITY,
     SIZES,
@@ -49,6 +50,13 @@ DATA_KEYS = (
         "pixels that boxes refer to where EXIF turns or mirrors an image: as_shown by viewers or "
         "as_stored; auto: as stored unless the annotated size says otherwise",
         one_of("auto", "as_shown", "as_stored"),
+    ),
+    Key(
+        "data.prepare_split",
+        0.0,
+        "share of the training images to evaluate on where the data has no validation split; "
+        "their names decide which; 0: none",
+        BELOW_ONE,
     ),
     Key(
         "data.canvases",

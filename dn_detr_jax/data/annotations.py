@@ -97,6 +97,23 @@ class Annotations:
         high = np.clip(bboxes[:, :2] + bboxes[:, 2:], 0.0, limits)
         return np.concatenate([low, high], axis=1)
 
+    def at(self, positions: np.ndarray) -> "Annotations":
+        """Returns the table of some of the images, in the order of their positions, int [n]."""
+        counts = np.diff(self.offsets)[positions]
+        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        rows = np.arange(offsets[-1]) + np.repeat(self.offsets[positions] - offsets[:-1], counts)
+        return Annotations(
+            image_ids=self.image_ids[positions],
+            sizes=self.sizes[positions],
+            file_names=tuple(self.file_names[position] for position in positions.tolist()),
+            offsets=offsets,
+            ids=self.ids[rows],
+            bboxes=self.bboxes[rows],
+            category_ids=self.category_ids[rows],
+            areas=self.areas[rows],
+            crowd=self.crowd[rows],
+        )
+
     def coco_json(self, categories: Sequence[Category], description: str) -> dict[str, Any]:
         """Returns the split in the JSON format of COCO, as `pycocotools.coco.COCO.dataset` has it.
 

@@ -17,7 +17,8 @@ from ml_collections import ConfigDict
 
 from dn_detr_jax.config import expand_user
 from dn_detr_jax.data.annotations import Annotations
-from dn_detr_jax.data.datasets import find_tfds, open_dataset
+from dn_detr_jax.data.datasets import SPLITS, find_tfds, is_divided, open_dataset
+from dn_detr_jax.data.division import divide
 from dn_detr_jax.data.formats import load_split
 from dn_detr_jax.data.layout import find_split
 from dn_detr_jax.data.placement import Canvas, canvas_factors, place
@@ -302,5 +303,9 @@ def split_annotations(data_config: ConfigDict, split: str) -> Annotations:
     """Returns the table of a split, without packing a directory in COCO format."""
     directory = expand_user(data_config.dir, "data.dir")
     if data_config.name == "coco" and data_config.dir and find_tfds(directory) is None:
+        if is_divided(data_config, directory):
+            whole = load_split(find_split(directory, "train", data_config.train))[0]
+            parts = divide(whole.file_names, data_config.prepare_split)
+            return whole.at(parts[SPLITS.index(split)])
         return load_split(find_split(directory, split, data_config[split]))[0]
     return open_dataset(data_config, split).annotations

@@ -26,8 +26,9 @@ from dn_detr_jax.data.annotations import Annotations
 from dn_detr_jax.data.box_format import TOLERANCE, check_box_format, describe_box
 from dn_detr_jax.data.check_report import Split
 from dn_detr_jax.data.coco_classes import Category
-from dn_detr_jax.data.datasets import SPLITS, find_tfds, nothing_to_learn
+from dn_detr_jax.data.datasets import SPLITS, find_tfds, is_divided, nothing_to_learn
 from dn_detr_jax.data.directory import ImageFolder
+from dn_detr_jax.data.division import divide
 from dn_detr_jax.data.findings import Findings, Kind
 from dn_detr_jax.data.layout import find_split
 from dn_detr_jax.errors import DataError
@@ -39,7 +40,8 @@ def check(data_config: ConfigDict, decode: bool = False, num_queries: int = 0) -
     """Checks both splits of a directory, and whether they fit together.
 
     Args:
-      data_config: `config.data`; `dir`, `exif`, `train` and `validation` are used.
+      data_config: `config.data`; `dir`, `exif`, `prepare_split`, `train` and `validation` are
+        used.
       decode: whether to decode the images, too.
       num_queries: objects that the model can find in an image; 0: not known.
 
@@ -57,14 +59,43 @@ def check(data_config: ConfigDict, decode: bool = False, num_queries: int = 0) -
             f"{find_tfds(directory)} is prepared by TFDS, which has checked it; this command is "
             "for data in the format of COCO, YOLO or Pascal VOC"
         )
+    divided = is_divided(data_config, directory)
     splits = [
         check_split(directory, name, data_config[name], decode, data_config.exif, num_queries)
-        for name in SPLITS
+        for name in SPLITS[: 1 if divided else 2]
     ]
+    if divided:
+        splits = _divided(splits[0], data_config.prepare_split)
     _check_both(*splits)
-    for split in splits:
+    for split in splits[: 1 if divided else 2]:
         _check_unlisted(split, splits)
     return splits
+
+
+def _divided(whole: Split, share: float) -> list[Split]:
+    """Returns the two splits that a training split is divided into; findings stay with the first.
+
+    Raises:
+      DataError: it has less than two images.
+    """
+    if whole.annotations is None:
+        return [whole, Split("validation", Findings())]
+    parts = []
+    for name, positions in zip(SPLITS, divide(whole.annotations.file_names, share), strict=True):
+        parts.append(
+            whole._replace(
+                name=name,
+                annotations=whole.annotations.at(positions),
+                paths=tuple(whole.paths[position] for position in positions.tolist()),
+                findings=whole.findings if name == "train" else Findings(),
+            )
+        )
+    for part, kind in zip(parts, (kinds.NO_TARGETS, kinds.NOTHING_TO_EVALUATE), strict=True):
+        found = part.annotations
+        assert found is not None  # of a part
+        if kind.name not in part.findings.errors and not found.targets.any():
+            part.findings.add(kind, nothing_to_learn(found))
+    return parts
 
 
 def check_split(
@@ -189,15 +220,18 @@ def _check_both(train: Split, validation: Split) -> None:
     for index, other in equal_files(validation.paths, train.paths):
         name, first = validation.annotations.file_names[index], train.annotations.file_names[other]
         validation.findings.add(kinds.LEAK, name if name == first else f"{name} (there {first})")
-    if set(train.categories) != set(validation.categories):
-        for category in sorted(
-            set(train.categories) ^ set(validation.categories), key=lambda c: (c.id, c.name)
-        ):
-            where = "training" if category in train.categories else "validation"
-            validation.findings.add(
-                kinds.CLASS_OF_ONE_SPLIT,
-                f"{category.name!r} ({category.id}) is in the {where} file",
-            )
+    for category in sorted(
+        set(train.categories) ^ set(validation.categories), key=lambda c: (c.id, c.name)
+    ):
+        split, where = (
+            (train, "training") if category in train.categories else (validation, "validation")
+        )
+        assert split.annotations is not None
+        is_used = category.id in split.annotations.category_ids
+        validation.findings.add(
+            kinds.CLASS_OF_ONE_SPLIT if is_used else kinds.EMPTY_CLASS_OF_ONE_SPLIT,
+            f"{category.name!r} ({category.id}) is in the {where} file",
+        )
 
 
 def equal_files(

@@ -21,8 +21,9 @@ from dn_detr_jax.data import coco, packing
 from dn_detr_jax.data.annotations import Annotations, label_categories
 from dn_detr_jax.data.coco_classes import COCO_CATEGORIES, Category
 from dn_detr_jax.data.digit_scenes import prepare
+from dn_detr_jax.data.division import Part, divide
 from dn_detr_jax.data.findings import Findings
-from dn_detr_jax.data.layout import find_annotations, find_split
+from dn_detr_jax.data.layout import find_annotations, find_any_split, find_split
 from dn_detr_jax.data.records import Example, RandomAccess, RecordSource, read_table
 from dn_detr_jax.errors import DataError
 
@@ -100,8 +101,8 @@ def open_dataset(data_config: ConfigDict, split: str, pack: bool = True) -> Data
     """Opens a split of the configured data set, and prepares the data set if need be.
 
     Args:
-      data_config: `config.data`; `name`, `dir`, `packed_dir`, `labels`, `exif`, `train` and
-        `validation` are used.
+      data_config: `config.data`; `name`, `dir`, `packed_dir`, `labels`, `exif`, `prepare_split`,
+        `train` and `validation` are used.
       split: "train" or "validation".
       pack: whether images may be packed; if not, a split that is not packed is an error, and one
         that is packed is taken as it is.
@@ -125,11 +126,47 @@ def open_dataset(data_config: ConfigDict, split: str, pack: bool = True) -> Data
             "such as --config.data.dir=data"
         )
     directory = expand_user(data_config.dir, "data.dir")
-    dataset = _OPEN[data_config.name](data_config, split, directory, pack)
+    if is_divided(data_config, directory):
+        whole = _OPEN[data_config.name](data_config, "train", directory, pack)
+        dataset = _part(whole, split, data_config.prepare_split)
+    else:
+        dataset = _OPEN[data_config.name](data_config, split, directory, pack)
     if split == "train" and not dataset.annotations.targets.any():
         reason = nothing_to_learn(dataset.annotations)
         raise DataError(f"{directory}, train: no object to learn from: {reason}")
     return dataset
+
+
+def is_divided(data_config: ConfigDict, directory: Path) -> bool:
+    """Whether the validation split is a part of the training images (`data.prepare_split`).
+
+    Raises:
+      DataError: the config names validation data that is not there.
+    """
+    if not data_config.prepare_split or data_config.name != "coco":
+        return False
+    if not data_config.validation.images and find_tfds(directory) is not None:
+        return False
+    return find_any_split(directory, "validation", data_config.validation) is None
+
+
+def _part(whole: Dataset, split: str, share: float) -> Dataset:
+    """Returns one of the splits that a training split is divided into."""
+    positions = divide(whole.annotations.file_names, share)[SPLITS.index(split)]
+    logger.info(
+        "%s: %d of the %d training images are the split %s (data.prepare_split=%g)",
+        whole.name,
+        len(positions),
+        len(whole),
+        split,
+        share,
+    )
+    return dataclasses.replace(
+        whole,
+        split=split,
+        source=Part(whole.source, positions),
+        annotations=whole.annotations.at(positions),
+    )
 
 
 def nothing_to_learn(annotations: Annotations) -> str:

@@ -79,7 +79,7 @@ NO_TARGETS = _error(
     "no object to learn from", "no annotations at all, or all are crowd regions or without extent"
 )
 CLASS_OF_ONE_SPLIT = _error(
-    "class that only one of the splits has", "both files must list the same categories"
+    "class that only one of the splits has", "its split has objects of it: both must list it"
 )
 
 MAYBE_CORNERS = _warning(
@@ -99,6 +99,10 @@ ANNOTATION_ID_TWICE = _warning("annotation id that comes twice", "both objects a
 LISTED_TWICE = _warning(
     "image that is listed more than once",
     "each entry is an image of its own, with a part of the objects: merge them",
+)
+EMPTY_CLASS_OF_ONE_SPLIT = _warning(
+    "class without objects that only one of the splits has",
+    "the classes are those of the training split",
 )
 EMPTY_CLASS = _warning("class without any object", "the model has an output for it")
 NOTHING_TO_EVALUATE = _warning(

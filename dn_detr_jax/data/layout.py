@@ -44,9 +44,13 @@ def find_split(directory: Path, split: str, split_config: ConfigDict) -> SplitFi
         usual = [f"annotations/instances_{name}.json" for name in (year, plain)]
         usual += [f"{plain}.json", f"{plain}/_annotations.coco.json and the like"]
         usual += [f"data.yaml with {plain}", f"ImageSets/Main/{plain}.txt"]
-        raise DataError(
-            _nothing_found(directory, usual, _json_files(directory), f"data.{split}.annotations")
+        reason = _nothing_found(
+            directory, usual, _json_files(directory), f"data.{split}.annotations"
         )
+        advice = (
+            "; or evaluate on a fifth of the training images with --config.data.prepare_split=0.2"
+        )
+        raise DataError(reason + advice * (split == "validation"))
     return found
 
 

@@ -39,8 +39,19 @@ def with_labels_of_run(dataset: Dataset, run: Sequence[Category], run_name: str)
         data_name,
         run_name,
     )
+    return relabeled(dataset, labels, categories)
+
+
+def relabeled(dataset: Dataset, labels: Sequence[int], categories: Sequence[Category]) -> Dataset:
+    """Returns a split with other labels.
+
+    Args:
+      dataset: the split.
+      labels: the new label of each label.
+      categories: by new label.
+    """
     source = _Relabeled(dataset.source, np.array(labels, np.int32))
-    return dataclasses.replace(dataset, source=source, categories=categories)
+    return dataclasses.replace(dataset, source=source, categories=tuple(categories))
 
 
 @dataclasses.dataclass(frozen=True)

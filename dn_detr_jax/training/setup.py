@@ -24,7 +24,7 @@ from dn_detr_jax.data.plan import steps_per_epoch
 from dn_detr_jax.distributed.consistency import barrier, check_agreement
 from dn_detr_jax.errors import ConfigError, DataError
 from dn_detr_jax.evaluation.detect import jit_eval_step, jit_match
-from dn_detr_jax.evaluation.labels import with_labels_of_run
+from dn_detr_jax.evaluation.labels import relabeled, with_labels_of_run
 from dn_detr_jax.models.registry import abstract_params, build_model, num_matching_queries
 from dn_detr_jax.sharding import make_mesh, replicated, with_sharding
 from dn_detr_jax.training import schedules
@@ -90,7 +90,7 @@ def set_up(
     if run_categories is not None:
         validation = with_labels_of_run(validation, run_categories, run_name)
     if training is not None:
-        check_same_classes(training, validation)
+        validation = with_classes_of(training, validation)
     check_same_data([validation] if training is None else [training, validation])
     config = resolve(config, validation if training is None else training)
     for dataset in (validation, training):
@@ -154,6 +154,38 @@ def resolve(config: ConfigDict, dataset: Dataset) -> ConfigDict:
         config.data.max_objects = max(int(dataset.annotations.counts.max(initial=0)), 1)
     validate(config)
     return config
+
+
+def with_classes_of(training: Dataset, validation: Dataset) -> Dataset:
+    """Returns the validation split with the labels of the training split.
+
+    Classes without objects may differ: those of the training split count.
+
+    Raises:
+      DataError: a class of one split that has objects is not in the other.
+    """
+    one, other = (
+        {category for category in dataset.categories if category.name}
+        for dataset in (training, validation)
+    )
+    different = one ^ other
+    used = {
+        category
+        for dataset, categories in ((training, one), (validation, other))
+        for category in categories & different
+        if category.id in dataset.annotations.category_ids
+    }
+    if not different or used:
+        check_same_classes(training, validation)
+        return validation
+    logger.warning(
+        "%s: only one of the splits has %s, without objects: the classes are those of the training",
+        training.name,
+        ", ".join(sorted(f"{category.name!r} ({category.id})" for category in different)),
+    )
+    label_of = {category: label for label, category in enumerate(training.categories)}
+    labels = [label_of.get(category, 0) for category in validation.categories]
+    return relabeled(validation, labels, training.categories)
 
 
 def check_same_classes(training: Dataset, validation: Dataset) -> None:
