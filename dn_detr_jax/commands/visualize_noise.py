@@ -1,4 +1,4 @@
-"""Draws the noised boxes and labels of a training image, as a config makes them.
+"""Draws the noised boxes and labels of a training image.
 
     python -m dn_detr_jax visualize-noise noise --config digits --config.dn.box_noise=0.8
 
