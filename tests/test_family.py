@@ -13,13 +13,15 @@ from tiny_detector import image_batch, random_params
 from dn_detr_jax.config import validate
 from dn_detr_jax.criterion import LossSettings, Totals, parts_with_proposals
 from dn_detr_jax.losses import SigmoidFocalLoss
+from dn_detr_jax.models.decoder import DecoderLayer
+from dn_detr_jax.models.layers import LayerConfig
 from dn_detr_jax.models.levels import Levels
 from dn_detr_jax.models.proposals import SelectedProposals, token_boxes
 from dn_detr_jax.models.registry import abstract_params, build_model, loss_settings
 from dn_detr_jax.sharding import make_mesh
 from dn_detr_jax.training.step import compute_losses
 
-VARIANTS = ("dn_deformable_detr", "dn_dino_detr")
+VARIANTS = ("dn_deformable_detr", "dn_deformable_encoder_detr", "dn_dino_detr")
 
 
 def flat(tree):
@@ -65,7 +67,8 @@ def test_gradient_reaches_every_parameter(family):
     np.testing.assert_allclose(total, weighted, rtol=1e-5)
     largest = {path: float(np.abs(leaf).max()) for path, leaf in flat(gradient).items()}
     zero = {path for path, size in largest.items() if size < 1e-6}
-    assert zero == {path for path in largest if path.endswith("self_key/bias")}
+    biases = {path for path in largest if path.endswith("/bias")}
+    assert zero == {path for path in biases if "key" in path.split("/")[-2]}
 
 
 def test_detections_do_not_depend_on_the_canvas(family):
@@ -208,3 +211,37 @@ def test_hidden_proposals_have_no_loss():
     padded = ~np.asarray(inputs.valid)
     assert np.all(loss[padded] == 0) and np.all(loss[~padded].sum(-1) > 0)
     assert loss_settings(tiny_config.levels("dn_dino_detr")).class_loss == SigmoidFocalLoss()
+
+
+def test_levels_are_read_apart_and_weighed():
+    """The layer with one level more gives the same where the query gives that level no weight.
+
+    Catches one softmax over all levels, weights of another query, and a mask of another level.
+    """
+    rng = np.random.default_rng(0)
+    layer = DecoderLayer(LayerConfig(num_heads=2, ffn_dim=8), False, 0.0, level_attention=True)
+    two = levels()
+    side = two.shapes[0][0] ** 2
+    one = Levels.of_maps(
+        *([x[:, :side].reshape(2, 8, 8, -1)] for x in (two.tokens, two.position)),
+        [two.valid[:, :side].reshape(2, 8, 8)],
+    )
+    x, position, sine = rng.normal(size=(3, 2, 5, 16)).astype(np.float32)
+    mask = np.ones((1, 1, 5), bool)
+    inputs = x, position, sine, mask
+
+    @fast_jit
+    def run(params, memory):
+        return layer.apply({"params": params}, *inputs, memory, train=False)
+
+    def init(memory):
+        return layer.init(jax.random.key(0), *inputs, memory, train=False)["params"]
+
+    params = random_params(jax.eval_shape(init, two))
+    kernel, bias = 0 * params["level_attention"]["kernel"], np.float32([0, -1e9])
+    params["level_attention"] = {"kernel": kernel, "bias": bias}
+    alone = params | {"level_attention": {"kernel": kernel[:, :1], "bias": bias[:1]}}
+    want = run(alone, one)
+    np.testing.assert_allclose(run(params, two), want, atol=1e-5)
+    params["level_attention"] = {"kernel": kernel, "bias": bias[::-1].copy()}
+    assert np.abs(run(params, two) - want).max() > 1e-2

@@ -83,6 +83,7 @@ def test_stride_of_backbone_variants(options, shape):
         ("dn_dab_detr", 50, 43_694_977, 106_240, 43_472_577),
         ("dn_dab_detr", 101, 62_634_881, 210_688, 62_412_481),
         ("dn_deformable_detr", 50, 47_429_154, 106_240, 47_206_754),
+        ("dn_deformable_encoder_detr", 50, 48_488_589, 106_240, 48_266_189),
     ],
 )
 def test_number_of_parameters_of_the_published_detectors(

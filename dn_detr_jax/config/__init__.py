@@ -1,6 +1,10 @@
 """The configuration of an experiment."""
 
-from dn_detr_jax.config import dn_deformable_detr, dn_dino_detr  # noqa: F401, known by import
+from dn_detr_jax.config import (  # noqa: F401, known by import
+    dn_deformable_detr,
+    dn_deformable_encoder_detr,
+    dn_dino_detr,
+)
 from dn_detr_jax.config.augment_presets import augment_preset
 from dn_detr_jax.config.compiler import check_attention, compiler_options
 from dn_detr_jax.config.config import (

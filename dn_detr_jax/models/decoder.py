@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from dn_detr_jax.arrays import Array, Bool, Float
@@ -48,11 +49,13 @@ class DecoderLayer(nn.Module):
       first: True for the first layer. Its content has no position yet, so its cross-attention adds
         the position to the content.
       position_gain: see `DenseDecoder`.
+      level_attention: see `DenseDecoder`.
     """
 
     config: LayerConfig
     first: bool
     position_gain: float
+    level_attention: bool = False
 
     def _project(self, x: Float[Array, "B T D"], name: str) -> Float[jax.Array, "B T D"]:
         return Linear(x.shape[-1], dtype=self.config.dtype, name=name)(x)
@@ -89,6 +92,7 @@ class DecoderLayer(nn.Module):
         residual = functools.partial(add_and_normalize, config=self.config, train=train)
         query = project(x, "self_query_content") + project(query_position, "self_query_position")
         key = project(x, "self_key_content") + project(query_position, "self_key_position")
+        weights = self._level_weights(query, len(memory.shapes))
         y = self.config.attention_fn(query, key, project(x, "self_value"), mask, num_heads)
         x = residual(x, y, out="self_out", norm="self_norm")
 
@@ -98,15 +102,32 @@ class DecoderLayer(nn.Module):
             query = query + project(query_position, "cross_query_position")
             key = key + key_position
         query_sine = self._project_position(query_sine, "cross_query_sine")
-        y = self.config.attention_fn(
-            interleave_heads(query, query_sine, num_heads),
-            interleave_heads(key, key_position, num_heads),
-            project(memory.tokens, "cross_value"),
-            memory.valid[:, None, :],
-            num_heads,
-        )
+        query = interleave_heads(query, query_sine, num_heads)
+        key = interleave_heads(key, key_position, num_heads)
+        value, valid = project(memory.tokens, "cross_value"), memory.valid[:, None, :]
+        if weights is None:
+            y = self.config.attention_fn(query, key, value, valid, num_heads)
+        else:
+            # The output projection is linear and the weights add up to 1: one projection of the sum
+            # equals the sum of projections.
+            ends = np.cumsum([height * width for height, width in memory.shapes])[:-1]
+            of_levels = (jnp.split(x, ends, axis) for x, axis in ((key, 1), (value, 1), (valid, 2)))
+            y = sum(
+                self.config.attention_fn(query, *level, num_heads) * weight
+                for *level, weight in zip(*of_levels, weights, strict=True)
+            )
         x = residual(x, y, out="cross_out", norm="cross_norm")
         return FeedForward(self.config, name="feed_forward")(x, train=train)
+
+    def _level_weights(
+        self, query: Float[Array, "B Q D"], levels: int
+    ) -> Float[jax.Array, "{levels} B Q 1"] | None:
+        """Weighs the levels for each query; None without `level_attention`."""
+        if not self.level_attention:
+            return None
+        dtype = self.config.dtype
+        logits = Linear(levels, dtype=dtype, out_dtype=jnp.float32, name="level_attention")(query)
+        return jnp.moveaxis(nn.softmax(logits, axis=-1), -1, 0)[..., None]
 
 
 class DenseDecoder(nn.Module):
@@ -120,6 +141,8 @@ class DenseDecoder(nn.Module):
         position projections of query and key start equal, with this gain, and the scale of the
         position query starts at one. `temperature` must then be that of the feature maps. 0: Xavier
         weights everywhere, as published.
+      level_attention: the cross-attention reads every level of the memory for itself; the results
+        are summed with weights that the query decides. False: all tokens are one sequence.
       remat: recompute the layers in the backward pass, see `call_layer`.
     """
 
@@ -127,6 +150,7 @@ class DenseDecoder(nn.Module):
     config: LayerConfig
     temperature: float
     position_gain: float = 0.0
+    level_attention: bool = False
     remat: bool = False
 
     @nn.compact
@@ -165,7 +189,8 @@ class DenseDecoder(nn.Module):
             # Width modulates the x half, height the y half, which comes first.
             size = jax.nn.sigmoid(size_head(x)) / reference[..., 2:]
             query_sine = query_sine * jnp.repeat(size[..., ::-1], features // 2, axis=-1)
-            layer = DecoderLayer(self.config, i == 0, self.position_gain, name=f"layer{i}")
+            options = i == 0, self.position_gain, self.level_attention
+            layer = DecoderLayer(self.config, *options, name=f"layer{i}")
             inputs = x, query_position, query_sine, queries.mask, memory
             x = call_layer(layer, *inputs, remat=self.remat, train=train)
             self.sow("intermediates", f"dec{i}", x)

@@ -24,10 +24,13 @@ def class_head(num_classes: int, dtype: DTypeLike, name: str | None = None) -> L
 
 
 def box_head(
-    hidden_dim: int, dtype: DTypeLike, name: str | None = None, *, initial_size: float = 0.0
+    hidden_dim: int, dtype: DTypeLike, name: str | None = None, *, initial_size: float | None = 0.0
 ) -> MLP:
-    """Makes a box head whose initial offsets are 0, those of width and height `initial_size`."""
-    start = (0.0, 0.0, initial_size, initial_size)
+    """Makes a box head whose initial offsets are 0, those of width and height `initial_size`.
+
+    None: all of them are random.
+    """
+    start = None if initial_size is None else (0.0, 0.0, initial_size, initial_size)
     features = (hidden_dim, hidden_dim, 4)
     return MLP(features, torch_default_kernel, last_constant=start, dtype=dtype, name=name)
 
@@ -48,16 +51,20 @@ class SharedHeads(nn.Module):
       num_classes: C.
       hidden_dim: D.
       dtype: of the compute.
+      start_at_anchors: the initial offsets of boxes are 0; False: they are random.
     """
 
     num_classes: int
     hidden_dim: int
     dtype: DTypeLike = jnp.float32
+    start_at_anchors: bool = True
 
     def setup(self):
         """Makes the heads."""
         self.class_head = class_head(self.num_classes, self.dtype)
-        self.box_head = box_head(self.hidden_dim, self.dtype)
+        self.box_head = box_head(
+            self.hidden_dim, self.dtype, initial_size=0.0 if self.start_at_anchors else None
+        )
 
     def box_offsets(
         self, layer: int, x: Float[Array, "*queries D"]

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from dn_detr_jax import criterion
 from dn_detr_jax.config import dn_dab_detr as dab_keys
 from dn_detr_jax.config import dn_deformable_detr as deformable_keys
+from dn_detr_jax.config import dn_deformable_encoder_detr as deformable_encoder_keys
 from dn_detr_jax.config import dn_dino_detr as dino_keys
 from dn_detr_jax.config import variants
 from dn_detr_jax.config.checks import Check
@@ -26,7 +27,12 @@ from dn_detr_jax.config.key import Key
 from dn_detr_jax.denoising import Denoising
 from dn_detr_jax.errors import ConfigError
 from dn_detr_jax.losses import ClassLoss, SigmoidFocalLoss
-from dn_detr_jax.models import dn_dab_detr, dn_deformable_detr, dn_dino_detr
+from dn_detr_jax.models import (
+    dn_dab_detr,
+    dn_deformable_detr,
+    dn_deformable_encoder_detr,
+    dn_dino_detr,
+)
 
 
 def focal_loss(config: ConfigDict) -> SigmoidFocalLoss:
@@ -112,6 +118,16 @@ register(
         checks=deformable_keys.CHECKS,
         frozen=dn_dab_detr.frozen,
         torch_names="dn_detr_jax.interop.names.dn_deformable_detr:NAMES",
+    )
+)
+register(
+    Variant(
+        name=deformable_encoder_keys.NAME,
+        build=dn_deformable_encoder_detr.build,
+        num_queries=dn_dab_detr.num_queries,
+        keys=deformable_encoder_keys.KEYS,
+        checks=deformable_encoder_keys.CHECKS,
+        frozen=dn_dab_detr.frozen,
     )
 )
 register(
