@@ -16,8 +16,8 @@ checkpoint is evaluated without any training:
 Denoising groups are packed: an image with more than 40 objects gets fewer than five groups.
 `dn.layout=paper` gives five groups to all, with 500 denoising queries for every image.
 
-To vary: `model.backbone.depth=101`, `model.backbone.dilation=True` (DC5), `model.num_patterns=3`,
-`dn.groups=0` (plain DAB-DETR), `model.dtype=bfloat16`.
+To vary: `coco_r101.py`, `coco_r50_dc5.py`, `model.backbone.kind=swin`, `dn.groups=0` (plain
+DAB-DETR), `model.dtype=bfloat16`.
 """
 
 from dn_detr_jax.config import base_config
