@@ -24,6 +24,8 @@ COUNTS = {
     "coco_deformable_encoder_r50_12ep": ENCODER_R50,
     "coco_deformable_encoder_r50_50ep": ENCODER_R50,
     "coco_deformable_encoder_r101_12ep": ENCODER_R50 + LARGER,
+    # DETR with 91 classes, the label table, and the MLP of boxes.
+    "coco_plain_r50": 41_524_768 + 92 * 255 + (512 + 1 + 256 + 1) * 256,
     # detrex has 80 classes and labels, this config 91 and one label more.
     "coco_dino_swin_tiny_12ep": 48_193_350 + 7 * 11 * 257 + 12 * 256,
 }

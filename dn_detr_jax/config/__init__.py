@@ -3,6 +3,7 @@
 from dn_detr_jax.config import (  # noqa: F401, known by import
     dn_deformable_detr,
     dn_deformable_encoder_detr,
+    dn_detr_plain,
     dn_dino_detr,
 )
 from dn_detr_jax.config.augment_presets import augment_preset

@@ -52,27 +52,32 @@ class EncoderLayer(nn.Module):
 class DenseEncoder(nn.Module):
     """A stack of encoder layers in which all tokens attend to all valid tokens.
 
-    The layers share the network that scales the position encoding.
+    The layers share the network that scales the position encoding, if there is one.
 
     Attributes:
       num_layers: number of layers.
       config: of the layers.
       remat: recompute the layers in the backward pass, see `call_layer`.
+      scale_position: the content scales the position encoding, as in DAB-DETR; False: as in DETR.
     """
 
     num_layers: int
     config: LayerConfig
     remat: bool = False
+    scale_position: bool = True
 
     @nn.compact
     def __call__(self, levels: Levels, *, train: bool) -> Levels:
         """Returns the memory: the levels with encoded tokens. Padded tokens are not attended to."""
         x, dtype = levels.tokens, self.config.dtype
         features = x.shape[-1]
-        scale = MLP((features, features), xavier_uniform, dtype=dtype, name="query_scale")
+        scale = None
+        if self.scale_position:
+            scale = MLP((features, features), xavier_uniform, dtype=dtype, name="query_scale")
         for i in range(self.num_layers):
             layer = EncoderLayer(self.config, name=f"layer{i}")
-            scaled = levels.replace(tokens=x, position=levels.position * scale(x))
+            position = levels.position if scale is None else levels.position * scale(x)
+            scaled = levels.replace(tokens=x, position=position)
             x = call_layer(layer, scaled, remat=self.remat, train=train)
             self.sow("intermediates", f"enc{i}", x)
         return levels.replace(tokens=x)

@@ -25,12 +25,14 @@ class Queries(flax.struct.PyTreeNode):
       anchors: float32 [B, Q, 4] cxcywh in logit space.
       mask: bool, broadcasting to [B, Q, Q], of the self-attention, True: may attend.
       outputs: further outputs of the detector by name, for losses of their own.
+      position: [B, Q, D] encodings, where the queries have some that the anchors do not give.
     """
 
     content: Leaf
     anchors: Leaf
     mask: Leaf
     outputs: dict[str, Leaf] = flax.struct.field(default_factory=dict)
+    position: Leaf | None = None
 
 
 def with_denoising(

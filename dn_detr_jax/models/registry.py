@@ -20,6 +20,7 @@ from dn_detr_jax import criterion
 from dn_detr_jax.config import dn_dab_detr as dab_keys
 from dn_detr_jax.config import dn_deformable_detr as deformable_keys
 from dn_detr_jax.config import dn_deformable_encoder_detr as deformable_encoder_keys
+from dn_detr_jax.config import dn_detr_plain as plain_keys
 from dn_detr_jax.config import dn_dino_detr as dino_keys
 from dn_detr_jax.config import variants
 from dn_detr_jax.config.checks import Check
@@ -31,6 +32,7 @@ from dn_detr_jax.models import (
     dn_dab_detr,
     dn_deformable_detr,
     dn_deformable_encoder_detr,
+    dn_detr_plain,
     dn_dino_detr,
 )
 
@@ -128,6 +130,17 @@ register(
         keys=deformable_encoder_keys.KEYS,
         checks=deformable_encoder_keys.CHECKS,
         frozen=dn_dab_detr.frozen,
+    )
+)
+register(
+    Variant(
+        name=plain_keys.NAME,
+        build=dn_detr_plain.build,
+        num_queries=dn_detr_plain.num_queries,
+        keys=plain_keys.KEYS,
+        checks=dab_keys.CHECKS,
+        frozen=dn_dab_detr.frozen,
+        class_loss=dn_detr_plain.class_loss,
     )
 )
 register(
