@@ -1,4 +1,4 @@
-"""Writes parameters as a state dict of the official PyTorch code, or of another one.
+"""Writes parameters as a state dict, under the names of a PyTorch code.
 
     python -m dn_detr_jax export-torch runs/r50 --out r50.pth [--step latest] [--names detrex]
 
