@@ -22,6 +22,10 @@ from dn_detr_jax.parity.prepared import prepare
 MANIFEST = Path(__file__).parent / "data" / "reference" / "dn_dab_detr_r50.json"
 OFFICIAL = {
     "dn_deformable_detr": ("dn_dab_deformable_detr", {}),
+    "dn_deformable_encoder_detr": (
+        "dn_dab_deformable_detr_deformable_encoder_only",
+        {"transformer_activation": "relu", "num_patterns": 3},
+    ),
     "dn_dino_detr": ("dn_dab_dino_deformable_detr", {"two_stage": True, "contrastive": True}),
 }
 # What the PyTorch code has of each kind of module, with the numbers of the whole model.
@@ -53,6 +57,21 @@ NAMES = {
         bbox_embed.5.layers.2.weight (4,256)
         label_enc.weight (92,255)
         tgt_embed.weight (300,255)
+        refpoint_embed.weight (300,4)
+    """,
+    "dn_deformable_encoder_detr": """
+        transformer.level_embed (4,256)
+        transformer.encoder.layers.5.self_attn.sampling_offsets.weight (256,256)
+        transformer.patterns.weight (3,256)
+        transformer.decoder.layers.5.sa_qcontent_proj.weight (256,256)
+        transformer.decoder.layers.0.ca_qpos_proj.bias (256,)
+        transformer.decoder.layers.5.ca_out_v_proj.weight (256,256)
+        transformer.decoder.layers.5.lvl_attn.weight (4,256)
+        transformer.decoder.layers.5.lvl_attn.bias (4,)
+        transformer.decoder.ref_anchor_head.layers.1.weight (2,256)
+        transformer.decoder.bbox_embed.layers.2.weight (4,256)
+        input_proj.3.0.weight (256,2048,3,3)
+        class_embed.weight (91,256)
         refpoint_embed.weight (300,4)
     """,
     "dn_dino_detr": """
@@ -175,9 +194,12 @@ def test_cases_are_set_up(tmp_path, small, counts):
     """Catches denoising slots in another order than the PyTorch code's, and images without any."""
     case = small_case(tmp_path, small, counts, {"scalar": 3})
     prepared = prepare(case)
-    dino = prepared.config.model.name == "dn_dino_detr"
-    assert prepared.config.eval.num_select == (20 if dino else 100)
-    assert prepared.config.model.pe_temperature_h == 10000.0
+    name = prepared.config.model.name
+    dino, dab_decoder = name == "dn_dino_detr", name == "dn_deformable_encoder_detr"
+    # The deformable model keeps 100 whatever the arguments say.
+    kept = {"dn_dino_detr": 20, "dn_deformable_encoder_detr": 300}.get(name, 100)
+    assert prepared.config.eval.num_select == kept
+    assert prepared.config.model.pe_temperature_h == (20.0 if dab_decoder else 10000.0)
     assert prepared.config.dn.contrastive == dino
     if not sum(counts):
         assert prepared.dn is None
@@ -190,8 +212,11 @@ def test_cases_are_set_up(tmp_path, small, counts):
 
 
 def test_arguments_without_counterpart(tmp_path, small):
-    dino = small[0].model.name == "dn_dino_detr"
-    change = {"two_stage": False} if dino else {"num_patterns": 3}
+    change = {
+        "dn_deformable_detr": {"num_patterns": 3},
+        "dn_deformable_encoder_detr": {"transformer_activation": "prelu"},
+        "dn_dino_detr": {"two_stage": False},
+    }[small[0].model.name]
     with pytest.raises(reference.UnsupportedCase, match=next(iter(change))):
         case_config(small_case(tmp_path, small, (1,), change))
 

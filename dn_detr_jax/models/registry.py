@@ -130,6 +130,7 @@ register(
         keys=deformable_encoder_keys.KEYS,
         checks=deformable_encoder_keys.CHECKS,
         frozen=dn_dab_detr.frozen,
+        torch_names="dn_detr_jax.interop.names.dn_deformable_encoder_detr:NAMES",
     )
 )
 register(

@@ -122,6 +122,23 @@ def _complete_deformable(config: ConfigDict, case: Case) -> None:
     config.eval.num_select = 100  # whatever the arguments say
 
 
+def _complete_encoder(config: ConfigDict, case: Case) -> None:
+    args = case.manifest["args"]
+    require(f"{case.name}, args", args, *_LEVEL_ARGS)
+    levels = args["num_feature_levels"]
+    backbone_levels = 3 if levels > 1 else 1
+    config.model.update(
+        num_classes=_shapes(case)["class_embed.bias"][0],
+        num_patterns=args["num_patterns"],
+        pe_temperature_h=float(args["pe_temperatureH"]),
+        pe_temperature_w=float(args["pe_temperatureW"]),
+        backbone_levels=backbone_levels,
+        extra_levels=max(0, levels - backbone_levels),
+        encoder_points=args["enc_n_points"],
+    )
+    config.eval.num_select = args["num_select"]
+
+
 def _complete_dino(config: ConfigDict, case: Case) -> None:
     args = case.manifest["args"]
     require(f"{case.name}, args", args, "num_results")
@@ -170,6 +187,11 @@ _MODELS: dict[str, tuple[str, dict[str, tuple[Any, ...]], Callable[[ConfigDict, 
         "dn_deformable_detr",
         _ONE_STAGE | {"num_patterns": (0,)},
         _complete_deformable,
+    ),
+    "dn_dab_deformable_detr_deformable_encoder_only": (
+        "dn_deformable_encoder_detr",
+        _ONE_STAGE | {"transformer_activation": ("relu",)},
+        _complete_encoder,
     ),
     "dn_dab_dino_deformable_detr": (
         "dn_dino_detr",

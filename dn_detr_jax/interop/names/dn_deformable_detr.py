@@ -65,25 +65,32 @@ _ROWS = (
 )
 
 
+def levels_of(state: Mapping[str, np.ndarray]) -> dict[str, int]:
+    """The keys of the feature levels."""
+    kernels = [name for name in state if name.startswith("input_proj.") and state[name].ndim == 4]
+    extra = sum(state[name].shape[2] > 1 for name in kernels)
+    return {"model.backbone_levels": len(kernels) - extra, "model.extra_levels": extra}
+
+
 def level_config(state: Mapping[str, np.ndarray], args: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a transformer with deformable attention and its levels, without its queries.
 
     The number of heads, which only `args` tell, decides that of points.
     """
-    kernels = [name for name in state if name.startswith("input_proj.") and state[name].ndim == 4]
-    extra = sum(state[name].shape[2] > 1 for name in kernels)
+    levels = levels_of(state)
     classes, hidden = state["class_embed.0.weight"].shape
     found = {
         "model.num_classes": classes,
         "model.hidden_dim": hidden,
-        "model.backbone_levels": len(kernels) - extra,
-        "model.extra_levels": extra,
         "model.indicator": state["label_enc.weight"].shape[1] < hidden,
+        **levels,
     }
     if "nheads" in args:
         for part, attention in (("encoder", "self_attn"), ("decoder", "cross_attn")):
             name = f"transformer.{part}.layers.0.{attention}.attention_weights.bias"
-            points = len(state[name]) // (args["nheads"] * len(kernels)) if name in state else 4
+            points = (
+                len(state[name]) // (args["nheads"] * sum(levels.values())) if name in state else 4
+            )
             found[f"model.{part}_points"] = points
     return found | architecture.transformer_config(state, args)
 
