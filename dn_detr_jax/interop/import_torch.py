@@ -23,7 +23,7 @@ from dn_detr_jax.errors import (
 )
 from dn_detr_jax.interop import torch_files
 from dn_detr_jax.interop.architecture import as_flags, check_config, official_config
-from dn_detr_jax.interop.class_heads import head_paths, reset_heads
+from dn_detr_jax.interop.class_heads import head_paths, objectness_head, reset_heads
 from dn_detr_jax.interop.convert import ConversionReport, flat, params_from_torch
 from dn_detr_jax.interop.hub import weights_path
 from dn_detr_jax.interop.names.elsewhere import source_of
@@ -117,7 +117,8 @@ def _params(
         raise ConversionError(f"nothing in the source for {', '.join(report.unfilled)}")
     if config.init.reset_heads:
         fresh = _fresh_heads(build_model(config.model), config.seed)
-        params = reset_heads(params, params | fresh, (classes, config.model.num_classes))
+        counts = classes, config.model.num_classes
+        params = reset_heads(params, params | fresh, counts, objectness_head(config.model))
         replaced, _ = names.tensors({path: shapes[path] for path in fresh})
         report = dataclasses.replace(
             report,

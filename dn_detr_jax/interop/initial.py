@@ -18,7 +18,7 @@ from dn_detr_jax.checkpoints.run_config import read_run_config
 from dn_detr_jax.data.coco_classes import Category
 from dn_detr_jax.errors import CheckpointError, ConfigError, ConversionError, WeightsError
 from dn_detr_jax.interop import torch_files
-from dn_detr_jax.interop.class_heads import head_paths, reorder_heads, reset_heads
+from dn_detr_jax.interop.class_heads import head_paths, objectness_head, reorder_heads, reset_heads
 from dn_detr_jax.interop.convert import backbone_from_torch, flat
 from dn_detr_jax.interop.hub import weights_path
 from dn_detr_jax.interop.import_torch import convert
@@ -142,11 +142,12 @@ def _fitted(
         reason = f"another model: {'; '.join(wrong[:3])}{more}{hint}"
         raise ConfigError("init.checkpoint", name, reason)
     classes = trained.model.num_classes, config.model.num_classes
+    objectness = objectness_head(config.model)
     if reset:
-        return reset_heads(trained.params, jax.device_get(fresh), classes)
+        return reset_heads(trained.params, jax.device_get(fresh), classes, objectness)
     if rows is not None:
         logger.warning("%s numbers its classes differently: they are matched by name", name)
-        return reorder_heads(trained.params, jax.device_get(fresh), classes, rows)
+        return reorder_heads(trained.params, jax.device_get(fresh), classes, rows, objectness)
     return trained.params
 
 
