@@ -3,7 +3,8 @@
     python train.py --config configs/coco_dino_r50_12ep.py --workdir runs/dino_12ep \\
         --config.data.dir=PATH_OF_COCO --config.init.backbone=resnet50.pth
 
-The paper reports AP 49.0 (Zhang et al., ICLR 2023, table 1) and detrex 49.2 on val2017 for the
+DINO's authors report AP 49.0 on val2017 (Zhang et al., ICLR 2023, table 1: DINO-4scale; also in
+the README of IDEA-Research/DINO), and detrex 49.2 (projects/dino, 100 denoising queries) for the
 setting of this architecture. Those numbers are theirs; none has been measured here.
 
 What is that of detrex: 900 queries, a shared norm in front of the heads, proposals scored by the

@@ -3,8 +3,7 @@
     python train.py --config configs/coco_plain_r50.py --workdir runs/plain \\
         --config.data.dir=PATH_OF_COCO --config.init.backbone=resnet50.pth
 
-DETR without denoising has AP 42.0 on val2017 after 500 epochs (Carion et al., ECCV 2020, table 1).
-The extended paper of DN-DETR adds denoising to DETR too. Neither AP nor time was measured here.
+The extended paper of DN-DETR adds denoising to DETR too. Neither AP nor time has been measured here.
 
 Learned queries, softmax over the classes and "no object", boxes that no anchor refines; the rest is
 as in `coco_r50.py`. To vary: `dn.groups=0` (DETR), `loss.no_object_weight`.
