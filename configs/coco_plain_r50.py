@@ -3,7 +3,8 @@
     python train.py --config configs/coco_plain_r50.py --workdir runs/plain \\
         --config.data.dir=PATH_OF_COCO --config.init.backbone=resnet50.pth
 
-The extended paper of DN-DETR adds denoising to DETR too. Neither AP nor time has been measured here.
+The extended paper of DN-DETR adds denoising to DETR too. Neither AP nor time has been measured
+here.
 
 Learned queries, softmax over the classes and "no object", boxes that no anchor refines; the rest is
 as in `coco_r50.py`. To vary: `dn.groups=0` (DETR), `loss.no_object_weight`.
