@@ -162,10 +162,8 @@ def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
     (tmp_path / "val").mkdir()
     (tmp_path / "val.json").touch()
     split = ConfigDict({"annotations": "~/val.json", "images": "~/val"})
-    assert find_split(Path("/data"), "validation", split) == (
-        tmp_path / "val.json",
-        tmp_path / "val",
-    )
+    found = find_split(Path("/data"), "validation", split)
+    assert (found.annotations, found.images) == (tmp_path / "val.json", tmp_path / "val")
 
 
 def test_a_latin_1_terminal_gets_escapes():

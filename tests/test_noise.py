@@ -245,7 +245,8 @@ def test_the_indicator_is_a_channel_of_its_own_or_absent(indicator):
     """Catches a table of another width, and an indicator in one kind of queries alone."""
     model = LabelQueries(CLASSES, hidden_dim=8, num_queries=6, indicator=indicator)
     tokens = np.zeros((BATCH, 1, 8), np.float32)
-    levels = Levels(tokens, tokens, np.ones((BATCH, 1), bool), ((1, 1),))
+    whole = np.ones((BATCH, 1, 2), np.float32)
+    levels = Levels(tokens, tokens, np.ones((BATCH, 1), bool), whole, ((1, 1),))
     dn = queries()
     found, params = fast_jit(model.init_with_output)(jax.random.key(0), levels, dn)
     table = params["params"]["label_embedding"]
