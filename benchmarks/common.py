@@ -49,10 +49,12 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
     return chip.peak_flops / (2 if halved else 1)
 
 
-def define_flags(batch_size: Sequence[str] = (), dtype: Sequence[str] = ()) -> None:
-    """Defines the flags of every benchmark; the defaults of two of them are arguments."""
-    config = str(ROOT / "configs" / "coco_r50.py")
-    config_flags.DEFINE_config_file("config", config, "The experiment, a file in configs/.")
+def define_flags(
+    batch_size: Sequence[str] = (), dtype: Sequence[str] = (), config: str = "coco_r50"
+) -> None:
+    """Defines the flags of every benchmark; the defaults of three of them are arguments."""
+    path = str(ROOT / "configs" / f"{config}.py")
+    config_flags.DEFINE_config_file("config", path, "The experiment, a file in configs/.")
     flags.DEFINE_list("canvas", [], "HEIGHTxWIDTH, several by commas; default: the config's first.")
     flags.DEFINE_list("batch_size", list(batch_size), "Images per step, several by commas.")
     flags.DEFINE_list("dtype", list(dtype), "float32, bfloat16, or both by a comma.")

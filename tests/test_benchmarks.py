@@ -3,6 +3,7 @@
 No times are tested.
 """
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -71,6 +72,23 @@ def test_the_step_is_timed(tmp_path):
     assert row["mfu"] is None  # the peak of this device is unknown
     assert 0 <= row["matching_share"] < 1
     assert "| 32x32 " in done.stdout
+
+
+def test_deformable_sampling_is_compared(tmp_path):
+    """Catches arguments that no longer fit the sampling, and another result than PyTorch's."""
+    out = tmp_path / "rows.json"
+    arguments = "--canvas=32x48", "--part=encoder", "--rounds=1", "--steps=1", f"--json={out}"
+    done = _run("deformable", *arguments)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["pass"] for row in rows] == ["forward", "forward and backward"]
+    assert min(row["cpu_s"]["median"] for row in rows) > 0
+    assert "| 32x48 " in done.stdout
+    if importlib.util.find_spec("torch") is None:
+        assert done.stderr.count("PyTorch is not installed") == 1
+        assert not any("torch_cpu_s" in row for row in rows)
+    else:
+        assert max(row["difference"] for row in rows) < 1e-5
 
 
 def test_the_parts_of_matching_are_timed():
