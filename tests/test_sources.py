@@ -14,11 +14,12 @@ from dn_detr_jax.errors import ConversionError
 from dn_detr_jax.interop.convert import flat, params_to_torch
 from dn_detr_jax.interop.import_torch import convert
 from dn_detr_jax.interop.names import dn_dab_detr, elsewhere
-from dn_detr_jax.models.registry import abstract_params, build_model
+from dn_detr_jax.models.registry import abstract_params, build_model, torch_names
 
 NAMES = Path(__file__).parent / "data" / "names"
 LISTED = {
     "detrex_dn_detr": elsewhere.DETREX_DN_DETR,
+    "detrex_dn_deformable_detr": elsewhere.DETREX_DN_DEFORMABLE_DETR,
     "transformers_dab_detr": elsewhere.TRANSFORMERS_DAB_DETR,
 }
 SLOPE = "transformer.encoder.layers.0.ffns.0."
@@ -140,6 +141,48 @@ def test_dc5_of_detrex_is_told_by_its_backbone(official):
     assert convert(state, config).report.unused == ()
     assert elsewhere.source_named("detrex", config.model) is elsewhere.DETREX_DN_DETR_DC5
     assert elsewhere.source_named("detrex", config_with().model) is elsewhere.DETREX_DN_DETR
+
+
+def levels_config(name, **model):
+    """Returns a config of a variant with the levels of the published models, and 80 classes."""
+    config = tiny_config.levels(name)
+    config.model.update(num_classes=80, backbone_levels=3, extra_levels=1, **model)
+    config.model.backbone.update(stages=4, stem="standard", norm="frozen_batch_norm")
+    return config
+
+
+def random_state(config):
+    """Returns an official state dict of the config's model."""
+    shapes = flat(abstract_params(build_model(config.model)))
+    rng = np.random.default_rng(0)
+    params = {k: rng.normal(size=v.shape).astype(np.float32) for k, v in shapes.items()}
+    nested = traverse_util.unflatten_dict(params, sep="/")
+    return params_to_torch(nested, torch_names(config.model))
+
+
+@pytest.mark.parametrize("label_name", ["denoising_generator.label_encoder", "label_encoder"])
+def test_dn_deformable_detr_of_detrex(label_name):
+    """Catches a level, norm or attention in the place of another, and the early label table."""
+    config = levels_config("dn_deformable_detr")
+    official = random_state(config)
+    source = elsewhere.source_named("detrex", config.model)
+    state = source.from_official(official)
+    table = state.pop("denoising_generator.label_encoder.weight")
+    found = convert(state | {f"{label_name}.weight": table}, config)
+    assert found.report.source == "detrex" and found.report.unused == ()
+    assert found.followed == {"data.labels": "contiguous", "eval.num_select": 300}
+    assert found.categories == COCO_CATEGORIES
+    again = params_to_torch(found.params, torch_names(config.model))
+    assert again.keys() == official.keys()
+    jax.tree.map(np.testing.assert_array_equal, again, official)
+
+
+def test_detrex_has_one_extra_level():
+    """Catches a wrong number of the extra level in a model with other levels."""
+    config = levels_config("dn_deformable_detr")
+    config.model.extra_levels = 2
+    with pytest.raises(ConversionError, match="no names of 'detrex'"):
+        elsewhere.source_named("detrex", config.model)
 
 
 @pytest.mark.parametrize("name", ["transformers", "dab-detr"])

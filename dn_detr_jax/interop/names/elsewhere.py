@@ -107,12 +107,7 @@ DETREX_DN_DETR_DC5 = dataclasses.replace(
     decides=(("model.backbone.dilation", True),),
 )
 
-_DEFORMABLE = (
-    *_BACKBONE,
-    *(
-        (f"input_proj.{{i}}.{part}.", f"neck.convs.{{i}}.{name}.")
-        for part, name in enumerate(("conv", "norm"))
-    ),
+_DEFORMABLE_LAYERS = (
     ("transformer.level_embed", "transformer.level_embeds"),
     (_ENCODER + "self_attn.", _ENCODER + "attentions.0."),
     *_FEED_FORWARD,
@@ -123,6 +118,37 @@ _DEFORMABLE = (
     (_DECODER + "norm2.", _DECODER + "norms.0."),
     (_DECODER + "norm1.", _DECODER + "norms.1."),
     (_DECODER + "norm3.", _DECODER + "norms.2."),
+)
+
+
+def _neck(backbone_levels: int) -> Pairs:
+    """The levels: the official code numbers the extra one behind those of the backbone."""
+    extra = f"input_proj.{backbone_levels}"
+    return (
+        (extra + ".0.", "neck.extra_convs.0.conv."),
+        (extra + ".1.", "neck.extra_convs.0.norm."),
+        ("input_proj.{l}.0.", "neck.convs.{l}.conv."),
+        ("input_proj.{l}.1.", "neck.convs.{l}.norm."),
+    )
+
+
+DETREX_DN_DEFORMABLE_DETR = Source(
+    name="detrex",
+    variant="dn_deformable_detr",
+    marks=(
+        "backbone.stem.conv1.weight",
+        "neck.extra_convs.0.conv.weight",
+        "refpoint_embed.weight",
+    ),
+    renames=(*_BACKBONE, *_neck(3), _LABELS, *_DEFORMABLE_LAYERS),
+    older=(("label_encoder.", "denoising_generator.label_encoder."),),
+    decides=(
+        ("model.backbone.kind", "resnet"),
+        ("model.backbone_levels", 3),
+        ("model.extra_levels", 1),
+    ),
+    config=(("eval.num_select", 300),),
+    contiguous_coco=True,
 )
 
 
@@ -225,7 +251,13 @@ TRANSFORMERS_DAB_DETR = Source(
     surplus=_without_labels,
 )
 
-SOURCES = (DETREX_DN_DETR, DETREX_DN_DETR_DC5, TRANSFORMERS_DAB_DETR, OFFICIAL_DAB_DETR)
+SOURCES = (
+    DETREX_DN_DETR,
+    DETREX_DN_DETR_DC5,
+    DETREX_DN_DEFORMABLE_DETR,
+    TRANSFORMERS_DAB_DETR,
+    OFFICIAL_DAB_DETR,
+)
 
 
 def source_of(state: State) -> Source:
