@@ -146,7 +146,7 @@ def test_dc5_of_detrex_is_told_by_its_backbone(official):
 def levels_config(name, **model):
     """Returns a config of a variant with the levels of the published models, and 80 classes."""
     config = tiny_config.levels(name)
-    config.model.update(num_classes=80, backbone_levels=3, extra_levels=1, **model)
+    config.model.update({"num_classes": 80, "backbone_levels": 3, "extra_levels": 1} | model)
     config.model.backbone.update(stages=4, stem="standard", norm="frozen_batch_norm")
     return config
 
@@ -175,6 +175,35 @@ def test_dn_deformable_detr_of_detrex(label_name):
     again = params_to_torch(found.params, torch_names(config.model))
     assert again.keys() == official.keys()
     jax.tree.map(np.testing.assert_array_equal, again, official)
+
+
+@pytest.mark.parametrize("backbone_levels", [3, 4])
+def test_dino_of_detrex(backbone_levels):
+    """Catches lost rows of the label table, and the level numbers of the model with five."""
+    config = levels_config("dn_dino_detr", backbone_levels=backbone_levels, indicator=False)
+    official = random_state(config)
+    state = elsewhere.source_named("detrex", config.model).from_official(official)
+    assert state["label_enc.weight"].shape == (80, 32)  # none is of "no object"
+    extra = "neck.extra_convs.0.conv.weight"
+    np.testing.assert_array_equal(state[extra], official[f"input_proj.{backbone_levels}.0.weight"])
+    found = convert(state, config)
+    assert found.report.source == "detrex" and found.report.unused == ()
+    assert found.followed == {"data.labels": "contiguous", "eval.num_select": 300}
+    again = params_to_torch(found.params, torch_names(config.model))
+    table, row = again["label_enc.weight"][:-1], again["label_enc.weight"][-1]
+    np.testing.assert_array_equal(table, official["label_enc.weight"][:-1])
+    assert row.std() == pytest.approx(1, abs=0.4)
+    for name in official.keys() - {"label_enc.weight"}:
+        np.testing.assert_array_equal(again[name], official[name], err_msg=name)
+
+
+def test_dino_of_detrex_scores_proposals_by_class():
+    """Catches weights for a model that selects other proposals, whose shapes are the same."""
+    config = levels_config("dn_dino_detr", indicator=False)
+    state = elsewhere.DETREX_DINO.from_official(random_state(config))
+    config.model.proposal_score = "objectness"
+    with pytest.raises(ConversionError, match=r"fits --config\.model\.proposal_score=class"):
+        convert(state, config)
 
 
 def test_detrex_has_one_extra_level():

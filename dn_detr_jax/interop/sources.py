@@ -40,7 +40,7 @@ class Source:
       config: keys that follow from the source.
       contiguous_coco: 80 classes are COCO's, numbered without gaps.
       complete: official state dict -> the tensors that it lacks.
-      surplus: official state dict -> the names that the source has no place for.
+      reduce: official state dict -> what the source has a place for.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Source:
     config: tuple[tuple[str, Any], ...] = ()
     contiguous_coco: bool = False
     complete: Callable[[State], dict[str, np.ndarray]] = lambda state: {}
-    surplus: Callable[[State], set[str]] = lambda state: set()
+    reduce: Callable[[State], State] = lambda state: state
 
     def is_of(self, state: State) -> bool:
         """Whether a state dict is of this source."""
@@ -86,9 +86,7 @@ class Source:
         Raises:
           ConversionError: a tensor that the source has no place for.
         """
-        dropped = self.surplus(state)
-        kept = {name: value for name, value in state.items() if name not in dropped}
-        theirs = _renamed(self._split(kept), self.renames)
+        theirs = _renamed(self._split(self.reduce(state)), self.renames)
         twins = tuple((first, second) for second, first in self.twins)
         return theirs | {
             other: value

@@ -4,16 +4,19 @@ A case has two images: `a` is the first alone, `b` the second alone, and `batch`
 size. detrex evaluates a batch without masks: padding counts as image there, and so it does here.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
 from dn_detr_jax.config import base_config, validate
 from dn_detr_jax.errors import UnsupportedCase
 from dn_detr_jax.evaluation.postprocess import select_detections
 from dn_detr_jax.interop.import_torch import convert
+from dn_detr_jax.interop.names.backbones import backbone_config
 from dn_detr_jax.interop.names.elsewhere import source_of
 from dn_detr_jax.interop.sources import Source
 from dn_detr_jax.models.images import normalize_images, valid_tokens
@@ -36,7 +39,8 @@ def state_dict(case: reference.Case) -> tuple[dict[str, np.ndarray], Source]:
     Raises:
       UnsupportedCase: names of no source, or weights by another recipe.
     """
-    entries = case.setting("state_dict")
+    # Integers are positions in the windows of a Swin Transformer, which are no weights.
+    entries = [e for e in case.setting("state_dict") if not e.get("dtype", "").startswith("int")]
     shapes = {entry["name"]: np.broadcast_to(np.float32(0), entry["shape"]) for entry in entries}
     source = source_of(shapes)
     if source.name == "official":
@@ -67,6 +71,7 @@ def check(case: reference.Case, dtype: str = "float32") -> Report:
     config = base_config(source.variant)
     config.model.update(num_classes=0, dtype=dtype)
     config.model.backbone.mask_padding = False  # the PyTorch code computes on padding too
+    config.update_from_flattened_dict(backbone_config(source.to_official(state)))
     found = convert(state, config)
     validate(found.config)
     report = Report(case)
@@ -94,10 +99,11 @@ class _Runner:
         model = build_model(config.model)
 
         @jax.jit
-        def forward(params, image, size):
-            outputs, collected = model.apply(
-                {"params": params}, image, size, mutable=["intermediates"]
-            )
+        def forward(params, image, size, selected):
+            with nn.intercept_methods(_selecting(selected)):
+                outputs, collected = model.apply(
+                    {"params": params}, image, size, mutable=["intermediates"]
+                )
             last = outputs["pred_logits"][-1], outputs["pred_boxes"][-1]
             detections = select_detections(*last, config.eval.num_select)
             return outputs | detections, collected["intermediates"]
@@ -117,23 +123,45 @@ class _Runner:
             row[: image.shape[0], : image.shape[1]] = image
         return np.asarray(normalize_images(jnp.asarray(batch), jnp.asarray(sizes))), sizes
 
-    def __call__(self, images: np.ndarray, sizes: np.ndarray) -> tuple[dict, dict]:
-        """Outputs with detections, and intermediate results."""
+    def __call__(
+        self, images: np.ndarray, sizes: np.ndarray, selected: np.ndarray | None
+    ) -> tuple[dict, dict]:
+        """Outputs with detections, and intermediate results; `selected`: see `_selecting`."""
         if not self.masked:
             sizes = np.broadcast_to(np.array(images.shape[1:3], np.int32), sizes.shape)
-        return jax.device_get(self._forward(self._params, images, sizes))
+        return jax.device_get(self._forward(self._params, images, sizes, selected))
+
+
+def _selecting(selected: jax.Array | None) -> Callable[..., Any]:
+    """An interceptor that puts stored proposals in place of those that a model selects.
+
+    Rounding swaps proposals of nearly equal scores, and the content of a query belongs to its rank:
+    two swapped proposals change the outputs. The model's own selection is stored as `own_selected`.
+    """
+
+    def intercept(method, args, kwargs, context):
+        own = method(*args, **kwargs)
+        if selected is None or context.method_name != "select":
+            return own
+        context.module.sow("intermediates", "own_selected", own)
+        return selected
+
+    return intercept
 
 
 def _compare(report: Report, run: str, runner: _Runner) -> None:
     images, sizes = runner.images(run)
-    outputs, collected = runner(images, sizes)
     case = runner.case
+    stored = f"{run}.topk_idx"
+    outputs, collected = runner(images, sizes, case[stored] if case.has_outputs(stored) else None)
     report.array(f"{run}.images", images.transpose(0, 3, 1, 2), atol=POSITION_ATOL)
     canvas = images.shape[1:3]
     report.equal(f"{run}.pixel_mask", np.asarray(valid_tokens(jnp.asarray(sizes), canvas, canvas)))
     features = collected["features"]
-    for number, level in zip(range(6 - len(features), 6), features, strict=True):
-        _array(report, f"{run}.backbone_res{number}", level.transpose(0, 3, 1, 2), runner)
+    # The last one of a ResNet is res5 there, that of a Swin Transformer p3.
+    for number, level in zip(range(-len(features), 0), features, strict=True):
+        for name in (f"{run}.backbone_res{6 + number}", f"{run}.backbone_p{4 + number}"):
+            _array(report, name, level.transpose(0, 3, 1, 2), runner)
     for name in ("src", "pos"):
         for i, level in enumerate(collected["position" if name == "pos" else name]):
             _array(report, f"{run}.{name}{i}", level.transpose(0, 3, 1, 2), runner)
@@ -147,6 +175,8 @@ def _compare(report: Report, run: str, runner: _Runner) -> None:
         tokens = tokens.reshape(len(sizes), -1, 1)
     memory = collected["encoder"][f"enc{layers - 1}"][0]
     _array(report, f"{run}.memory", memory, runner, where=tokens)
+    if "encoder_scores" in collected:
+        _compare_proposals(report, run, runner, outputs, collected)
     for i in range(runner.config.model.decoder_layers):
         state = collected["decoder"][f"dec{i}"][0]
         _array(report, f"{run}.dec{i}", state, runner, LOGIT_ATOL)
@@ -158,16 +188,48 @@ def _compare(report: Report, run: str, runner: _Runner) -> None:
         _compare_detections(report, run, runner, outputs, sizes)
 
 
+def _compare_proposals(
+    report: Report, run: str, runner: _Runner, outputs: dict[str, Any], collected: dict[str, Any]
+) -> None:
+    """Compares scores and classes of proposals, and which are selected where no score is close."""
+    case, scores = runner.case, collected["encoder_scores"][0]
+    own, stored = collected["own_selected"][0], case[f"{run}.topk_idx"]
+    _array(report, f"{run}.enc_scores", scores, runner, LOGIT_ATOL)
+    error = np.abs(scores - case[f"{run}.enc_scores"]).max()
+    clear = _clear(-np.sort(-scores, axis=1)[:, : own.shape[1] + 1], error)
+    exact = runner.limit(1.0) is not None
+    report.equal(f"{run}.topk_idx", own, where=clear, required=exact)
+    # The model returns the classes of those that are selected.
+    logits = np.zeros((*scores.shape, outputs["encoder_logits"].shape[-1]), np.float32)
+    np.put_along_axis(logits, stored[..., None], outputs["encoder_logits"][0], axis=1)
+    selected = np.zeros((*scores.shape, 1), bool)
+    np.put_along_axis(selected, stored[..., None], True, axis=1)
+    _array(report, f"{run}.enc_logits", logits, runner, LOGIT_ATOL, where=selected)
+
+
+def _clear(ranked: np.ndarray, error: float) -> np.ndarray:
+    """Whether scores [B, K + 1] in descending order are too far from both neighbors to swap, of K.
+
+    The last one of them is the best that is not kept.
+    """
+    gaps = -np.diff(ranked, axis=1)
+    before = np.concatenate([np.full((len(gaps), 1), np.inf), gaps[:, :-1]], axis=1)
+    return np.minimum(gaps, before) > 4 * error
+
+
 def _compare_references(
     report: Report, run: str, runner: _Runner, outputs: dict[str, Any], collected: dict[str, Any]
 ) -> None:
     """Compares the boxes that enter the layers, of deformable decoders those that leave them."""
-    references = collected["references"][0]
+    references, compared = collected["references"][0], None
     if "decoder_points" in runner.config.model:
         _array(report, f"{run}.init_ref", references[0], runner, BOX_ATOL)
-        # Those that leave the last layer are its predictions.
+        # Those that leave the last layer are its predictions. With a norm in front of the heads
+        # they are not, nothing is computed from them, and they have no counterpart here.
         references = np.concatenate([references[1:], outputs["pred_boxes"][-1:]])
-    _array(report, f"{run}.ref", references, runner, BOX_ATOL)
+        if runner.config.model.get("decoder_norm", False):
+            compared = np.arange(len(references)).reshape(-1, 1, 1, 1) < len(references) - 1
+    _array(report, f"{run}.ref", references, runner, BOX_ATOL, where=compared)
 
 
 def _array(
@@ -200,9 +262,7 @@ def _compare_detections(
     flat = probabilities.reshape(len(probabilities), -1)
     order = np.argsort(-flat, axis=1, kind="stable")[:, : scores.shape[1] + 1]
     error = np.abs(scores - stored).max(initial=0.0)
-    gaps = -np.diff(np.take_along_axis(flat, order, axis=1), axis=1)  # to the next one, kept or not
-    before = np.concatenate([np.full((len(gaps), 1), np.inf), gaps[:, :-1]], axis=1)
-    clear = np.minimum(gaps, before) > 4 * error
+    clear = _clear(np.take_along_axis(flat, order, axis=1), error)
     exact = runner.limit(1.0) is not None
     report.equal(f"{run}.post_labels", outputs["labels"], where=clear, required=exact)
     queries = order[:, :-1] // probabilities.shape[-1]

@@ -200,6 +200,8 @@ def weight(
         value = normal * np.array([1.2, 1.2, 0.5, 0.5]) + np.array([0.0, 0.0, -1.0, -1.0])
     elif name in _TABLES:
         value = _TABLES[name] * normal
+    elif leaf == "relative_position_bias_table":
+        value = 0.5 * normal
     elif leaf.endswith("bias"):
         value = _bias(name, normal)
     elif normal.ndim == 1:

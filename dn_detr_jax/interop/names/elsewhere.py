@@ -151,6 +151,68 @@ DETREX_DN_DEFORMABLE_DETR = Source(
     contiguous_coco=True,
 )
 
+_LABEL_TABLE = "label_enc.weight"
+
+
+def _with_no_object(state: State) -> dict[str, np.ndarray]:
+    """The label table with a row "no object", the content of negatives here.
+
+    The row is that of a new model: only training with denoising uses it. In detrex negatives have
+    the content of their class.
+    """
+    table = state.get(_LABEL_TABLE)
+    classes = state.get("class_embed.0.bias")
+    if table is None or classes is None or len(table) != len(classes):
+        return {}
+    row = np.random.default_rng(0).standard_normal((1, table.shape[1]), np.float32)
+    return {_LABEL_TABLE: np.concatenate([table, row])}
+
+
+def _without_no_object(state: State) -> State:
+    return {**state, _LABEL_TABLE: state[_LABEL_TABLE][:-1]}
+
+
+DETREX_DINO = Source(
+    name="detrex",
+    variant="dn_dino_detr",
+    marks=(
+        "backbone.stem.conv1.weight",
+        "neck.extra_convs.0.conv.weight",
+        "transformer.enc_output.weight",
+    ),
+    absent=("neck.convs.3.conv.weight",),
+    renames=(*_BACKBONE, *_neck(3), *_DEFORMABLE_LAYERS),
+    decides=(
+        ("model.backbone.kind", "resnet"),
+        ("model.backbone_levels", 3),
+        ("model.extra_levels", 1),
+        ("model.indicator", False),
+        ("model.query_scale", False),
+        ("model.decoder_norm", True),
+        ("model.proposal_score", "class"),
+    ),
+    config=(("eval.num_select", 300),),
+    contiguous_coco=True,
+    complete=_with_no_object,
+    reduce=_without_no_object,
+)
+
+DETREX_DINO_5_LEVELS = dataclasses.replace(
+    DETREX_DINO,
+    marks=(*DETREX_DINO.marks, "neck.convs.3.conv.weight"),
+    absent=(),
+    renames=(*_BACKBONE, *_neck(4), *_DEFORMABLE_LAYERS),
+    decides=tuple((dict(DETREX_DINO.decides) | {"model.backbone_levels": 4}).items()),
+)
+
+# Swin Transformers have the names of their authors there.
+DETREX_DINO_SWIN = dataclasses.replace(
+    DETREX_DINO,
+    marks=("backbone.patch_embed.proj.weight", *DETREX_DINO.marks[1:]),
+    renames=(("backbone.0.", "backbone."), *_neck(3), *_DEFORMABLE_LAYERS),
+    decides=tuple((dict(DETREX_DINO.decides) | {"model.backbone.kind": "swin"}).items()),
+)
+
 
 # --- DAB-DETR: DN-DAB-DETR without the label table ------------------------------------------------
 
@@ -168,13 +230,13 @@ def _label_table(state: State) -> dict[str, np.ndarray]:
     return {"label_enc.weight": table}
 
 
-def _without_labels(state: State) -> set[str]:
+def _without_labels(state: State) -> State:
     if np.any(state["label_enc.weight"][-1]):
         raise ConversionError(
             "DAB-DETR has no place for the content of the matching queries (the last row of the "
             "label embedding), which is not zero in this model"
         )
-    return {"label_enc.weight"}
+    return {name: value for name, value in state.items() if name != "label_enc.weight"}
 
 
 OFFICIAL_DAB_DETR = Source(
@@ -183,7 +245,7 @@ OFFICIAL_DAB_DETR = Source(
     marks=("refpoint_embed.weight", "transformer.decoder.layers.0.ca_qpos_sine_proj.weight"),
     absent=("label_enc.weight",),
     complete=_label_table,
-    surplus=_without_labels,
+    reduce=_without_labels,
 )
 
 _HF_ENCODER, _HF_DECODER = "model.encoder.layers.{i}.", "model.decoder.layers.{i}."
@@ -248,13 +310,16 @@ TRANSFORMERS_DAB_DETR = Source(
     ),
     config=(("eval.num_select", 100),),
     complete=_label_table,
-    surplus=_without_labels,
+    reduce=_without_labels,
 )
 
 SOURCES = (
     DETREX_DN_DETR,
     DETREX_DN_DETR_DC5,
     DETREX_DN_DEFORMABLE_DETR,
+    DETREX_DINO,
+    DETREX_DINO_5_LEVELS,
+    DETREX_DINO_SWIN,
     TRANSFORMERS_DAB_DETR,
     OFFICIAL_DAB_DETR,
 )
