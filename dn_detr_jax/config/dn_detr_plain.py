@@ -31,5 +31,6 @@ KEYS = (
         {"matcher.cost_class": 1.0},
     ),
 )
+CHECKS = dn_dab_detr.CHECKS
 
-register(NAME, KEYS, dn_dab_detr.CHECKS)
+register(NAME, KEYS, CHECKS)

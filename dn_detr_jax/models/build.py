@@ -1,14 +1,18 @@
-"""Parts of detectors from `config.model`, for the variants that share them."""
+"""Parts and facts of detectors from `config.model`, for the variants that share them."""
 
 import functools
+from typing import Any
 
 import jax.numpy as jnp
+from flax import linen as nn
 from ml_collections import ConfigDict
 
 from dn_detr_jax.models.attention import attention, fused_attention
-from dn_detr_jax.models.encoder import DeformableEncoder
+from dn_detr_jax.models.backbones.build import build_backbone, frozen_backbone
+from dn_detr_jax.models.encoder import DeformableEncoder, DenseEncoder
 from dn_detr_jax.models.layers import LayerConfig
-from dn_detr_jax.models.pyramid import MultiLevel
+from dn_detr_jax.models.pyramid import LastLevel, MultiLevel
+from dn_detr_jax.models.queries import LabelQueries
 
 
 def layer_config(config: ConfigDict, attention_kernel: str, activation: str) -> LayerConfig:
@@ -30,21 +34,79 @@ def layer_config(config: ConfigDict, attention_kernel: str, activation: str) -> 
     )
 
 
-def multi_level(config: ConfigDict, *, half_pixel: bool) -> MultiLevel:
-    """Makes the pyramid of a detector with several feature levels."""
-    return MultiLevel(
-        config.hidden_dim,
-        backbone_levels=config.backbone_levels,
-        extra_levels=config.extra_levels,
-        temperature_h=config.pe_temperature_h,
-        temperature_w=config.pe_temperature_w,
-        half_pixel=half_pixel,
-        mask_padding=config.backbone.mask_padding,
-        dtype=jnp.dtype(config.dtype),
+def multi_level_parts(
+    config: ConfigDict, layers: LayerConfig, *, half_pixel: bool
+) -> dict[str, Any]:
+    """Makes backbone, pyramid and encoder of a detector with several feature levels.
+
+    Args:
+      config: `config.model`.
+      layers: settings of the encoder's layers.
+      half_pixel: see `position.image_encoding`.
+    """
+    return {
+        "backbone": _backbone(config, config.backbone_levels),
+        "pyramid": MultiLevel(
+            config.hidden_dim,
+            backbone_levels=config.backbone_levels,
+            extra_levels=config.extra_levels,
+            temperature_h=config.pe_temperature_h,
+            temperature_w=config.pe_temperature_w,
+            half_pixel=half_pixel,
+            mask_padding=config.backbone.mask_padding,
+            dtype=jnp.dtype(config.dtype),
+        ),
+        "encoder": DeformableEncoder(
+            config.encoder_layers, layers, config.encoder_points, "encoder" in config.remat
+        ),
+    }
+
+
+def last_level_parts(
+    config: ConfigDict, layers: LayerConfig, *, scale_position: bool = True
+) -> dict[str, Any]:
+    """Makes backbone, pyramid and encoder of a detector with one feature level.
+
+    Args:
+      config: `config.model`.
+      layers: settings of the encoder's layers.
+      scale_position: see `DenseEncoder`.
+    """
+    temperatures = config.pe_temperature_h, config.pe_temperature_w
+    return {
+        "backbone": _backbone(config),
+        "pyramid": LastLevel(config.hidden_dim, *temperatures, jnp.dtype(config.dtype)),
+        "encoder": DenseEncoder(
+            config.encoder_layers,
+            layers,
+            scale_position=scale_position,
+            remat="encoder" in config.remat,
+        ),
+    }
+
+
+def _backbone(config: ConfigDict, levels: int = 1) -> nn.Module:
+    remat = "backbone" in config.remat
+    return build_backbone(config.backbone, jnp.dtype(config.dtype), remat=remat, levels=levels)
+
+
+def label_queries(config: ConfigDict) -> LabelQueries:
+    """Makes queries with the label "no object" as their content."""
+    return LabelQueries(
+        num_classes=config.num_classes,
+        hidden_dim=config.hidden_dim,
+        num_queries=config.num_queries,
+        num_patterns=config.num_patterns,
+        random_refpoints_xy=config.random_refpoints_xy,
+        indicator=config.indicator,
     )
 
 
-def deformable_encoder(config: ConfigDict, layers: LayerConfig) -> DeformableEncoder:
-    """Makes the encoder of a detector with several feature levels."""
-    points, remat = config.encoder_points, "encoder" in config.remat
-    return DeformableEncoder(config.encoder_layers, layers, points, remat)
+def num_queries(config: ConfigDict) -> int:
+    """Returns the number of matching queries: every anchor with every pattern, if there are any."""
+    return config.num_queries * max(config.get("num_patterns", 0), 1)
+
+
+def frozen(config: ConfigDict) -> list[str]:
+    """Returns patterns for the frozen parameters, all of them in the backbone."""
+    return frozen_backbone(config.backbone)

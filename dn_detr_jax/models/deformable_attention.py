@@ -63,9 +63,7 @@ def deformable_attention(
     zeros, heads, levels = nn.initializers.zeros, config.num_heads, len(memory.shapes)
     batch, queries, features = query.shape
     value = Linear(features, zeros, dtype=config.dtype, name=f"{prefix}value")(memory.tokens)
-    value = jnp.where(memory.valid[..., None], value, 0).reshape(
-        batch, -1, heads, features // heads
-    )
+    value = jnp.where(memory.valid[..., None], value, 0)
 
     def map_query(name, bias_init, coordinates):
         outputs = heads * levels * num_points * coordinates

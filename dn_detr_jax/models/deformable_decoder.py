@@ -14,15 +14,15 @@ from flax import linen as nn
 
 from dn_detr_jax.arrays import Array, Bool, Float
 from dn_detr_jax.models.deformable_attention import deformable_attention
-from dn_detr_jax.models.initializers import packed_xavier_uniform, xavier_uniform
+from dn_detr_jax.models.initializers import xavier_uniform
 from dn_detr_jax.models.layers import (
     MLP,
     FeedForward,
     LayerConfig,
-    Linear,
     add_and_normalize,
     call_layer,
     layer_norm,
+    project_and_attend,
 )
 from dn_detr_jax.models.levels import Levels
 from dn_detr_jax.models.position import box_encoding
@@ -59,13 +59,8 @@ class DeformableDecoderLayer(nn.Module):
         """
         config = self.config
         residual = functools.partial(add_and_normalize, config=config, train=train)
-
-        def project(x, name):
-            init = packed_xavier_uniform(3)
-            return Linear(x.shape[-1], nn.initializers.zeros, init, config.dtype, name=name)(x)
-
-        query, key = (project(x + query_position, f"self_{name}") for name in ("query", "key"))
-        y = config.attention_fn(query, key, project(x, "self_value"), mask, config.num_heads)
+        query, key = x + query_position, x + query_position
+        y = project_and_attend(query, key, x, mask, config, prefix="self_")
         x = residual(x, y, out="self_out", norm="self_norm")
         y = deformable_attention(
             x + query_position,

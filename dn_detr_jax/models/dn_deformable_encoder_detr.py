@@ -9,12 +9,10 @@ itself.
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from dn_detr_jax.models.backbones.build import build_backbone
-from dn_detr_jax.models.build import deformable_encoder, layer_config, multi_level
+from dn_detr_jax.models.build import label_queries, layer_config, multi_level_parts
 from dn_detr_jax.models.decoder import DenseDecoder
 from dn_detr_jax.models.detector import Detector
 from dn_detr_jax.models.heads import SharedHeads
-from dn_detr_jax.models.queries import LabelQueries
 
 
 def build(config: ConfigDict, attention_kernel: str = "xla") -> Detector:
@@ -24,28 +22,17 @@ def build(config: ConfigDict, attention_kernel: str = "xla") -> Detector:
       config: `config.model`.
       attention_kernel: `config.compile.attention`, of the decoder.
     """
-    dtype, remat = jnp.dtype(config.dtype), tuple(config.remat)
+    dtype = jnp.dtype(config.dtype)
     layers = layer_config(config, attention_kernel, "relu")
     return Detector(
-        backbone=build_backbone(
-            config.backbone, dtype, remat="backbone" in remat, levels=config.backbone_levels
-        ),
-        pyramid=multi_level(config, half_pixel=False),
-        encoder=deformable_encoder(config, layers),
-        queries=LabelQueries(
-            num_classes=config.num_classes,
-            hidden_dim=config.hidden_dim,
-            num_queries=config.num_queries,
-            num_patterns=config.num_patterns,
-            random_refpoints_xy=config.random_refpoints_xy,
-            indicator=config.indicator,
-        ),
+        **multi_level_parts(config, layers, half_pixel=False),
+        queries=label_queries(config),
         decoder=DenseDecoder(
             config.decoder_layers,
             layers,
             temperature=config.pe_temperature_box,
             level_attention=True,
-            remat="decoder" in remat,
+            remat="decoder" in config.remat,
         ),
         heads=SharedHeads(config.num_classes, config.hidden_dim, dtype, start_at_anchors=False),
         dtype=dtype,

@@ -19,11 +19,9 @@ from dn_detr_jax import denoising
 from dn_detr_jax.arrays import Array, Bool, Float
 from dn_detr_jax.denoising import Denoising
 from dn_detr_jax.losses import SoftmaxLoss
-from dn_detr_jax.models.backbones.build import build_backbone
-from dn_detr_jax.models.build import layer_config
+from dn_detr_jax.models.build import last_level_parts, layer_config
 from dn_detr_jax.models.detector import Detector
-from dn_detr_jax.models.encoder import DenseEncoder
-from dn_detr_jax.models.initializers import packed_xavier_uniform, torch_default_kernel
+from dn_detr_jax.models.initializers import torch_default_kernel
 from dn_detr_jax.models.layers import (
     MLP,
     FeedForward,
@@ -32,10 +30,10 @@ from dn_detr_jax.models.layers import (
     add_and_normalize,
     call_layer,
     layer_norm,
+    project_and_attend,
 )
 from dn_detr_jax.models.levels import Levels
 from dn_detr_jax.models.position import box_encoding
-from dn_detr_jax.models.pyramid import LastLevel
 from dn_detr_jax.models.queries import Queries, with_denoising
 
 
@@ -107,21 +105,12 @@ class PlainDecoderLayer(nn.Module):
         """Applies the layer: positions are added to queries and keys, not to values."""
         config = self.config
         residual = functools.partial(add_and_normalize, config=config, train=train)
-
-        def project(x, name):
-            init = packed_xavier_uniform(3)
-            return Linear(x.shape[-1], nn.initializers.zeros, init, config.dtype, name=name)(x)
-
-        query, key = (project(x + position, f"self_{name}") for name in ("query", "key"))
-        y = config.attention_fn(query, key, project(x, "self_value"), mask, config.num_heads)
+        query, key = x + position, x + position
+        y = project_and_attend(query, key, x, mask, config, prefix="self_")
         x = residual(x, y, out="self_out", norm="self_norm")
-        y = config.attention_fn(
-            project(x + position, "cross_query"),
-            project(memory.tokens + memory.position, "cross_key"),
-            project(memory.tokens, "cross_value"),
-            memory.valid[:, None, :],
-            config.num_heads,
-        )
+        query, key = x + position, memory.tokens + memory.position
+        valid = memory.valid[:, None, :]
+        y = project_and_attend(query, key, memory.tokens, valid, config, prefix="cross_")
         x = residual(x, y, out="cross_out", norm="cross_norm")
         return FeedForward(config, name="feed_forward")(x, train=train)
 
@@ -203,15 +192,10 @@ def build(config: ConfigDict, attention_kernel: str = "xla") -> Detector:
       config: `config.model`.
       attention_kernel: `config.compile.attention`.
     """
-    dtype, remat = jnp.dtype(config.dtype), tuple(config.remat)
+    dtype = jnp.dtype(config.dtype)
     layers = layer_config(config, attention_kernel, "relu")
-    temperatures = config.pe_temperature_h, config.pe_temperature_w
     return Detector(
-        backbone=build_backbone(config.backbone, dtype, remat="backbone" in remat),
-        pyramid=LastLevel(config.hidden_dim, *temperatures, dtype),
-        encoder=DenseEncoder(
-            config.encoder_layers, layers, scale_position=False, remat="encoder" in remat
-        ),
+        **last_level_parts(config, layers, scale_position=False),
         queries=VectorQueries(
             config.num_classes,
             config.hidden_dim,
@@ -220,15 +204,10 @@ def build(config: ConfigDict, attention_kernel: str = "xla") -> Detector:
             config.indicator,
             dtype,
         ),
-        decoder=PlainDecoder(config.decoder_layers, layers, remat="decoder" in remat),
+        decoder=PlainDecoder(config.decoder_layers, layers, remat="decoder" in config.remat),
         heads=DirectHeads(config.num_classes, config.hidden_dim, dtype),
         dtype=dtype,
     )
-
-
-def num_queries(config: ConfigDict) -> int:
-    """Returns the number of matching queries."""
-    return config.num_queries
 
 
 def class_loss(config: ConfigDict) -> SoftmaxLoss:

@@ -8,8 +8,7 @@ and, by `dn.contrastive`, denoising queries that have to be rejected.
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from dn_detr_jax.models.backbones.build import build_backbone
-from dn_detr_jax.models.build import deformable_encoder, layer_config, multi_level
+from dn_detr_jax.models.build import layer_config, multi_level_parts
 from dn_detr_jax.models.deformable_decoder import DeformableDecoder
 from dn_detr_jax.models.detector import Detector
 from dn_detr_jax.models.heads import LayerHeads
@@ -23,14 +22,10 @@ def build(config: ConfigDict, attention_kernel: str = "xla") -> Detector:
       config: `config.model`.
       attention_kernel: `config.compile.attention`, of the self-attention among queries.
     """
-    dtype, remat = jnp.dtype(config.dtype), tuple(config.remat)
+    dtype = jnp.dtype(config.dtype)
     layers = layer_config(config, attention_kernel, "relu")
     return Detector(
-        backbone=build_backbone(
-            config.backbone, dtype, remat="backbone" in remat, levels=config.backbone_levels
-        ),
-        pyramid=multi_level(config, half_pixel=True),
-        encoder=deformable_encoder(config, layers),
+        **multi_level_parts(config, layers, half_pixel=True),
         queries=SelectedProposals(
             num_classes=config.num_classes,
             hidden_dim=config.hidden_dim,
@@ -50,7 +45,7 @@ def build(config: ConfigDict, attention_kernel: str = "xla") -> Detector:
             norm=config.decoder_norm,
             look_forward=True,
             mask_padding=config.backbone.mask_padding,
-            remat="decoder" in remat,
+            remat="decoder" in config.remat,
         ),
         heads=LayerHeads(config.decoder_layers, config.num_classes, config.hidden_dim, dtype),
         dtype=dtype,

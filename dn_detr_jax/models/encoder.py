@@ -11,14 +11,14 @@ from flax import linen as nn
 
 from dn_detr_jax.arrays import Array, Float
 from dn_detr_jax.models.deformable_attention import deformable_attention
-from dn_detr_jax.models.initializers import packed_xavier_uniform, xavier_uniform
+from dn_detr_jax.models.initializers import xavier_uniform
 from dn_detr_jax.models.layers import (
     MLP,
     FeedForward,
     LayerConfig,
-    Linear,
     add_and_normalize,
     call_layer,
+    project_and_attend,
 )
 from dn_detr_jax.models.levels import Levels
 
@@ -32,19 +32,8 @@ class EncoderLayer(nn.Module):
     def __call__(self, levels: Levels, *, train: bool) -> Float[jax.Array, "B T D"]:
         """Maps levels to new tokens; dropout is active if `train` is True."""
         config, x = self.config, levels.tokens
-
-        def project(x, name):
-            init = packed_xavier_uniform(3)
-            return Linear(x.shape[-1], nn.initializers.zeros, init, config.dtype, name=name)(x)
-
-        with_position = x + levels.position
-        y = config.attention_fn(
-            project(with_position, "query"),
-            project(with_position, "key"),
-            project(x, "value"),
-            levels.valid[:, None, :],
-            config.num_heads,
-        )
+        query = key = x + levels.position
+        y = project_and_attend(query, key, x, levels.valid[:, None, :], config)
         x = add_and_normalize(x, y, config, out="out", norm="attention_norm", train=train)
         return FeedForward(config, name="feed_forward")(x, train=train)
 

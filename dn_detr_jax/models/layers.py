@@ -9,9 +9,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from dn_detr_jax.arrays import Array, Float
+from dn_detr_jax.arrays import Array, Bool, Float
 from dn_detr_jax.models.attention import attention
-from dn_detr_jax.models.initializers import torch_default_bias, torch_default_kernel, xavier_uniform
+from dn_detr_jax.models.initializers import (
+    packed_xavier_uniform,
+    torch_default_bias,
+    torch_default_kernel,
+    xavier_uniform,
+)
 
 LAYER_NORM_EPS = 1e-5
 
@@ -125,6 +130,38 @@ class MLP(nn.Module):
             if i < last:
                 x = nn.relu(x)
         return x
+
+
+def project_and_attend(
+    query: Float[Array, "B Q D"],
+    key: Float[Array, "B T D"],
+    value: Float[Array, "B T D"],
+    mask: Bool[Array, "#B #Q T"],
+    config: LayerConfig,
+    *,
+    prefix: str = "",
+) -> Float[jax.Array, "B Q D"]:
+    """Projects queries, keys and values, and attends with them.
+
+    The weights start like PyTorch's, which has the three projections in one matrix. Call it in a
+    compact method: its linear maps become submodules of the caller. The output projection is left
+    to `add_and_normalize`.
+
+    Args:
+      query: [B, Q, D].
+      key: [B, T, D].
+      value: [B, T, D].
+      mask: True: may attend.
+      config: of the layer.
+      prefix: of the names `query`, `key` and `value`.
+    """
+
+    def project(x, name):
+        zeros, init = nn.initializers.zeros, packed_xavier_uniform(3)
+        return Linear(x.shape[-1], zeros, init, config.dtype, name=prefix + name)(x)
+
+    projected = project(query, "query"), project(key, "key"), project(value, "value")
+    return config.attention_fn(*projected, mask, config.num_heads)
 
 
 def add_and_normalize(

@@ -7,6 +7,7 @@ import dataclasses
 import pkgutil
 import re
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -29,6 +30,7 @@ from dn_detr_jax.denoising import Denoising
 from dn_detr_jax.errors import ConfigError
 from dn_detr_jax.losses import ClassLoss, SigmoidFocalLoss
 from dn_detr_jax.models import (
+    build,
     dn_dab_detr,
     dn_deformable_detr,
     dn_deformable_encoder_detr,
@@ -100,62 +102,21 @@ def register(variant: Variant) -> None:
     _variants[variant.name] = variant
 
 
-register(
-    Variant(
-        name=dab_keys.NAME,
-        build=dn_dab_detr.build,
-        num_queries=dn_dab_detr.num_queries,
-        keys=dab_keys.KEYS,
-        checks=dab_keys.CHECKS,
-        frozen=dn_dab_detr.frozen,
-        torch_names="dn_detr_jax.interop.names.dn_dab_detr:NAMES",
-    )
-)
-register(
-    Variant(
-        name=deformable_keys.NAME,
-        build=dn_deformable_detr.build,
-        num_queries=dn_deformable_detr.num_queries,
-        keys=deformable_keys.KEYS,
-        checks=deformable_keys.CHECKS,
-        frozen=dn_dab_detr.frozen,
-        torch_names="dn_detr_jax.interop.names.dn_deformable_detr:NAMES",
-    )
-)
-register(
-    Variant(
-        name=deformable_encoder_keys.NAME,
-        build=dn_deformable_encoder_detr.build,
-        num_queries=dn_dab_detr.num_queries,
-        keys=deformable_encoder_keys.KEYS,
-        checks=deformable_encoder_keys.CHECKS,
-        frozen=dn_dab_detr.frozen,
-        torch_names="dn_detr_jax.interop.names.dn_deformable_encoder_detr:NAMES",
-    )
-)
-register(
-    Variant(
-        name=plain_keys.NAME,
-        build=dn_detr_plain.build,
-        num_queries=dn_detr_plain.num_queries,
-        keys=plain_keys.KEYS,
-        checks=dab_keys.CHECKS,
-        frozen=dn_dab_detr.frozen,
-        class_loss=dn_detr_plain.class_loss,
-    )
-)
-register(
-    Variant(
-        name=dino_keys.NAME,
-        build=dn_dino_detr.build,
-        num_queries=dn_deformable_detr.num_queries,
-        keys=dino_keys.KEYS,
-        checks=dino_keys.CHECKS,
-        frozen=dn_dab_detr.frozen,
-        output_parts=criterion.parts_with_proposals,
-        torch_names="dn_detr_jax.interop.names.dn_dino_detr:NAMES",
-    )
-)
+def _own(keys: ModuleType, builder: ModuleType, **more: Any) -> Variant:
+    """Describes a variant of this package, by the module of its keys and that of its builder."""
+    shared: dict[str, Any] = {
+        "num_queries": build.num_queries,
+        "frozen": build.frozen,
+        "torch_names": f"dn_detr_jax.interop.names.{keys.NAME}:NAMES",
+    }
+    return Variant(keys.NAME, builder.build, keys=keys.KEYS, checks=keys.CHECKS, **shared | more)
+
+
+register(_own(dab_keys, dn_dab_detr))
+register(_own(deformable_keys, dn_deformable_detr))
+register(_own(deformable_encoder_keys, dn_deformable_encoder_detr))
+register(_own(plain_keys, dn_detr_plain, class_loss=dn_detr_plain.class_loss, torch_names=""))
+register(_own(dino_keys, dn_dino_detr, output_parts=criterion.parts_with_proposals))
 
 
 def variant_of(config: ConfigDict) -> Variant:
