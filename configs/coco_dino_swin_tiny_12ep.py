@@ -11,16 +11,12 @@ The backbone starts from the ImageNet weights of its authors or of timm, trained
 `dn.slots`; detrex fills the slots of a batch by its most crowded image.
 """
 
-from dn_detr_jax.config import base_config, load_config
+from dn_detr_jax.config import load_config
 
 
 def get_config():
-    """Returns DINO with the smallest Swin Transformer."""
-    config = base_config("dn_dino_detr")
-    config.data.canvases = load_config("coco_r50").data.canvases
+    """Returns `coco_dino_r50_12ep` with the smallest Swin Transformer."""
+    config = load_config("coco_dino_r50_12ep")
     config.model.backbone.update(kind="swin", frozen_stages=-1)
     config.model.backbone.swin.drop_path = 0.1
-    config.dn.update(groups=14, label_noise=0.25)
-    config.train.duration = "12 epochs"
-    config.optimizer.step_at = "11 epochs"
     return config

@@ -1,6 +1,7 @@
 """Files that a kill or a full disk leaves either complete or as they were, and JSON lines."""
 
 import contextlib
+import hashlib
 import json
 import os
 import secrets
@@ -64,6 +65,12 @@ def write_text_atomically(path: str | os.PathLike, text: str, durable: bool = Fa
 def write_json_atomically(path: str | os.PathLike, value: Any, indent: int | None = 1) -> None:
     """Writes a JSON file as a whole or not at all; errors as for `replace_atomically`."""
     write_text_atomically(path, json.dumps(value, indent=indent) + "\n")
+
+
+def checksum(path: str | os.PathLike) -> str:
+    """Returns the SHA-256 of a file, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json_lines(path: str | os.PathLike) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dn_detr_jax.config import dn_dab_detr
 from dn_detr_jax.config.backbones import number_of_stages
 from dn_detr_jax.config.checks import Values, require
-from dn_detr_jax.config.key import Key
+from dn_detr_jax.config.key import Key, architecture_key
 from dn_detr_jax.config.rules import whole
 from dn_detr_jax.config.variants import register
 
@@ -25,19 +25,22 @@ def with_defaults(keys: Iterable[Key], defaults: Mapping[str, object]) -> tuple[
     )
 
 
-def level_key(name: str, default: int, meaning: str, least: int) -> Key:
-    """A whole number of the multi-scale architecture."""
-    return Key(f"model.{name}", default, meaning, whole(least), evaluation="same")
-
-
 # The same for every variant with several feature levels.
 LEVEL_KEYS = (
-    level_key("backbone_levels", 3, "last stages of the backbone that become feature levels", 1),
-    level_key("extra_levels", 1, "further levels, each of half the resolution of the last one", 0),
+    architecture_key(
+        "backbone_levels", 3, "last stages of the backbone that become feature levels", whole(1)
+    ),
+    architecture_key(
+        "extra_levels", 1, "further levels, each of half the resolution of the last one", whole(0)
+    ),
 )
 POINT_KEYS = (
-    level_key("encoder_points", 4, "points that an encoder's head reads of each level", 1),
-    level_key("decoder_points", 4, "points that a decoder's head reads of each level", 1),
+    architecture_key(
+        "encoder_points", 4, "points that an encoder's head reads of each level", whole(1)
+    ),
+    architecture_key(
+        "decoder_points", 4, "points that a decoder's head reads of each level", whole(1)
+    ),
 )
 # What the transformer and its backbone have in common with those of DN-DAB-DETR.
 _SHARED = (

@@ -10,7 +10,7 @@ from dn_detr_jax.config.dn_deformable_detr import (
     TRANSFORMER_KEYS,
     with_defaults,
 )
-from dn_detr_jax.config.key import Key
+from dn_detr_jax.config.key import architecture_key
 from dn_detr_jax.config.keys import SHARED_KEYS
 from dn_detr_jax.config.rules import FLAG, one_of
 from dn_detr_jax.config.variants import register
@@ -21,28 +21,25 @@ KEYS = (
     *LEVEL_KEYS,
     *POINT_KEYS,
     *with_defaults(TRANSFORMER_KEYS, {"model.num_queries": 900, "model.indicator": False}),
-    Key(
-        "model.proposal_score",
+    architecture_key(
+        "proposal_score",
         "class",
         "queries start at the encoder's proposals with the highest score; class: the best logit, "
         "trained by the classes of the selected proposals; objectness: logit 0, trained by all "
         "proposals",
         one_of("class", "objectness"),
-        evaluation="same",
     ),
-    Key(
-        "model.decoder_norm",
+    architecture_key(
+        "decoder_norm",
         True,
         "True: one layer norm in front of the heads of all layers",
         FLAG,
-        evaluation="same",
     ),
-    Key(
-        "model.query_scale",
+    architecture_key(
+        "query_scale",
         False,
         "True: the encoding of the anchors is scaled by the content",
         FLAG,
-        evaluation="same",
     ),
     *with_defaults(
         [key for key in SHARED_KEYS if key.path == "dn.contrastive"], {"dn.contrastive": True}

@@ -10,7 +10,6 @@ read, of those of 16 bits the pixels; `--decode` reads the pixels of all.
 """
 
 import contextlib
-import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,6 +31,7 @@ from dn_detr_jax.data.division import divide
 from dn_detr_jax.data.findings import Findings, Kind
 from dn_detr_jax.data.layout import find_split
 from dn_detr_jax.errors import DataError
+from dn_detr_jax.files import checksum
 
 _READERS = 8
 
@@ -259,7 +259,7 @@ def equal_files(
     with ThreadPoolExecutor(_READERS) as pool:
         digests = dict(zip(partners, pool.map(_digest, (others[p] for p in partners)), strict=True))
         own = list(pool.map(_digest, (paths[i] for i in candidates)))
-    first: dict[bytes, int] = {}
+    first: dict[str, int] = {}
     for position, digest in digests.items():
         first.setdefault(digest, position)
     pairs = zip(candidates, own, strict=True)
@@ -276,11 +276,11 @@ def _sizes(paths: Sequence[Path | None]) -> list[int | None]:
         return list(pool.map(size, paths))
 
 
-def _digest(path: Path) -> bytes:
+def _digest(path: Path) -> str:
     """The checksum of a file, empty if it can't be read."""
-    with contextlib.suppress(OSError), path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
-    return b""
+    with contextlib.suppress(OSError):
+        return checksum(path)
+    return ""
 
 
 def _check_unlisted(split: Split, splits: Sequence[Split]) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from dn_detr_jax.errors import DataError
+
 Format = Literal["coco", "yolo", "voc"]
 
 # Folders and files of a split are called so by the tools that write them, in any case.
@@ -70,7 +72,7 @@ def normal_name(file_name: str) -> str:
     """Returns one spelling for all the spellings of a path."""
     if "/" in file_name:
         file_name = posixpath.normpath(file_name)
-    return unicodedata.normalize("NFC", file_name)
+    return composed(file_name)
 
 
 def is_plain(text: str) -> bool:
@@ -101,6 +103,20 @@ def files_in(folder: Path) -> set[str]:
         return {entry.name for entry in os.scandir(folder) if entry.is_file()}
     except (OSError, ValueError):  # no such folder, or a name that none can have
         return set()
+
+
+def text_lines(path: Path) -> list[str]:
+    """Returns the lines of a text file, without spaces around them and without empty ones.
+
+    Raises:
+      DataError: it is no text.
+      OSError: it can't be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: no text in UTF-8 ({error.reason})") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 class ImageFolder:

@@ -12,6 +12,7 @@ from dn_detr_jax.data.box_format import check_box_format
 from dn_detr_jax.data.coco_classes import Category
 from dn_detr_jax.data.directory import ImageFolder, SplitFiles
 from dn_detr_jax.data.findings import Findings
+from dn_detr_jax.files import checksum as file_checksum
 
 
 def read_annotations(
@@ -84,7 +85,7 @@ def checksum(files: SplitFiles, directory: Path) -> str:
       DataError, OSError: a file can't be read.
     """
     if files.format == "coco":
-        return _digest(files.annotations)
+        return file_checksum(files.annotations)
     checksum = hashlib.sha256()
     for part in _parts(files, directory):
         checksum.update(f"{part}\n".encode("utf-8", "surrogateescape"))
@@ -93,13 +94,11 @@ def checksum(files: SplitFiles, directory: Path) -> str:
 
 def _parts(files: SplitFiles, directory: Path) -> Iterator[str]:
     if files.format == "yolo":
-        yield from yolo.image_names(files)
-    read = yolo.files_read if files.format == "yolo" else voc.files_read
-    for path in read(files):
+        names = yolo.image_names(files)
+        yield from names
+        paths = yolo.files_read(files, names)
+    else:
+        paths = voc.files_read(files)
+    for path in paths:
         yield os.path.relpath(path, directory)
-        yield _digest(path)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        yield file_checksum(path)

@@ -26,9 +26,9 @@ from dn_detr_jax.data.directory import (
     find_path,
     is_plain,
     normal_name,
+    text_lines,
 )
 from dn_detr_jax.data.findings import Findings, Kind, shortened
-from dn_detr_jax.errors import DataError
 
 _LISTS = {
     "train": ("train", "trainval", "default"),  # the last of CVAT
@@ -104,12 +104,7 @@ def _of_split(files: SplitFiles) -> list[Path]:
 
 def _listed(path: Path) -> list[str]:
     """Returns the images of a list; those of one class have 1, 0 or -1 behind the name."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: no text in UTF-8 ({error.reason})") from error
-    lines = (line.strip() for line in text.splitlines())
-    return [re.sub(r"\s+(-1|0|1)$", "", line) for line in lines if line]
+    return [re.sub(r"\s+(-1|0|1)$", "", line) for line in text_lines(path)]
 
 
 def _of_all_splits(files: SplitFiles) -> list[Path]:

@@ -12,7 +12,7 @@ CVAT's "YOLO 1.1"); Label Studio writes `classes.txt`, which has names only.
 import os
 import posixpath
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +34,7 @@ from dn_detr_jax.data.directory import (
     is_there,
     listing,
     normal_name,
+    text_lines,
 )
 from dn_detr_jax.data.findings import Findings, Kind, shortened
 from dn_detr_jax.errors import DataError
@@ -167,12 +168,12 @@ def _describe(path: Path) -> _Description:
     if path.suffix.lower() in (".yaml", ".yml"):
         content = _parse_yaml(path)
     elif path.suffix == ".txt":
-        content = {"names": _lines(path)}
+        content = {"names": text_lines(path)}
     else:  # of Darknet: "key = value" in each line
-        pairs = (line.partition("=") for line in _lines(path))
+        pairs = (line.partition("=") for line in text_lines(path))
         content = {key.strip(): value.strip() for key, _, value in pairs}
         entry = content.get("names") or "obj.names"
-        content["names"] = _lines(_resolve(entry, "names", path, path.parent))
+        content["names"] = text_lines(_resolve(entry, "names", path, path.parent))
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected keys such as train, val and names")
     names = _class_names(content.get("names"), path)
@@ -221,15 +222,6 @@ def _class_names(value: Any, path: Path) -> dict[int, str]:
     return names
 
 
-def _lines(path: Path) -> list[str]:
-    """Returns the lines of a text file that are not empty."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: no text in UTF-8 ({error.reason})") from error
-    return [line.strip() for line in text.splitlines() if line.strip()]
-
-
 def image_names(files: SplitFiles) -> list[str]:
     """Returns the names of a split's images, relative to its folder, in order.
 
@@ -242,7 +234,7 @@ def image_names(files: SplitFiles) -> list[str]:
         if path.is_dir():
             names += sorted(_relative(image, files.images) for image in _images_below(path))
         else:
-            names += [_find(line, path, files.images, folder) for line in _lines(path)]
+            names += [_find(line, path, files.images, folder) for line in text_lines(path)]
     return names
 
 
@@ -291,11 +283,11 @@ def _find_label(image: Path) -> Path | None:
     return beside if is_file(beside) else None
 
 
-def files_read(files: SplitFiles) -> Iterator[Path]:
-    """Yields all files that decide what the table of a split is, the images apart."""
+def files_read(files: SplitFiles, names: Sequence[str]) -> Iterator[Path]:
+    """Yields all files that decide what the table of a split of these images is, without them."""
     yield files.annotations
     yield from (path for path in files.listed if path.is_file())
-    for name in image_names(files):
+    for name in names:
         label = _find_label(files.images / name)
         if label is not None:
             yield label

@@ -4,13 +4,13 @@ Files are taken from a folder of the user, `$DN_DETR_JAX_HUB/OWNER/NAME/FILE`, i
 Otherwise the optional package huggingface_hub downloads them into its cache, once.
 """
 
-import hashlib
 import os
 import re
 from pathlib import Path
 
 from dn_detr_jax.config import expand_user
 from dn_detr_jax.errors import WeightsError, short_reason
+from dn_detr_jax.files import checksum
 
 PREFIX = "hf:"
 _FOLDER = "DN_DETR_JAX_HUB"  # environment variable
@@ -71,8 +71,7 @@ def _folder() -> Path:
 
 
 def _checksum(path: Path) -> str:
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = checksum(path)
     # The Hub's cache names the blob of a large file by its checksum.
     expected = path.resolve().name
     if re.fullmatch(r"[0-9a-f]{64}", expected) and expected != found:

@@ -107,16 +107,24 @@ def _complete_dab(config: ConfigDict, case: Case) -> None:
     config.eval.num_select = args["num_select"]
 
 
-def _complete_deformable(config: ConfigDict, case: Case) -> None:
+def _levels(case: Case) -> dict[str, int]:
+    """The keys of the feature levels and of the encoder that reads them."""
     args = case.manifest["args"]
     require(f"{case.name}, args", args, *_LEVEL_ARGS)
     levels = args["num_feature_levels"]
-    backbone_levels = 3 if levels > 1 else 1
+    of_backbone = 3 if levels > 1 else 1
+    return {
+        "backbone_levels": of_backbone,
+        "extra_levels": max(0, levels - of_backbone),
+        "encoder_points": args["enc_n_points"],
+    }
+
+
+def _complete_deformable(config: ConfigDict, case: Case) -> None:
+    args = case.manifest["args"]
     config.model.update(
         num_classes=_shapes(case)["class_embed.0.bias"][0],
-        backbone_levels=backbone_levels,
-        extra_levels=max(0, levels - backbone_levels),
-        encoder_points=args["enc_n_points"],
+        **_levels(case),
         decoder_points=args["dec_n_points"],
     )
     config.eval.num_select = 100  # whatever the arguments say
@@ -124,17 +132,12 @@ def _complete_deformable(config: ConfigDict, case: Case) -> None:
 
 def _complete_encoder(config: ConfigDict, case: Case) -> None:
     args = case.manifest["args"]
-    require(f"{case.name}, args", args, *_LEVEL_ARGS)
-    levels = args["num_feature_levels"]
-    backbone_levels = 3 if levels > 1 else 1
     config.model.update(
         num_classes=_shapes(case)["class_embed.bias"][0],
         num_patterns=args["num_patterns"],
         pe_temperature_h=float(args["pe_temperatureH"]),
         pe_temperature_w=float(args["pe_temperatureW"]),
-        backbone_levels=backbone_levels,
-        extra_levels=max(0, levels - backbone_levels),
-        encoder_points=args["enc_n_points"],
+        **_levels(case),
     )
     config.eval.num_select = args["num_select"]
 

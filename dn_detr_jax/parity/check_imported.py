@@ -24,7 +24,13 @@ from dn_detr_jax.models.registry import build_model
 from dn_detr_jax.parity import reference
 from dn_detr_jax.parity.check_evaluation import to_pixels
 from dn_detr_jax.parity.comparison import Report
-from dn_detr_jax.parity.prepared import BOX_ATOL, ENCODER_ATOL, LOGIT_ATOL, POSITION_ATOL
+from dn_detr_jax.parity.prepared import (
+    BOX_ATOL,
+    ENCODER_ATOL,
+    LOGIT_ATOL,
+    POSITION_ATOL,
+    sequence_as_stored,
+)
 
 _RUNS = {"a": (0,), "b": (1,), "batch": (0, 1)}  # images of each run
 _NOT_TRAINED = (
@@ -243,10 +249,8 @@ def _array(
     """Compares an array [batch, tokens, ...], which may be stored as [tokens, batch, ...]."""
     if name not in report.case:
         return
-    swapped = (ours.shape[1], ours.shape[0], *ours.shape[2:])
-    if ours.shape != report.case.full_shape(name) == swapped:
-        ours = ours.swapaxes(0, 1)
-        where = None if where is None else where.swapaxes(0, 1)
+    ours = sequence_as_stored(report.case, name, ours)
+    where = None if where is None else sequence_as_stored(report.case, name, where)
     report.array(name, ours, atol=runner.limit(tolerance), where=where)
 
 
