@@ -15,6 +15,7 @@ from dn_detr_jax.config.config import (
     flat_values,
     nearest_key,
     nested_values,
+    overridden,
     validate,
 )
 from dn_detr_jax.config.durations import parse_duration
@@ -32,6 +33,7 @@ __all__ = [
     "load_config",
     "nearest_key",
     "nested_values",
+    "overridden",
     "parse_duration",
     "validate",
 ]

@@ -5,6 +5,7 @@ command line overrides any value with `--config.section.key=value`. `config.keys
 `config.variants` have the rows that everything here is made from.
 """
 
+import copy
 import difflib
 import re
 from collections.abc import Iterable, Mapping
@@ -71,6 +72,34 @@ def _check_paths(values: Mapping[str, Any], schema: variants.Schema) -> None:
         if path not in values:
             expected = f"the key is missing; its default is {key.default!r}"
             raise ConfigError(path, None, expected)
+
+
+def overridden(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
+    """Returns a copy of a config with other values, as the command line's overrides give it.
+
+    Args:
+      config: whole configuration; is not changed.
+      overrides: values by key, sections as dictionaries or as dotted keys.
+
+    Raises:
+      ConfigError: an unknown key, or a value of another type than the key's. `validate` checks the
+        values themselves.
+
+    Examples:
+      >>> overridden(base_config(), {"dn": {"groups": 0}, "train.batch_size": 4}).dn.groups
+      0
+    """
+    config = copy.deepcopy(config)
+    keys = variants.schema_of(flat_values(config).get("model.name", dn_dab_detr.NAME)).keys
+    for path, value in flat_values(overrides).items():
+        if path not in keys:
+            reason = f"no such key; {nearest_key(path, keys)}".rstrip("; ")
+            raise ConfigError(path, value, reason)
+        try:
+            config.update_from_flattened_dict({path: value})
+        except (TypeError, ValueError, AttributeError):
+            raise ConfigError(path, value, keys[path].rule.expected) from None
+    return config
 
 
 def flat_values(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:
