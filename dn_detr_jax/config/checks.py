@@ -102,6 +102,16 @@ def check_accumulation(values: Values) -> None:
     require(values, "train.accumulate_steps", fits, expected)
 
 
+def check_milestones(values: Values) -> None:
+    """`optimizer.schedule` "multi_step" needs `optimizer.milestones`."""
+    require(
+        values,
+        "optimizer.milestones",
+        values["optimizer.schedule"] != "multi_step" or bool(values["optimizer.milestones"]),
+        'at least one duration for optimizer.schedule=multi_step, for example ("40 epochs",)',
+    )
+
+
 def check_start(values: Values) -> None:
     """At most one of `init.backbone` and `init.checkpoint` is given."""
     require(
@@ -122,5 +132,6 @@ SHARED_CHECKS: tuple[Check, ...] = (
     check_weights,
     check_batches,
     check_accumulation,
+    check_milestones,
     check_start,
 )

@@ -170,9 +170,34 @@ _OPTIMIZER = (
         "limit of the gradients' global norm; 0: no clipping",
         AT_LEAST_ZERO,
     ),
-    Key("optimizer.schedule", "step", "schedule of the learning rate", one_of("step", "cosine")),
+    Key(
+        "optimizer.scale_lr",
+        0,
+        "batch size that optimizer.learning_rate is for: the rate is multiplied by "
+        "train.batch_size / optimizer.scale_lr; 0: it is not",
+        whole(0),
+    ),
+    Key(
+        "optimizer.schedule",
+        "step",
+        "schedule of the learning rate",
+        one_of("step", "multi_step", "cosine", "flat_cosine"),
+    ),
     Key("optimizer.step_at", "40 epochs", "when the step schedule lowers the rate", duration()),
-    Key("optimizer.step_factor", 0.1, "factor of the rate from then on", ABOVE_ZERO),
+    Key(
+        "optimizer.milestones",
+        (),
+        "when the multi_step schedule lowers the rate",
+        rules.tuple_of(duration(), "durations", '("30 epochs", "40 epochs")'),
+    ),
+    Key("optimizer.step_factor", 0.1, "factor of the rate from each of these on", ABOVE_ZERO),
+    Key("optimizer.flat_until", "50%", "when the flat_cosine schedule begins to fall", duration()),
+    Key(
+        "optimizer.end_factor",
+        0.0,
+        "share of the rate that cosine and flat_cosine end at",
+        PROBABILITY,
+    ),
     Key("optimizer.warmup", "0 steps", "linear increase of the rate from 0", duration()),
 )
 

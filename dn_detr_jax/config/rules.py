@@ -97,6 +97,18 @@ def numbers(each: Rule) -> Rule:
     )
 
 
+def tuple_of(each: Rule, what: str, example: str) -> Rule:
+    """A tuple or list of values that follow a rule, or an empty one; `what` names them."""
+
+    def problem(value: Any) -> str:
+        if not isinstance(value, tuple | list):
+            return expected
+        return next(filter(None, map(each.problem, value)), "")
+
+    expected = f"() or {what}, for example {example}"
+    return Rule(expected, problem)
+
+
 SIZES = rule("positive integers, for example (480, 512)", lambda value: _are_sizes(value))
 SIZE_RANGE = rule(
     "(least, largest) size, for example (384, 600)",

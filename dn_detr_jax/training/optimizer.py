@@ -20,7 +20,7 @@ from dn_detr_jax.config import (
     base_config,
 )
 from dn_detr_jax.errors import ConfigError
-from dn_detr_jax.training.schedules import learning_rate_schedule
+from dn_detr_jax.training.schedules import base_rate, learning_rate_schedule
 
 PyTree = Any
 
@@ -173,7 +173,9 @@ def make_optimizer(
         to train, or a wrong duration.
     """
     rates = _assign_rates(params_shapes, config, trainable)
-    schedule = learning_rate_schedule(config.optimizer, steps_per_epoch, total_steps)
+    schedule = learning_rate_schedule(
+        config.optimizer, config.train.batch_size, steps_per_epoch, total_steps
+    )
     settings = config.optimizer
     trained = optax.chain(
         clip_by_global_norm(settings.clip_norm, split=config.mesh.shard_optimizer),
@@ -207,7 +209,7 @@ def describe(
     rates = _assign_rates(params_shapes, config, trainable)
     shapes = [leaf.shape for leaf in jax.tree.leaves(params_shapes)]
     sizes = dict(zip(parameter_paths(params_shapes), map(math.prod, shapes), strict=True))
-    base = config.optimizer.learning_rate
+    base = base_rate(config.optimizer, config.train.batch_size)
     rows = [
         (pattern, factor, [path for path in sizes if rates.rules[path] == i])
         for i, (pattern, factor) in enumerate(config.optimizer.lr_multipliers)
