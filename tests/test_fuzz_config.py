@@ -133,6 +133,12 @@ def small_values(key, default):
         pattern = st.sampled_from(["^backbone/", ".", "^$", "kernel$", "(?i)HEAD", "a|b", "^head"])
         factor = st.sampled_from([0, 0.0, 0.1, 1, 3.0, 1e-37])
         return st.lists(st.tuples(pattern, factor), max_size=3).map(tuple)
+    if key == "train.freeze":
+        pattern = st.sampled_from(["^backbone/", "^$", "kernel$", "(?i)HEAD"])
+        return st.lists(pattern, max_size=2).map(tuple)
+    if key == "optimizer.milestones":
+        duration = st.sampled_from(["0 steps", "3 steps", "1 epochs", "100%"])
+        return st.lists(duration, max_size=3).map(tuple)
     if key == "data.canvases":
         side = st.sampled_from([1, 2, 3, 5, 16, 31, 64, 100])
         return st.lists(st.tuples(side, side), min_size=1, max_size=3).map(tuple)
@@ -176,7 +182,7 @@ CHOICES = {
     "model.backbone.stem": ["standard", "light"],
     "model.name": ["dn_dab_detr", "detr"],
     "dn.layout": ["packed", "paper"],
-    "optimizer.schedule": ["step", "cosine"],
+    "optimizer.schedule": ["step", "multi_step", "cosine", "flat_cosine"],
 }
 # Keys of what is read, written or started; they shape no array and no plan.
 ELSEWHERE = (
@@ -209,7 +215,7 @@ def make_all(config):
         plan_eval(batch_size=config.eval.batch_size, **sides, **common)
     model, mesh = build_model(config.model), make_mesh(config.mesh.data)
     params = abstract_params(model)
-    is_trained = trainable(params, config.model)
+    is_trained = trainable(params, config.model, config.train.freeze)
     arguments = (config, params, durations.per_epoch, durations.total, is_trained)
     optimizer, schedule = make_optimizer(*arguments)
     describe(params, config, is_trained)

@@ -20,6 +20,7 @@ from tiny_detector import (
 
 from dn_detr_jax.config import base_config
 from dn_detr_jax.denoising import Denoising
+from dn_detr_jax.errors import ConfigError
 from dn_detr_jax.models import attention, position
 from dn_detr_jax.models.backbones.resnet import ResNet
 from dn_detr_jax.models.heads import LayerHeads, SharedHeads
@@ -119,6 +120,23 @@ def test_shapes_with_patterns_relu_and_denoising():
     assert {x.dtype for x in got.values()} == {jnp.dtype("float32")}
     slopes = 12  # one for each of the layers' PReLUs, gone with ReLU
     assert count(variables["params"]) == 43_694_977 + 106_240 + 3 * 256 - slopes
+
+
+def test_patterns_freeze_parameters(tiny):
+    """Catches a match at the start only, and patterns that replace the variant's own."""
+    config = tiny_config.shared().model
+    config.backbone.frozen_stages = 1
+    before = trainable(tiny.shapes, config)
+    after = trainable(tiny.shapes, config, ("^encoder/", "norm1/scale$"))
+    assert not all(before.values())
+    for path, trained in before.items():
+        wanted = trained and not (path.startswith("encoder/") or path.endswith("norm1/scale"))
+        assert after[path] == wanted, path
+    assert sum(after.values()) < sum(before.values())
+    with pytest.raises(ConfigError, match=r"train\.freeze = .*'\^neck/' matches no parameter"):
+        trainable(tiny.shapes, config, ("^encoder/", "^neck/"))
+    with pytest.raises(ConfigError, match="no parameter is left to be trained"):
+        trainable(tiny.shapes, config, (".",))
 
 
 def test_parameter_table_lists_everything(tiny):

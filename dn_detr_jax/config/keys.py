@@ -222,6 +222,12 @@ _TRAIN = (
         resume="free",
     ),
     Key(
+        "train.freeze",
+        (),
+        "regular expressions on the parameter's path: what one of them matches is not trained",
+        rules.tuple_of(rules.PATTERN, "regular expressions", '("^backbone/", "^encoder/")'),
+    ),
+    Key(
         "train.ema_decay",
         0.0,
         "decay of the parameters' moving average; 0: no average",

@@ -179,11 +179,22 @@ def _factors_problem(value: Any) -> str:
         right = isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[0], str)
         if not right or not _is_number(pair[1]) or pair[1] < 0:
             return PATTERN_FACTORS.expected
-        try:
-            re.compile(pair[0])
-        except (re.error, OverflowError, RecursionError) as error:
-            return f"{pair[0]!r} is no regular expression: {error}"
+        if problem := PATTERN.problem(pair[0]):
+            return problem
     return ""
+
+
+def _pattern_problem(value: Any) -> str:
+    if not isinstance(value, str):
+        return PATTERN.expected
+    try:
+        re.compile(value)
+    except (re.error, OverflowError, RecursionError) as error:
+        return f"{value!r} is no regular expression: {error}"
+    return ""
+
+
+PATTERN = Rule("a regular expression", _pattern_problem)
 
 
 PATTERN_FACTORS = Rule(

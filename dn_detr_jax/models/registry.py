@@ -6,7 +6,7 @@
 import dataclasses
 import pkgutil
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -185,19 +185,31 @@ def abstract_params(model: nn.Module, canvas: tuple[int, int] = (64, 64)) -> dic
     return jax.eval_shape(model.init, jax.random.key(0), image, size)["params"]
 
 
-def trainable(params: dict, config: ConfigDict) -> dict[str, bool]:
+def trainable(params: dict, config: ConfigDict, freeze: Sequence[str] = ()) -> dict[str, bool]:
     """Tells which parameters are trained, by their path.
 
     Args:
       params: nested dictionary of arrays or shapes.
       config: `config.model`.
+      freeze: `config.train.freeze`, regular expressions.
 
     Returns:
-      {"backbone/stem_conv/kernel": False, ...}: False for the frozen parameters of the variant.
+      {"backbone/stem_conv/kernel": False, ...}: False for the frozen parameters of the variant, and
+      for those whose path one of `freeze` matches.
+
+    Raises:
+      ConfigError: a pattern of `freeze` that matches no parameter, or together they match all.
     """
-    frozen = variant_of(config).frozen(config)
-    paths = traverse_util.flatten_dict(params, sep="/")
-    return {path: not any(re.search(p, path) for p in frozen) for path in paths}
+    paths = list(traverse_util.flatten_dict(params, sep="/"))
+    for pattern in freeze:
+        if not any(re.search(pattern, path) for path in paths):
+            reason = f"{pattern!r} matches no parameter; paths are like {paths[0]!r}"
+            raise ConfigError("train.freeze", freeze, reason)
+    frozen = [*variant_of(config).frozen(config), *freeze]
+    found = {path: not any(re.search(p, path) for p in frozen) for path in paths}
+    if freeze and not any(found.values()):
+        raise ConfigError("train.freeze", freeze, "no parameter is left to be trained")
+    return found
 
 
 def parameter_table(params: dict, is_trainable: Mapping[str, bool]) -> str:

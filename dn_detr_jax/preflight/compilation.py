@@ -81,7 +81,7 @@ def abstract_step(config: ConfigDict, mesh: Mesh) -> AbstractStep:
     check_attention(config, mesh.devices.flat[0].platform)
     model = build_model(config.model, config.compile.attention)
     shapes = abstract_params(model)
-    is_trained = trainable(shapes, config.model)
+    is_trained = trainable(shapes, config.model, config.train.freeze)
     # Only the schedule's constants depend on the numbers of steps.
     optimizer, _ = make_optimizer(config, shapes, 1_000, 100_000, is_trained)
     function, _ = jit_train_step(

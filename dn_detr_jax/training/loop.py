@@ -82,7 +82,7 @@ class _Optimization:
     def of(cls, setup: Setup, plan: Plan) -> "_Optimization":
         """The optimization of a run; raises ConfigError for patterns that match nothing."""
         params = abstract_params(setup.model)
-        is_trained = trainable(params, setup.config.model)
+        is_trained = trainable(params, setup.config.model, setup.config.train.freeze)
         optimizer, schedule = make_optimizer(
             setup.config, params, plan.per_epoch, plan.total, is_trained
         )
