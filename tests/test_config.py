@@ -140,6 +140,7 @@ def test_the_defaults_are_valid():
         ("train.freeze", (0,)),
         ("train.ema_decay", 1.0),
         ("train.ema_decay", -0.1),
+        ("train.ema_tau", 0.5),
         ("mesh.shard_optimizer", 2),
         ("mesh.data", 0),
         ("mesh.data", 3),

@@ -4,6 +4,7 @@ The steps also skip updates that are not finite.
 """
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -12,6 +13,8 @@ import sys
 import fast_jit
 import numpy as np
 import pytest
+
+from dn_detr_jax.training.state import moving_average
 
 # Runs in a separate process: the number of simulated devices is fixed at start-up.
 _SCRIPT = """
@@ -189,6 +192,20 @@ def test_moving_average_follows_its_formula(folder):
         np.testing.assert_allclose(averages[1][name], want, atol=1e-6)
         if name.startswith("backbone/"):  # frozen
             np.testing.assert_array_equal(averages[1][name], start[name])
+
+
+def test_warm_up_of_the_moving_average_against_numpy():
+    """Catches a count of updates that is one off, and 1 - exp(-x) that rounds to 0 in float32."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(6, 4)).astype(np.float32)
+    for decay, tau in (0.9997, 2000), (0.9, 2), (0.99, 10**9):
+        average, want = values[0], values[0].astype(np.float64)
+        for t, value in enumerate(values[1:], start=1):
+            step = np.int32(t - 1)
+            average = moving_average(average, value, step, decay, tau)
+            d = decay * -math.expm1(-t / tau)
+            want = d * want + (1 - d) * value
+        np.testing.assert_allclose(average, want, rtol=1e-6)
 
 
 def test_each_device_holds_its_part(folder):

@@ -234,6 +234,13 @@ _TRAIN = (
         BELOW_ONE,
     ),
     Key(
+        "train.ema_tau",
+        0,
+        "warm-up of the average: its decay after t updates is train.ema_decay * "
+        "(1 - exp(-t / tau)); 0: at most (1 + t) / (10 + t)",
+        whole(0),
+    ),
+    Key(
         "train.log_every",
         "50 steps",
         "interval of the metrics",

@@ -117,18 +117,25 @@ def _gather(mesh: Mesh) -> Callable[[PyTree], PyTree]:
     return jax.jit(lambda p: p, out_shardings=replicated(mesh))
 
 
-def moving_average(ema: PyTree, params: PyTree, step: jax.Array, decay: float) -> PyTree:
+def moving_average(
+    ema: PyTree, params: PyTree, step: jax.Array, decay: float, tau: int = 0
+) -> PyTree:
     """Returns the exponential moving average updated by new parameters.
 
-    `ema <- ema + (1 - d) * (params - ema)` with `d = min(decay, (1 + step) / (10 + step))`. The
-    early averages are short, so that the initial values fade quickly.
+    `ema <- ema + (1 - d) * (params - ema)`. The early averages are short, so that the initial
+    values fade quickly: `d = min(decay, (1 + step) / (10 + step))`, or with `tau` the warm-up of
+    YOLOv5 and RT-DETR, `d = decay * (1 - exp(-t / tau))` with t = step + 1.
 
     Args:
       ema: average so far.
       params: new parameters.
       step: updates before this one.
       decay: in [0, 1).
+      tau: updates after which d is 0.63 of `decay`; 0 for the first rule.
     """
-    warming = (1.0 + step) / (10.0 + step)
-    share = 1.0 - jnp.minimum(decay, warming).astype(jnp.float32)
+    if tau:
+        decay_now = decay * -jnp.expm1(-(1.0 + step) / tau)
+    else:
+        decay_now = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    share = 1.0 - decay_now.astype(jnp.float32)
     return jax.tree.map(lambda e, p: e + share * (p - e), ema, params)

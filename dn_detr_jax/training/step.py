@@ -289,7 +289,8 @@ def train_step(
     }
     ema = state.ema
     if ema is not None:
-        ema = moving_average(ema, params, state.step, config.train.ema_decay)
+        average = config.train.ema_decay, config.train.ema_tau
+        ema = moving_average(ema, params, state.step, *average)
     new = TrainState(state.step + 1, params, opt_state, ema)
     if config.on_nonfinite == "skip":
         new, metrics["skipped"] = unless_nonfinite(new, state, before_update)
