@@ -141,6 +141,7 @@ def test_the_defaults_are_valid():
         ("train.ema_decay", 1.0),
         ("train.ema_decay", -0.1),
         ("train.ema_tau", 0.5),
+        ("train.stop_after", -1),
         ("mesh.shard_optimizer", 2),
         ("mesh.data", 0),
         ("mesh.data", 3),

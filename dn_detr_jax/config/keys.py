@@ -255,6 +255,13 @@ _TRAIN = (
         resume="free",
     ),
     Key(
+        "train.stop_after",
+        0,
+        "evaluations without a higher AP after which the training ends; 0: it does not end early",
+        whole(0),
+        resume="free",
+    ),
+    Key(
         "train.checkpoint_every",
         "1 epochs",
         "interval of the checkpoints",

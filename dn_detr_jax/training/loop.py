@@ -38,6 +38,7 @@ from dn_detr_jax.sharding import put_batch, replicated, with_sharding
 from dn_detr_jax.training import report
 from dn_detr_jax.training.nonfinite import NonFiniteGuard
 from dn_detr_jax.training.optimizer import describe, make_optimizer
+from dn_detr_jax.training.patience import Patience
 from dn_detr_jax.training.profile import Profile
 from dn_detr_jax.training.setup import (
     Plan,
@@ -168,9 +169,9 @@ def _start(
     batches = train_batches(
         training, config, start, plan.total - start, jax.process_index(), jax.process_count()
     )
-    programs, detect = compile_programs(
-        setup, step_function if start < plan.total else None, shapes
-    )
+    patience = Patience(config.train.stop_after, host_state.get("patience"))
+    trains = start < plan.total and not patience.is_over
+    programs, detect = compile_programs(setup, step_function if trains else None, shapes)
     evaluator = Evaluator(setup.validation, config, detect, setup.mesh)
     if host_state.get("instability") and evaluator.instability is not None:
         evaluator.instability.load_state_dict(host_state["instability"])
@@ -180,7 +181,7 @@ def _start(
 
     guard = NonFiniteGuard(config, metric_names, image_ids, host_state.get("skipped_steps", 0))
     schedule = optimization.schedule
-    run = _Run(setup, plan, programs, detect, guard, schedule, evaluator, checkpoints)
+    run = _Run(setup, plan, programs, detect, guard, schedule, patience, evaluator, checkpoints)
     return run, batches, state
 
 
@@ -263,17 +264,19 @@ class _Run:
         detect: Callable,
         guard: NonFiniteGuard,
         schedule: optax.Schedule,
+        patience: Patience,
         evaluator: Evaluator,
         checkpoints: Checkpoints,
     ):
         self.setup, self.detect, self.checkpoints = setup, detect, checkpoints
         self.last_evaluation: tuple[int, Evaluation] | None = None
         self._plan, self._programs = plan, programs
-        self._guard, self._schedule, self._evaluator = guard, schedule, evaluator
+        self._guard, self._schedule, self._patience = guard, schedule, patience
+        self._evaluator = evaluator
         self._window = _Window()
 
     def train(self, batches: Generator[Batch, None, None], state: TrainState) -> bool:
-        """Trains to the end of the plan; False if a signal ended it before."""
+        """Trains to the end of the plan or of the patience; False if a signal ended it before."""
         start, first = int(state.step), jax.process_index() == 0
         workdir = self.checkpoints.workdir
         with (
@@ -302,6 +305,9 @@ class _Run:
         plan, window = self._plan, self._window
         window.restart()
         for step in range(int(state.step) + 1, plan.total + 1):
+            if self._patience.is_over:
+                self._progress.message(f"ended after step {step - 1}: {self._patience}")
+                break
             waited = time.monotonic()
             batch = next(batches)
             window.waiting += time.monotonic() - waited
@@ -395,6 +401,7 @@ class _Run:
         start = time.monotonic()
         evaluation = self._evaluator(evaluation_params(state, self.setup.mesh))
         seconds = time.monotonic() - start
+        self._patience.update(evaluation.metrics["AP"])
         record = {f"eval/{name}": value for name, value in evaluation.metrics.items()}
         record |= {f"eval_class/{name}": value for name, value in evaluation.per_class.items()}
         self._writer.scalars(step, record | {"time/eval_seconds": seconds})
@@ -412,7 +419,10 @@ class _Run:
 
     def _save(self, step: int, state: TrainState, evaluation: Evaluation | None) -> None:
         self._log(step)
-        host_state: dict[str, Any] = {"skipped_steps": self._guard.skipped}
+        host_state: dict[str, Any] = {
+            "skipped_steps": self._guard.skipped,
+            "patience": self._patience.state_dict(),
+        }
         if self._evaluator.instability is not None:
             host_state["instability"] = self._evaluator.instability.state_dict()
         self.checkpoints.save(
