@@ -184,6 +184,33 @@ def test_keeps_the_latest_and_the_best(tmp_path):
     assert sorted(folders) == ["6", "8", "9"]
 
 
+def test_best_by_the_average_and_by_the_parameters_themselves(tmp_path):
+    """Catches a best of one that replaces that of the other, and the average in place of both."""
+    history = [(0.3, 0.1), (0.1, 0.4), (0.2, 0.2), (0.2, None)]
+    states = [
+        {"params": {"w": jnp.full(3, 1.0 * i)}, "ema": {"w": jnp.full(3, 0.5 + i)}}
+        for i in range(1, 5)
+    ]
+    target = abstract(states[0]["params"])
+    with Checkpoints(tmp_path, None, keep_latest=1, keep_best=1) as checkpoints:
+        for step, (state, (ap, raw)) in enumerate(zip(states, history, strict=True), start=1):
+            metrics = {"AP": ap} | ({} if raw is None else {"AP_raw": raw})
+            checkpoints.save(step, state, {}, metrics)
+    for step, number, average in ("best", 1, True), ("best_raw", 2, False), ("latest", 4, True):
+        found = read_params(tmp_path, target, step)
+        assert (found.step, found.is_average) == (number, average)
+        item = "ema" if average else "params"
+        assert_same_bits(found.params, states[number - 1][item])
+    with Checkpoints(tmp_path, None, read_only=True) as checkpoints:
+        assert checkpoints.all_steps() == [1, 2, 4]
+        assert_same_bits(checkpoints.restore_params(target, "best_raw"), states[1]["params"])
+
+
+def test_no_raw_ap_is_an_error_that_says_how_to_get_one(saved):
+    with pytest.raises(CheckpointError, match=r"no checkpoint has an AP of .*\(eval\.raw\)"):
+        read_params(saved, abstract(make_state().params), "best_raw")
+
+
 def test_no_checkpoint(tmp_path):
     with Checkpoints(tmp_path / "never_made", base_config(), read_only=True) as checkpoints:
         assert checkpoints.latest_step() is None and checkpoints.best_step() is None
@@ -383,12 +410,12 @@ def test_parameters_are_read_while_a_training_removes_checkpoints(copied, monkey
     """Catches an evaluation that reports a removed checkpoint as damaged."""
     restore, calls = Checkpoints.restore_params, []
 
-    def removed_first(self, shapes, step):
+    def removed_first(self, shapes, step, **options):
         calls.append(step)
         if len(calls) == 1:
             shutil.copytree(copied / "checkpoints" / "2", copied / "checkpoints" / "3")
             shutil.rmtree(copied / "checkpoints" / "2")
-        return restore(self, shapes, step)
+        return restore(self, shapes, step, **options)
 
     monkeypatch.setattr(Checkpoints, "restore_params", removed_first)
     found = read_params(copied, abstract(make_state().params), "latest")

@@ -302,8 +302,14 @@ run_main(lambda argv: print(argv[1:], repr(flags.FLAGS.step)), arguments=("DIR",
         (["a", "b", "--step=12", "c"], "['a', 'b', 'c'] 12\n"),
         (["a"], "error: FILES is missing; see --help\n"),
         ([], "error: DIR is missing; see --help\n"),
-        (["a", "b", "--step=-1"], "error: flag --step=-1: expected best, latest or a number"),
-        (["a", "b", "--step=last"], "error: flag --step=last: expected best, latest or a number"),
+        (
+            ["a", "b", "--step=-1"],
+            "error: flag --step=-1: expected best, best_raw, latest or a number",
+        ),
+        (
+            ["a", "b", "--step=last"],
+            "error: flag --step=last: expected best, best_raw, latest or a number",
+        ),
     ],
 )
 def test_any_number_of_arguments_and_a_step(arguments, expected):

@@ -55,7 +55,9 @@ from dn_detr_jax.files import write_json_atomically
 
 PyTree = Any
 
-_SCORE = "AP"  # the metric that ranks checkpoints
+RAW_AP = "AP_raw"  # AP of the parameters themselves, beside that of their moving average
+# The metrics that rank checkpoints, by the name that asks for the best.
+_SCORES = {"best": "AP", "best_raw": RAW_AP}
 _TRASH = "trash"  # folder of checkpoints that are being deleted
 _SET_ASIDE = "set_aside"  # folder of checkpoints later than the one that a run was restarted from
 
@@ -86,7 +88,7 @@ class Checkpoints:
           workdir: the run's directory.
           config: the run's config, compared with that of the directory; None compares nothing.
           keep_latest: checkpoints kept for being the latest, at least 1.
-          keep_best: checkpoints kept for having the best `AP`.
+          keep_best: checkpoints kept for having the best `AP`, and as many for `AP_raw`.
           categories: one per label, in their order; stored beside the config and compared.
           read_only: for evaluation; only the keys of the model that shape parameters must agree.
 
@@ -98,7 +100,7 @@ class Checkpoints:
         self.directory = self.workdir / "checkpoints"
         self._read_only = read_only
         self._saving: int | None = None
-        self._scores: dict[int, float] = {}
+        self._scores: dict[str, dict[int, float]] = {name: {} for name in _SCORES}
         self._lock: WorkdirLock | None = None
         logging.get_absl_logger().addFilter(_is_not_from_orbax)
         getLogger("asyncio").addFilter(_is_not_of_orbax)
@@ -118,7 +120,7 @@ class Checkpoints:
                 barrier("directory of checkpoints")
             self._check_files()
             self._manager = self._open_manager(keep_latest, keep_best)
-            self._scores.update(self._read_scores())
+            self._read_scores()
             stack.pop_all()
 
     def _check_files(self) -> None:
@@ -165,7 +167,8 @@ class Checkpoints:
           step: steps done so far.
           state: mapping or dataclass of pytrees of arrays, with `params`.
           host_state: nested dictionaries and lists of numbers, strings and NumPy arrays.
-          metrics: of the evaluation at this step; `AP` decides which checkpoints are best.
+          metrics: of the evaluation at this step; `AP` and `AP_raw` decide which checkpoints are
+            best.
 
         Raises:
           CheckpointError: this save could not start or the one before it failed (a full disk,
@@ -186,8 +189,7 @@ class Checkpoints:
         if metrics is not None:
             metrics = {name: float(value) for name, value in metrics.items()}
             items["metrics"] = ocp.args.JsonSave(metrics)
-            if _SCORE in metrics:
-                self._scores[step] = metrics[_SCORE]
+            self._add_scores(step, metrics)
         with self._reported(f"saving step {step}"):
             self._saving = step
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
@@ -203,7 +205,7 @@ class Checkpoints:
                 self._manager.wait_until_finished()
             except Exception:
                 if self._saving is not None:
-                    self._scores.pop(self._saving, None)
+                    self._forget_scores(self._saving)
                 # Orbax has already forgotten the checkpoints that this save would have replaced.
                 self._manager.reload()
                 raise
@@ -248,7 +250,7 @@ class Checkpoints:
                 (self.directory / str(other)).rename(target)
         barrier("checkpoints set aside")
         for other in later:
-            self._scores.pop(other, None)
+            self._forget_scores(other)
         self._manager.reload()
         return later
 
@@ -273,9 +275,14 @@ class Checkpoints:
         """The last step with a checkpoint."""
         return max(self.all_steps(), default=None)
 
-    def best_step(self) -> int | None:
-        """The step with the best AP, the later one of two equals; None without any AP."""
-        ranked = _ranked(self.all_steps(), self._scores)
+    def best_step(self, name: str = "best") -> int | None:
+        """The step with the best AP, the later one of two equals; None without any AP.
+
+        Args:
+          name: "best", or "best_raw" for the AP of the parameters themselves where a run evaluates
+            them beside their moving average.
+        """
+        ranked = _ranked(self.all_steps(), self._scores[name])
         return ranked[-1] if ranked else None
 
     def restore(
@@ -286,7 +293,7 @@ class Checkpoints:
         Args:
           abstract_state: like the saved state, with `jax.ShapeDtypeStruct` leaves; their
             shardings are those of the result (none: the first device).
-          step: "latest", "best" or a step.
+          step: "latest", "best", "best_raw" or a step.
 
         Returns:
           The state, bit by bit as saved, in the structure of `abstract_state`, and the host
@@ -310,13 +317,17 @@ class Checkpoints:
         with self._reported(f"reading {number}/host"):
             return state, trees.from_json(restored["host"])
 
-    def restore_params(self, abstract_params: PyTree, step: str | int = "latest") -> PyTree:
+    def restore_params(
+        self, abstract_params: PyTree, step: str | int = "latest", *, raw: bool = False
+    ) -> PyTree:
         """Restores the parameters to evaluate with: their moving average where the run keeps one.
 
-        Arguments, result and errors are as for `restore`.
+        Arguments, result and errors are as for `restore`. With `raw`, or a step of "best_raw", they
+        are the parameters themselves.
         """
         number = self.find(step)
-        item = "ema" if self.has_average(number) else "params"
+        average = self.has_average(number) and not raw and step != "best_raw"
+        item = "ema" if average else "params"
         return self._restore_items(number, {item: abstract_params}, [])[item]
 
     def has_average(self, step: int) -> bool:
@@ -327,18 +338,22 @@ class Checkpoints:
             return False  # damaged: reading it raises
 
     def find(self, step: str | int) -> int:
-        """The number of the checkpoint "latest", "best" or of a step, which must exist."""
+        """The number of the checkpoint "latest", "best", "best_raw" or of a step, which exists."""
         self.wait()
         steps = self.all_steps()
         if not steps:
             raise CheckpointError(f"{self.directory}: there is no complete checkpoint")
-        if step == "best":
-            self._check_scores(steps)
-        named = {"latest": self.latest_step(), "best": self.best_step()}
-        found = named[step] if isinstance(step, str) else step
+        if not isinstance(step, str):
+            found: int | None = step
+        elif step == "latest":
+            found = self.latest_step()
+        else:
+            self._check_scores(steps, step)
+            found = self.best_step(step)
         if found is None:
+            missing = "AP" if step == "best" else "AP of parameters beside their average (eval.raw)"
             raise CheckpointError(
-                f"{self.directory}: no checkpoint has an AP, so none is the best; steps: "
+                f"{self.directory}: no checkpoint has an {missing}, so none is the best; steps: "
                 f"{_listed(steps)}"
             )
         if found not in steps:
@@ -347,10 +362,10 @@ class Checkpoints:
             )
         return found
 
-    def _check_scores(self, steps: Sequence[int]) -> None:
+    def _check_scores(self, steps: Sequence[int], name: str) -> None:
         """Raises if the AP of a checkpoint can't be read: it may or may not be the best."""
         for step in steps:
-            if self._scores.get(step) == math.inf:
+            if self._scores[name].get(step) == math.inf:
                 raise CheckpointError(
                     f"{self.directory / str(step) / 'metrics'}: damaged, so that the best "
                     f"checkpoint is unknown; name one with --step: {_listed(steps)}"
@@ -385,21 +400,26 @@ class Checkpoints:
                 f"{path}: the checkpoint is damaged ({first_line(error)}); {advice}"
             ) from error
 
-    def _read_scores(self) -> dict[int, float]:
-        scores = {}
+    def _read_scores(self) -> None:
         for step in self.all_steps():
             folder = self.directory / str(step)
             try:
-                if not was_written(folder, "metrics"):
-                    continue
-                verify_checksums(folder, ["metrics"])
-                metrics = json.loads((folder / "metrics" / "metrics").read_text())
-                if _SCORE in metrics:
-                    scores[step] = float(metrics[_SCORE])
+                if was_written(folder, "metrics"):
+                    verify_checksums(folder, ["metrics"])
+                    metrics = json.loads((folder / "metrics" / "metrics").read_text())
+                    self._add_scores(step, metrics)
             except Exception:
                 # Its AP is unknown: it is kept, and asking for the best is an error.
-                scores[step] = math.inf
-        return scores
+                self._add_scores(step, dict.fromkeys(_SCORES.values(), math.inf))
+
+    def _add_scores(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, metric in _SCORES.items():
+            if metric in metrics:
+                self._scores[name][step] = float(metrics[metric])
+
+    def _forget_scores(self, step: int) -> None:
+        for scores in self._scores.values():
+            scores.pop(step, None)
 
     def _compare_config(self) -> None:
         """Raises if the directory holds checkpoints of another config."""
@@ -432,19 +452,20 @@ def steps_in(directory: Path) -> list[int]:
 
 @dataclasses.dataclass
 class _LatestAndBest(checkpoint_managers.PreservationPolicy):
-    """Keeps the latest n and the best n; `Checkpoints` fills `scores`."""
+    """Keeps the latest n and the best n by each score; `Checkpoints` fills `scores`."""
 
     keep_latest: int
     keep_best: int
-    scores: dict[int, float]
+    scores: dict[str, dict[int, float]]
 
     def should_preserve(self, checkpoints, *, context):
         del context
         steps = [checkpoint.step for checkpoint in checkpoints]
         kept = set(sorted(steps)[-self.keep_latest :])
-        if self.keep_best:
-            kept.update(_ranked(steps, self.scores)[-self.keep_best :])
-        kept.update(step for step in steps if self.scores.get(step) == math.inf)
+        for scores in self.scores.values():
+            if self.keep_best:
+                kept.update(_ranked(steps, scores)[-self.keep_best :])
+            kept.update(step for step in steps if scores.get(step) == math.inf)
         return [step in kept for step in steps]
 
 

@@ -38,12 +38,13 @@ def read_params(
 ) -> RestoredParams:
     """Reads the parameters of a checkpoint, also while a training goes on in the work directory.
 
-    If the training removes the checkpoint meanwhile, "best" and "latest" are looked up again.
+    If the training removes the checkpoint meanwhile, names such as "best" are looked up again.
 
     Args:
       workdir: of a training or an import.
       abstract_params: as for `Checkpoints.restore`.
-      step: "best" (the latest if none has an AP, as after an import), "latest" or a step.
+      step: "best" (the latest if none has an AP, as after an import), "best_raw" (the parameters
+        themselves where they, beside their moving average, had the best AP), "latest" or a step.
       config: compared with that of the directory as by a `read_only` `Checkpoints`.
 
     Raises:
@@ -67,8 +68,9 @@ def _read_params(
         if step == "best" and checkpoints.best_step() is None:
             step = "latest"
         number = checkpoints.find(step)
-        params = checkpoints.restore_params(abstract_params, number)
-        return RestoredParams(params, number, checkpoints.has_average(number))
+        raw = step == "best_raw"
+        params = checkpoints.restore_params(abstract_params, number, raw=raw)
+        return RestoredParams(params, number, checkpoints.has_average(number) and not raw)
 
 
 def holds_only_parameters(workdir: str | os.PathLike) -> bool:

@@ -167,8 +167,10 @@ def define_path_flag(name: str, help_text: str, *, required: bool = False) -> No
         flags.mark_flag_as_required(name)
 
 
-def define_step_flag(default: str, help_text: str = "best, latest or a number of steps.") -> None:
-    """Defines the flag --step, the checkpoint to read: "best", "latest" or an int."""
+def define_step_flag(
+    default: str, help_text: str = "best, best_raw, latest or a number of steps."
+) -> None:
+    """Defines the flag --step, the checkpoint to read: "best", "best_raw", "latest" or an int."""
     flags.DEFINE(_StepParser(), "step", default, help_text)
 
 
@@ -203,11 +205,11 @@ class _PathParser(flags.ArgumentParser):
 
 class _StepParser(flags.ArgumentParser):
     def parse(self, argument: str | int) -> str | int:
-        if argument in ("best", "latest"):
+        if argument in ("best", "best_raw", "latest"):
             return argument
         if isinstance(argument, str) and argument.isdecimal():
             return int(argument)
-        raise ValueError("expected best, latest or a number of steps")
+        raise ValueError("expected best, best_raw, latest or a number of steps")
 
 
 class CanvasParser(flags.ArgumentParser):

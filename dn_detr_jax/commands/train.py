@@ -47,7 +47,7 @@ def define_flags() -> None:
         required=True,
     )
     flags.DEFINE_bool("eval_only", False, "Evaluate a checkpoint of the work directory.")
-    define_step_flag("best", "With --eval_only: best, latest or a number of steps.")
+    define_step_flag("best", "With --eval_only: best, best_raw, latest or a number of steps.")
     launch.define_flags()
 
 

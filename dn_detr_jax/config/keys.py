@@ -321,6 +321,14 @@ _EVALUATION = (
         whole(1),
         resume="free",
     ),
+    Key(
+        "eval.raw",
+        False,
+        "True, with train.ema_decay: the parameters themselves are evaluated too, and the "
+        "checkpoints with their best AP are kept (--step=best_raw)",
+        FLAG,
+        resume="free",
+    ),
     Key("eval.num_select", 300, "detections kept for each image", whole(1)),
     Key(
         "eval.instability_images",
@@ -336,7 +344,13 @@ _EVALUATION = (
         resume="free",
     ),
     Key("checkpoint.keep_latest", 2, "latest checkpoints that are kept", whole(1), resume="free"),
-    Key("checkpoint.keep_best", 1, "checkpoints kept for their AP", whole(0), resume="free"),
+    Key(
+        "checkpoint.keep_best",
+        1,
+        "checkpoints kept for their AP, and with eval.raw as many for that of the parameters",
+        whole(0),
+        resume="free",
+    ),
     Key(
         "init.checkpoint",
         "",

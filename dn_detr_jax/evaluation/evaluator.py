@@ -64,8 +64,15 @@ class Evaluator:
             subset = dataset.image_ids[: config.eval.instability_images].tolist()
             self.instability = MatchingInstability(subset, self._num_queries)
 
-    def __call__(self, params: dict) -> Evaluation:
-        """Evaluates; every process takes part and gets the result."""
+    def __call__(self, params: dict, *, compare: bool = True) -> Evaluation:
+        """Evaluates; every process takes part and gets the result.
+
+        Args:
+          params: of the model.
+          compare: whether the matching is compared with that of the evaluation before, and the next
+            one with this.
+        """
+        instability = self.instability if compare else None
         category_ids = [category.id for category in self._dataset.categories]
         coco = CocoEvaluator(self._ground_truth, category_ids)
         # The devices compute a batch while the host processes the previous one.
@@ -77,10 +84,10 @@ class Evaluator:
             del batch["dropped_objects"], batch["bad_images"]
             found = self._detect(params, put_batch(batch, self._mesh))
             if pending is not None:
-                self._take(coco, pending)
+                self._take(coco, pending, instability)
             pending = found
         if pending is not None:
-            self._take(coco, pending)
+            self._take(coco, pending, instability)
         if coco.missing() and not self._config.data.skip_bad:
             raise RuntimeError(f"{coco.missing()} images of the split were not evaluated")
         if coco.missing():
@@ -88,16 +95,21 @@ class Evaluator:
                 "%d images can't be read: they count as images without any detection",
                 coco.missing(),
             )
-        return self._result(coco)
+        return self._result(coco, instability)
 
-    def _take(self, coco: CocoEvaluator, found: dict[str, jax.Array]) -> None:
+    def _take(
+        self,
+        coco: CocoEvaluator,
+        found: dict[str, jax.Array],
+        instability: MatchingInstability | None,
+    ) -> None:
         on_host: dict[str, np.ndarray] = jax.device_get(found)
         coco.add(on_host["image_id"], on_host["scores"], on_host["labels"], on_host["boxes"])
-        if self.instability is not None:
+        if instability is not None:
             vectors = match_vectors(on_host["assignment"], self._num_queries)
-            self.instability.update(on_host["image_id"], vectors)
+            instability.update(on_host["image_id"], vectors)
 
-    def _result(self, coco: CocoEvaluator) -> Evaluation:
+    def _result(self, coco: CocoEvaluator, instability: MatchingInstability | None) -> Evaluation:
         # The first process computes the metrics for all.
         names = list(CocoEvaluator.METRICS)
         classes = [category["name"] for category in self._ground_truth["categories"]]
@@ -108,8 +120,8 @@ class Evaluator:
         values = all_gather(values)[0]
         metrics = dict(zip(names, map(float, values), strict=False))
         per_class = dict(zip(classes, map(float, values[len(names) :]), strict=True))
-        if self.instability is not None:
-            changed = self.instability.finish(self._config.data.skip_bad)
+        if instability is not None:
+            changed = instability.finish(self._config.data.skip_bad)
             if changed is not None:
                 metrics["instability"] = changed
         return Evaluation(metrics, per_class)

@@ -19,7 +19,7 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from dn_detr_jax.checkpoints.manager import Checkpoints
+from dn_detr_jax.checkpoints.manager import RAW_AP, Checkpoints
 from dn_detr_jax.checkpoints.params import holds_only_parameters
 from dn_detr_jax.data.datasets import Dataset, open_dataset
 from dn_detr_jax.data.loader import Batch, train_batches, train_plan
@@ -327,10 +327,10 @@ class _Run:
             if step % plan.log_every == 0 or last:
                 self._log(step)
             evaluates = step % plan.eval_every == 0 or last
-            evaluation = self._evaluate(step, state) if evaluates else None
+            metrics_of_step = self._evaluate(step, state) if evaluates else None
             stopped = self._stops(stop.received, step)
             if evaluates or stopped or step % plan.checkpoint_every == 0:
-                self._save(step, state, evaluation)
+                self._save(step, state, metrics_of_step)
             if stopped:
                 self.checkpoints.wait()
                 self._progress.message(
@@ -396,28 +396,33 @@ class _Run:
                 "lower optimizer.learning_rate or a longer optimizer.warmup usually helps"
             ) from None
 
-    def _evaluate(self, step: int, state: TrainState) -> Evaluation:
+    def _evaluate(self, step: int, state: TrainState) -> dict[str, float]:
+        """Evaluates and logs; returns the metrics that the checkpoint keeps."""
         self._log(step)  # raises for values that are not finite, before they are evaluated
         start = time.monotonic()
         evaluation = self._evaluator(evaluation_params(state, self.setup.mesh))
+        both = state.ema is not None and self.setup.config.eval.raw
+        raw = self._evaluator(state.params, compare=False).metrics if both else {}
         seconds = time.monotonic() - start
         self._patience.update(evaluation.metrics["AP"])
         record = {f"eval/{name}": value for name, value in evaluation.metrics.items()}
         record |= {f"eval_class/{name}": value for name, value in evaluation.per_class.items()}
+        record |= {f"eval_raw/{name}": value for name, value in raw.items()}
         self._writer.scalars(step, record | {"time/eval_seconds": seconds})
         instability = evaluation.metrics.get("instability")
         self._progress.message(
             f"step {step}{'' if state.ema is None else ' (moving average)'}: "
             f"AP {evaluation.metrics['AP']:.3f}, AP50 {evaluation.metrics['AP50']:.3f}"
+            + (f", without averaging AP {raw['AP']:.3f}" if both else "")
             + (f", instability {instability:.2f}" if instability is not None else "")
             + f" ({seconds:.1f} s)"
         )
         self._progress.pause(seconds)
         self.last_evaluation = (step, evaluation)
         self._window.restart()
-        return evaluation
+        return evaluation.metrics | ({RAW_AP: raw["AP"]} if both else {})
 
-    def _save(self, step: int, state: TrainState, evaluation: Evaluation | None) -> None:
+    def _save(self, step: int, state: TrainState, metrics: dict[str, float] | None) -> None:
         self._log(step)
         host_state: dict[str, Any] = {
             "skipped_steps": self._guard.skipped,
@@ -425,9 +430,7 @@ class _Run:
         }
         if self._evaluator.instability is not None:
             host_state["instability"] = self._evaluator.instability.state_dict()
-        self.checkpoints.save(
-            step, state, host_state, evaluation.metrics if evaluation is not None else None
-        )
+        self.checkpoints.save(step, state, host_state, metrics)
 
 
 class _Window:

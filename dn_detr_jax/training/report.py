@@ -48,8 +48,8 @@ def evaluate(config: ConfigDict, workdir: Path, step: str | int = "best") -> Eva
     Args:
       config: whole configuration, validated; must fit the parameters of the checkpoint.
       workdir: of the run, which may be training.
-      step: "latest", "best" (the latest if none has an AP, as after an import) or a number of
-        steps.
+      step: "latest", "best" (the latest if none has an AP, as after an import), "best_raw" (see
+        `read_params`) or a number of steps.
 
     Raises:
       ConfigError, CheckpointError: something does not fit, before anything is compiled.
