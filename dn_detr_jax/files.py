@@ -11,6 +11,15 @@ from typing import Any
 
 
 @contextlib.contextmanager
+def named(path: str | os.PathLike) -> Iterator[None]:
+    """Adds a file's name to an OSError of the block, which has none when writing fails."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+
+
+@contextlib.contextmanager
 def replace_atomically(path: str | os.PathLike, durable: bool = False) -> Iterator[Path]:
     """Gives a temporary path whose file takes the place of `path` when the block ends.
 

@@ -1,5 +1,6 @@
 """The metrics files of a run, also after an interruption, and its terminal output."""
 
+import contextlib
 import io
 import json
 import re
@@ -93,37 +94,45 @@ def test_images_and_texts_reach_tensorboard(tmp_path):
     assert b"  groups: 5" in text.tensor.string_val[0]
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no file that is always full")
-@pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard"])
-def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, name):
-    """Catches a thread that ends alone while the training waits for it forever."""
+@pytest.fixture
+def full():
+    """A file on a full disk."""
+    if not Path("/dev/full").exists():
+        pytest.skip("no file that is always full")
+    file = open("/dev/full", "a")  # noqa: SIM115, closing it is an error too
+    yield file
+    with contextlib.suppress(OSError):
+        file.close()
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, full):
     writer = MetricWriter(tmp_path)
-    full = Path("/dev/full")
-    if name == "tensorboard":
-        writer._tensorboard._file._writer = full.open("ab")
-    else:
-        writer._file = full.open("a")
-    with pytest.raises(OSError, match=rf"No space left on device: '.*{name}"):
-        for step in range(1000):
-            writer.scalars(step, {"loss": 1.0})
-    with pytest.raises(OSError, match=name):
+    writer._file = full
+    with pytest.raises(OSError, match=r"No space left on device: '.*metrics\.jsonl"):
+        writer.scalars(1, {"loss": 1.0})
+    with pytest.raises(OSError, match=r"metrics\.jsonl"):
         writer.close()
     writer.close()
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no file that is always full")
-def test_an_error_is_not_replaced_by_that_of_closing(tmp_path):
+def test_a_full_disk_for_tensorboard_is_one_warning(tmp_path, full, caplog):
+    """Catches a thread that ends alone while the training waits for it forever."""
+    with MetricWriter(tmp_path) as writer:
+        writer._loggers._open["tensorboard"]._file._writer = full.buffer
+        for step in range(1, 1001):
+            writer.scalars(step, {"loss": 1.0})
+    assert len(read_metrics(tmp_path)) == 1000
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert re.match(r"the logger tensorboard is left out .*No space left .*tensorboard/", message)
+
+
+def test_an_error_is_not_replaced_by_that_of_closing(tmp_path, full):
     """Catches an error of the curve files that replaces that of the checkpoint."""
-    for error in (None, RuntimeError("the checkpoint")):
-        with (
-            pytest.raises(OSError if error is None else RuntimeError),
-            MetricWriter(tmp_path) as writer,
-        ):
-            full = Path("/dev/full")
-            writer._tensorboard._file._writer = full.open("ab")
+    with pytest.raises(RuntimeError, match="the checkpoint"), MetricWriter(tmp_path) as writer:
+        writer._file = full
+        with contextlib.suppress(OSError):
             writer.scalars(1, {"loss": 1.0})
-            if error is not None:
-                raise error
+        raise RuntimeError("the checkpoint")
 
 
 def test_two_writers_at_once_share_no_file(tmp_path):

@@ -241,6 +241,13 @@ _TRAIN = (
         whole(0),
     ),
     Key(
+        "train.loggers",
+        ("tensorboard",),
+        "where the metrics go, beside metrics.jsonl in the work directory",
+        rules.some_of("tensorboard", "wandb", "mlflow"),
+        resume="free",
+    ),
+    Key(
         "train.log_every",
         "50 steps",
         "interval of the metrics",

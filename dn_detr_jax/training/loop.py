@@ -36,6 +36,7 @@ from dn_detr_jax.matching import host_timer
 from dn_detr_jax.models.registry import abstract_params, parameter_table, trainable
 from dn_detr_jax.sharding import put_batch, replicated, with_sharding
 from dn_detr_jax.training import report
+from dn_detr_jax.training.loggers import check_installed
 from dn_detr_jax.training.nonfinite import NonFiniteGuard
 from dn_detr_jax.training.optimizer import describe, make_optimizer
 from dn_detr_jax.training.patience import Patience
@@ -117,6 +118,7 @@ def train(config: ConfigDict, workdir: Path) -> Evaluation | None:
             "it holds imported parameters and no training to continue: start one from them in "
             f"another directory, with --config.init.checkpoint={workdir}",
         )
+    check_installed(config.train.loggers)
     check_agreement(agreed_config(config))
     check_shared(workdir)
     training = open_dataset(config.data, "train")
@@ -280,7 +282,7 @@ class _Run:
         start, first = int(state.step), jax.process_index() == 0
         workdir = self.checkpoints.workdir
         with (
-            MetricWriter(workdir, first, start) as self._writer,
+            MetricWriter(workdir, first, start, self.setup.config) as self._writer,
             StopRequest(several_processes=jax.process_count() > 1) as stop,
             Profile.of(self._plan, start, workdir if first else None) as profile,
         ):

@@ -109,7 +109,7 @@ def save_run_figures(setup: Setup, detect: Callable, params: PyTree, workdir: Pa
         drawn |= _curves(workdir)
         figures.save(drawn, folder)
         last_step = max((line["step"] for line in read_metrics(workdir)), default=0)
-        with MetricWriter(workdir, start_step=last_step) as writer:
+        with MetricWriter(workdir, start_step=last_step, config=setup.config) as writer:
             writer.images(last_step, drawn)
         _print_folder(folder)
 

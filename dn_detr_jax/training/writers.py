@@ -1,95 +1,40 @@
-"""The logs of a run: `metrics.jsonl`, TensorBoard, and progress on the terminal.
+"""The logs of a run: `metrics.jsonl`, the loggers of the config, and progress on the terminal.
 
 `metrics.jsonl` in the work directory has one JSON object per line, `{"step": 50, "time": ..., ...}`
 with the time in seconds since 1970; a value that is not finite is `null`. A resumed run continues
-the file as if it had never been interrupted. TensorBoard's files are in `tensorboard/`.
+the file as if it had never been interrupted. `training.loggers` has TensorBoard and the others.
 """
 
 import contextlib
-import itertools
 import json
 import math
 import os
-import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-from tensorboardX import summary
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.record_writer import RecordWriter
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from dn_detr_jax.files import read_json_lines, write_text_atomically
+from dn_detr_jax.files import named, read_json_lines, write_text_atomically
+from dn_detr_jax.training.loggers import Loggers
 
 _METRICS = "metrics.jsonl"
-_FLUSH_SECONDS = 30.0  # between writes of TensorBoard's files to the disk
-
-
-@contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Adds the file's name to an OSError, which has none when writing fails."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-class _EventFile:
-    """A file of TensorBoard's events.
-
-    tensorboardX's `SummaryWriter` writes in a thread, which a full disk ends; adding to its queue
-    then blocks for ever. Here the caller writes, so that the error reaches the training.
-    """
-
-    _count = itertools.count()
-
-    def __init__(self, folder: Path, purge_step: int):
-        """Opens a new file.
-
-        Args:
-          folder: made if necessary.
-          purge_step: TensorBoard hides this step and later ones of earlier files.
-        """
-        folder.mkdir(parents=True, exist_ok=True)
-        unique = f"{int(time.time())}.{socket.gethostname()}.{os.getpid()}.{next(self._count)}"
-        self._path = folder / f"events.out.tfevents.{unique}"
-        with _named(self._path):
-            self._file = RecordWriter(str(self._path))
-        self._flushed = time.monotonic()
-        self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
-        start = SessionLog(status=SessionLog.START)
-        self._add(Event(wall_time=time.time(), step=purge_step, session_log=start))
-
-    def add(self, value: Any, step: int, now: float | None = None) -> None:
-        """Adds one of `tensorboardX.summary`."""
-        self._add(Event(wall_time=now or time.time(), step=step, summary=value))
-
-    def _add(self, event: Event) -> None:
-        with _named(self._path):
-            self._file.write(event.SerializeToString())
-        if time.monotonic() > self._flushed + _FLUSH_SECONDS:
-            self.flush()
-
-    def flush(self) -> None:
-        """Writes everything added so far to the disk."""
-        with _named(self._path):
-            self._file.flush()
-        self._flushed = time.monotonic()
-
-    def close(self) -> None:
-        """Writes the rest and closes the file."""
-        with _named(self._path):
-            self._file.close()
 
 
 class MetricWriter:
     """Writes scalars, images and texts of a run; a context manager."""
 
-    def __init__(self, workdir: str | os.PathLike, enabled: bool = True, start_step: int = 0):
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        enabled: bool = True,
+        start_step: int = 0,
+        config: ConfigDict | None = None,
+    ):
         """Opens the files for appending.
 
         Args:
@@ -97,9 +42,10 @@ class MetricWriter:
           enabled: False on all processes but the first: nothing is written.
           start_step: the step that the run starts or resumes from; lines of later steps, from an
             interrupted run, are removed.
+          config: of the run; its `train.loggers` are used. None: TensorBoard.
         """
         self._file: TextIO | None = None
-        self._tensorboard: _EventFile | None = None
+        self._loggers: Loggers | None = None
         if not enabled:
             return
         workdir = Path(workdir)
@@ -107,10 +53,10 @@ class MetricWriter:
         self._path = workdir / _METRICS
         _remove_after(workdir, start_step)
         self._file = self._path.open("a", encoding="utf-8")
-        self._tensorboard = _EventFile(workdir / "tensorboard", purge_step=start_step + 1)
+        self._loggers = Loggers(workdir, start_step, config)
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes one line and as many TensorBoard scalars.
+        """Writes one line, and hands the numbers to the loggers.
 
         Args:
           step: steps done so far.
@@ -118,46 +64,43 @@ class MetricWriter:
             are still being computed.
 
         Raises:
-          OSError: with the file's name, such as for a full disk; as the methods below do.
+          OSError: with the file's name, such as for a full disk.
         """
-        if self._file is None or self._tensorboard is None:
+        if self._file is None or self._loggers is None:
             return
         now = time.time()
         numbers = {name: _number(value) for name, value in values.items()}
+        finite = {name: x for name, x in numbers.items() if math.isfinite(x)}
         line: dict[str, Any] = {"step": int(step), "time": round(now, 3)}
-        line |= {name: x if math.isfinite(x) else None for name, x in numbers.items()}
-        with _named(self._path):
+        line |= {name: finite.get(name) for name in numbers}
+        with named(self._path):
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
             self._file.flush()
-        for name, number in numbers.items():
-            if math.isfinite(number):  # TensorBoard shows no others
-                self._tensorboard.add(summary.scalar(name, number), int(step), now)
+        self._loggers.scalars(int(step), finite, now)
 
     def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-        """Writes images, uint8 [H, W, 3], by name to TensorBoard."""
-        if self._tensorboard is None:
-            return
-        for name, image in images.items():
-            value = summary.image(name, np.asarray(image), dataformats="HWC")
-            self._tensorboard.add(value, int(step))
-        self._tensorboard.flush()
+        """Hands images, uint8 [H, W, 3], by name to the loggers."""
+        if self._loggers is not None:
+            self._loggers.images(int(step), images)
 
-    def text(self, name: str, text: str, step: int = 0) -> None:
-        """Writes a text, for example the config, to TensorBoard; line breaks stay."""
-        if self._tensorboard is not None:
-            indented = "".join(f"    {line}\n" for line in text.splitlines())
-            self._tensorboard.add(summary.text(name, indented), int(step))
+    def text(self, name: str, text: str) -> None:
+        """Hands a text, for example the config, to the loggers."""
+        if self._loggers is not None:
+            self._loggers.text(name, text)
 
     def close(self) -> None:
-        """Flushes and closes; may be called twice."""
-        file, tensorboard = self._file, self._tensorboard
-        self._file = self._tensorboard = None
-        with contextlib.ExitStack() as stack:  # one is closed even if the other can't be
-            if tensorboard is not None:
-                stack.callback(tensorboard.close)
-            if file is not None:
-                stack.enter_context(_named(self._path))
-                stack.callback(file.close)
+        """Flushes and closes; may be called twice.
+
+        Raises:
+          OSError: as `scalars`.
+        """
+        file, loggers = self._file, self._loggers
+        self._file = self._loggers = None
+        if loggers is not None:
+            loggers.close()
+        if file is not None:
+            with named(self._path):
+                file.close()
 
     def __enter__(self) -> "MetricWriter":
         return self
