@@ -12,6 +12,7 @@ each proposal, and the number of objects per image, for `data.max_objects`.
 
 from collections.abc import Sequence
 
+import numpy as np
 from absl import flags, logging
 
 from dn_detr_jax.commands.command_line import define_config_flag
@@ -39,7 +40,8 @@ def main(argv: Sequence[str]) -> None:
     from dn_detr_jax.data.canvases import report, split_annotations
 
     logging.set_verbosity(logging.WARNING)  # TFDS logs the folders that it reads
-    training, validation = (
-        split_annotations(config.data, split) for split in ("train", "validation")
-    )
+    training = split_annotations(config.data, "train")
+    validation = training.at(np.array([], np.int64))
+    if config.train.eval_every:
+        validation = split_annotations(config.data, "validation")
     print(report(training, validation, config.data, FLAGS.num_canvases, FLAGS.images))

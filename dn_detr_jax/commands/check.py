@@ -51,6 +51,7 @@ def main(argv: Sequence[str]) -> None:
     from dn_detr_jax.data.check_report import report
     from dn_detr_jax.models.registry import num_matching_queries
 
-    splits = check(config.data, FLAGS.decode, num_matching_queries(config.model))
+    num_queries = num_matching_queries(config.model)
+    splits = check(config.data, FLAGS.decode, num_queries, bool(config.train.eval_every))
     print(report(splits))
     sys.exit(1 if any(split.findings.errors for split in splits) else 0)

@@ -257,8 +257,9 @@ _TRAIN = (
     Key(
         "train.eval_every",
         "1 epochs",
-        "interval of the evaluations",
-        duration(positive=True),
+        "interval of the evaluations; empty: none, no validation split is needed, and the last "
+        "checkpoint is the result",
+        duration(positive=True, optional=True),
         resume="free",
     ),
     Key(

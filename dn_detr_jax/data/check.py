@@ -36,7 +36,9 @@ from dn_detr_jax.files import checksum
 _READERS = 8
 
 
-def check(data_config: ConfigDict, decode: bool = False, num_queries: int = 0) -> list[Split]:
+def check(
+    data_config: ConfigDict, decode: bool = False, num_queries: int = 0, evaluates: bool = True
+) -> list[Split]:
     """Checks both splits of a directory, and whether they fit together.
 
     Args:
@@ -44,6 +46,7 @@ def check(data_config: ConfigDict, decode: bool = False, num_queries: int = 0) -
         used.
       decode: whether to decode the images, too.
       num_queries: objects that the model can find in an image; 0: not known.
+      evaluates: whether the training has evaluations; if not, the training split alone is checked.
 
     Returns:
       The training split, then the validation split.
@@ -60,14 +63,16 @@ def check(data_config: ConfigDict, decode: bool = False, num_queries: int = 0) -
             "for data in the format of COCO, YOLO or Pascal VOC"
         )
     divided = is_divided(data_config, directory)
+    read = SPLITS[: 1 if divided or not evaluates else 2]
     splits = [
         check_split(directory, name, data_config[name], decode, data_config.exif, num_queries)
-        for name in SPLITS[: 1 if divided else 2]
+        for name in read
     ]
     if divided:
         splits = _divided(splits[0], data_config.prepare_split)
-    _check_both(*splits)
-    for split in splits[: 1 if divided else 2]:
+    if len(splits) == 2:
+        _check_both(*splits)
+    for split in splits[: len(read)]:
         _check_unlisted(split, splits)
     return splits
 

@@ -48,7 +48,8 @@ def find_split(directory: Path, split: str, split_config: ConfigDict) -> SplitFi
             directory, usual, _json_files(directory), f"data.{split}.annotations"
         )
         advice = (
-            "; or evaluate on a fifth of the training images with --config.data.prepare_split=0.2"
+            "; or evaluate on a fifth of the training images with --config.data.prepare_split=0.2; "
+            "or train without evaluation with --config.train.eval_every="
         )
         raise DataError(reason + advice * (split == "validation"))
     return found

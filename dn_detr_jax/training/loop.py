@@ -94,13 +94,15 @@ class _Optimization:
 def train(config: ConfigDict, workdir: Path) -> Evaluation | None:
     """Trains, or continues a training, and ends with the evaluation of the best checkpoint.
 
+    Without `train.eval_every` there is no evaluation, and the last checkpoint is the result.
+
     Args:
       config: whole configuration, validated.
       workdir: for checkpoints, metrics and figures; an existing run is continued.
 
     Returns:
-      The evaluation, or None if SIGTERM or Ctrl-C ended the training early. The state is saved
-      then.
+      The evaluation; None if SIGTERM or Ctrl-C ended the training early, whose state is saved
+      then, or if there is no evaluation.
 
     Raises:
       ConfigError, CheckpointError: the config, the data, the work directory or its run do not fit
@@ -130,7 +132,7 @@ def train(config: ConfigDict, workdir: Path) -> Evaluation | None:
         setup.config,
         keep_latest=setup.config.checkpoint.keep_latest,
         keep_best=setup.config.checkpoint.keep_best,
-        categories=setup.validation.categories,
+        categories=setup.categories,
     )
     with checkpoints:
         _announce(setup, training, plan, optimization, workdir)
@@ -162,7 +164,7 @@ def _start(
     if checkpoints.latest_step() is None:
         state = init_state(setup.model, optimization.optimizer, config, setup.mesh)
         if config.init.checkpoint or config.init.backbone:
-            initial = load_initial(state.params, config, setup.validation.categories)
+            initial = load_initial(state.params, config, setup.categories)
             state = start_from(state, initial)
     else:
         state, host_state = checkpoints.restore(shapes)
@@ -174,9 +176,11 @@ def _start(
     patience = Patience(config.train.stop_after, host_state.get("patience"))
     trains = start < plan.total and not patience.is_over
     programs, detect = compile_programs(setup, step_function if trains else None, shapes)
-    evaluator = Evaluator(setup.validation, config, detect, setup.mesh)
-    if host_state.get("instability") and evaluator.instability is not None:
-        evaluator.instability.load_state_dict(host_state["instability"])
+    evaluator = None
+    if setup.validation is not None:
+        evaluator = Evaluator(setup.validation, config, detect, setup.mesh)
+        if host_state.get("instability") and evaluator.instability is not None:
+            evaluator.instability.load_state_dict(host_state["instability"])
 
     def image_ids(step: int) -> np.ndarray:
         return training.image_ids[train_plan(training, config).batch(step - 1).indices]
@@ -187,15 +191,23 @@ def _start(
     return run, batches, state
 
 
-def _finish(run: "_Run", shapes: PyTree) -> Evaluation:
-    """Reports on the best checkpoint; evaluates it again only if it is not the last one."""
-    best = run.checkpoints.best_step()
-    step = best if best is not None else run.checkpoints.find("latest")
+def _finish(run: "_Run", shapes: PyTree) -> Evaluation | None:
+    """Reports on the best checkpoint; evaluates it again only if it is not the last one.
+
+    Without an evaluation the last checkpoint is reported.
+    """
+    validation, best = run.setup.validation, run.checkpoints.best_step()
+    step = run.checkpoints.find("latest" if validation is None or best is None else best)
     params = run.checkpoints.restore_params(shapes, step)
-    if run.last_evaluation is None or run.last_evaluation[0] != step:
-        evaluator = Evaluator(run.setup.validation, run.setup.config, run.detect, run.setup.mesh)
-        run.last_evaluation = (step, evaluator(params))
-    evaluation = run.last_evaluation[1]
+    evaluation = None
+    if validation is None:
+        if best is not None:
+            logger.warning("step %d, which has an AP, stays the best: name --step=latest", best)
+    elif run.last_evaluation is None or run.last_evaluation[0] != step:
+        evaluator = Evaluator(validation, run.setup.config, run.detect, run.setup.mesh)
+        evaluation = evaluator(params)
+    else:
+        evaluation = run.last_evaluation[1]
     average = run.checkpoints.has_average(step)
     report.print_result(evaluation, run.checkpoints.directory / str(step), average)
     report.save_run_figures(run.setup, run.detect, params, run.checkpoints.workdir)
@@ -218,16 +230,18 @@ def _announce(
     per_image = training.annotations.counts
     over = int((per_image > setup.config.data.max_objects).sum())
     logger.info(
-        "%s: %d training images, %d validation images, %d classes; up to %d objects in an "
+        "%s: %d training images, %s validation images, %d classes; up to %d objects in an "
         "image, %d images have more than data.max_objects=%d",
         training.name,
         len(training),
-        len(setup.validation),
+        "no" if setup.validation is None else len(setup.validation),
         len(training.categories),
         per_image.max(initial=0),
         over,
         setup.config.data.max_objects,
     )
+    if setup.validation is None:
+        logger.warning("no evaluation (train.eval_every): the last checkpoint is the result")
     warn_of_too_many_objects(setup.config, [training, setup.validation])
     warn_of_leak(setup.config)
     logger.info(
@@ -267,7 +281,7 @@ class _Run:
         guard: NonFiniteGuard,
         schedule: optax.Schedule,
         patience: Patience,
-        evaluator: Evaluator,
+        evaluator: Evaluator | None,
         checkpoints: Checkpoints,
     ):
         self.setup, self.detect, self.checkpoints = setup, detect, checkpoints
@@ -328,10 +342,10 @@ class _Run:
             last = step == plan.total
             if step % plan.log_every == 0 or last:
                 self._log(step)
-            evaluates = step % plan.eval_every == 0 or last
+            evaluates = plan.eval_every and (step % plan.eval_every == 0 or last)
             metrics_of_step = self._evaluate(step, state) if evaluates else None
             stopped = self._stops(stop.received, step)
-            if evaluates or stopped or step % plan.checkpoint_every == 0:
+            if evaluates or last or stopped or step % plan.checkpoint_every == 0:
                 self._save(step, state, metrics_of_step)
             if stopped:
                 self.checkpoints.wait()
@@ -400,6 +414,7 @@ class _Run:
 
     def _evaluate(self, step: int, state: TrainState) -> dict[str, float]:
         """Evaluates and logs; returns the metrics that the checkpoint keeps."""
+        assert self._evaluator is not None  # with train.eval_every
         self._log(step)  # raises for values that are not finite, before they are evaluated
         start = time.monotonic()
         evaluation = self._evaluator(evaluation_params(state, self.setup.mesh))
@@ -430,7 +445,7 @@ class _Run:
             "skipped_steps": self._guard.skipped,
             "patience": self._patience.state_dict(),
         }
-        if self._evaluator.instability is not None:
+        if self._evaluator is not None and self._evaluator.instability is not None:
             host_state["instability"] = self._evaluator.instability.state_dict()
         self.checkpoints.save(step, state, host_state, metrics)
 

@@ -61,6 +61,7 @@ def evaluate(config: ConfigDict, workdir: Path, step: str | int = "best") -> Eva
     found = read_params(workdir, shapes, step, setup.config)
     check_agreement({"the checkpoint to evaluate": found.step})
     _, detect = compile_programs(setup)
+    assert setup.validation is not None  # of an evaluation
     evaluation = Evaluator(setup.validation, setup.config, detect, setup.mesh)(found.params)
     print_result(evaluation, workdir / "checkpoints" / str(found.step), found.is_average)
     with _optional("the evaluation is not recorded"):
@@ -69,16 +70,17 @@ def evaluate(config: ConfigDict, workdir: Path, step: str | int = "best") -> Eva
     return evaluation
 
 
-def print_result(evaluation: Evaluation, checkpoint: Path, average: bool) -> None:
+def print_result(evaluation: Evaluation | None, checkpoint: Path, average: bool) -> None:
     """Prints the COCO table and the checkpoint's folder, on the first process.
 
     Args:
-      evaluation: result.
+      evaluation: result; None if there is none.
       checkpoint: folder of the step.
-      average: whether the moving average of the parameters was evaluated.
+      average: whether the moving average of the parameters is meant.
     """
     if jax.process_index() == 0:
-        print(f"\n{evaluation.table()}\n")
+        if evaluation is not None:
+            print(f"\n{evaluation.table()}\n")
         if average:
             print("parameters  the moving average of train.ema_decay")
         print(f"checkpoint  {checkpoint}", flush=True)
@@ -168,7 +170,9 @@ def _write_record(
 
 
 def _detections(setup: Setup, detect: Callable, params: PyTree) -> dict[str, np.ndarray]:
-    """Draws detections; {} on all processes but the first."""
+    """Draws detections; {} on all processes but the first, and without validation data."""
+    if setup.validation is None:
+        return {}
     shown = figures.detected(params, detect, setup.validation, setup.config, setup.mesh)
     if jax.process_index() != 0:
         return {}

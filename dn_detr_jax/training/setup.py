@@ -45,20 +45,22 @@ class Setup:
       config: whole configuration, checked.
       mesh: devices.
       model: detector.
-      validation: the split to evaluate on.
+      categories: one per label.
+      validation: the split to evaluate on; None: nothing is evaluated.
       detect: the jitted `evaluation.detect.eval_step`.
     """
 
     config: ConfigDict
     mesh: Mesh
     model: nn.Module
-    validation: Dataset
+    categories: tuple[Category, ...]
+    validation: Dataset | None
     detect: Callable
 
     @property
     def class_names(self) -> list[str]:
         """By label."""
-        return [category.name for category in self.validation.categories]
+        return [category.name for category in self.categories]
 
 
 def set_up(
@@ -72,7 +74,7 @@ def set_up(
     Args:
       config: whole configuration, validated; is not changed.
       training: the training split; None: there is only an evaluation, and no key of the training
-        has to fit.
+        has to fit. With a training and without `train.eval_every`, no validation split is opened.
       run_categories: of the run to evaluate, by label; the labels of the validation data become
         those of the run, by class name. None: labels stay as they are.
       run_name: names that run in errors.
@@ -86,21 +88,24 @@ def set_up(
     accepted_options(config, mesh.local_devices[0])  # raises for one that is refused
     check_attention(config, mesh.devices.flat[0].platform)
     _check_batch_sizes(config, mesh, trains=training is not None)
-    validation = open_dataset(config.data, "validation")
-    if run_categories is not None:
-        validation = with_labels_of_run(validation, run_categories, run_name)
-    if training is not None:
-        validation = with_classes_of(training, validation)
-    check_same_data([validation] if training is None else [training, validation])
-    config = resolve(config, validation if training is None else training)
-    for dataset in (validation, training):
-        if dataset is not None:
-            check_classes(config, dataset)
-    processes = jax.process_index(), jax.process_count()
-    eval_batches(validation, config, *processes).close()  # raises for images that don't fit
+    validation = None
+    if training is None or config.train.eval_every:
+        validation = open_dataset(config.data, "validation")
+        if run_categories is not None:
+            validation = with_labels_of_run(validation, run_categories, run_name)
+        if training is not None:
+            validation = with_classes_of(training, validation)
+    datasets = [dataset for dataset in (training, validation) if dataset is not None]
+    check_same_data(datasets)
+    config = resolve(config, datasets[0])
+    for dataset in datasets:
+        check_classes(config, dataset)
+    if validation is not None:
+        processes = jax.process_index(), jax.process_count()
+        eval_batches(validation, config, *processes).close()  # raises for images that don't fit
     model = build_model(config.model, config.compile.attention)
     detect = jit_eval_step(model=model, config=config, mesh=mesh)
-    return Setup(config, mesh, model, validation, detect)
+    return Setup(config, mesh, model, datasets[0].categories, validation, detect)
 
 
 def _check_batch_sizes(config: ConfigDict, mesh: Mesh, trains: bool) -> None:
@@ -119,10 +124,10 @@ def _check_batch_sizes(config: ConfigDict, mesh: Mesh, trains: bool) -> None:
         )
 
 
-def warn_of_too_many_objects(config: ConfigDict, datasets: Sequence[Dataset]) -> None:
+def warn_of_too_many_objects(config: ConfigDict, datasets: Sequence[Dataset | None]) -> None:
     """Logs a warning for each split with images of more objects than the model has queries."""
     queries = num_matching_queries(config.model)
-    for dataset in datasets:
+    for dataset in filter(None, datasets):
         counts = dataset.annotations.counts
         if counts.max(initial=0) > queries:
             logger.warning(
@@ -231,7 +236,7 @@ def check_classes(config: ConfigDict, dataset: Dataset) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All durations of a run, in steps; `profile` of 0 is none."""
+    """All durations of a run, in steps; `eval_every` and `profile` of 0 are none."""
 
     per_epoch: int
     total: int
@@ -247,6 +252,8 @@ class Plan:
 
         def steps(name: str, total: int | None = None) -> int:
             key = f"train.{name}"
+            if not config.train[name]:
+                return 0
             return max(schedules.steps(config.train[name], per_epoch, total, key=key), 1)
 
         total = steps("duration")
@@ -256,7 +263,7 @@ class Plan:
             log_every=steps("log_every", total),
             eval_every=steps("eval_every", total),
             checkpoint_every=steps("checkpoint_every", total),
-            profile=steps("profile", total) if config.train.profile else 0,
+            profile=steps("profile", total),
         )
 
 
@@ -273,11 +280,13 @@ def compile_programs(
     """
     config, mesh = setup.config, setup.mesh
     params = with_sharding(abstract_params(setup.model), replicated(mesh))
-    evaluated = eval_plan(setup.validation, config)
     canvases = {
         "train": [] if step_function is None else [tuple(c) for c in config.data.canvases],
-        "eval": [evaluated.canvases[c] for c in np.unique(evaluated.canvas)],
+        "eval": [],
     }
+    if setup.validation is not None:
+        evaluated = eval_plan(setup.validation, config)
+        canvases["eval"] = [evaluated.canvases[c] for c in np.unique(evaluated.canvas)]
 
     def compile_one(task):
         purpose, canvas = task
