@@ -120,6 +120,7 @@ def test_what_each_machine_may_have_for_itself():
         for key in (
             "compile.cache_dir",
             "data.dir",
+            "data.mix.dirs",
             "data.packed_dir",
             "data.prefetch",
             "data.threads",

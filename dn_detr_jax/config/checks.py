@@ -78,6 +78,14 @@ def check_attend_padding(values: Values) -> None:
     )
 
 
+def check_mix(values: Values) -> None:
+    """`data.mix.shares` has a share for each of `data.mix.dirs`, together less than 1."""
+    shares, folders = values["data.mix.shares"], values["data.mix.dirs"]
+    fits = len(shares) == len(folders) and sum(shares) < 1
+    expected = f"{len(folders)} shares, one for each of data.mix.dirs, together less than 1"
+    require(values, "data.mix.shares", fits, expected)
+
+
 def check_weights(values: Values) -> None:
     """One of `matcher.cost_*` and one of `loss.weight_*` is above 0."""
     for prefix in "matcher.cost_", "loss.weight_":
@@ -129,6 +137,7 @@ SHARED_CHECKS: tuple[Check, ...] = (
     check_noise_by_group,
     check_label_denoising,
     check_attend_padding,
+    check_mix,
     check_weights,
     check_batches,
     check_accumulation,

@@ -59,6 +59,34 @@ DATA_KEYS = (
         BELOW_ONE,
     ),
     Key(
+        "data.sampling",
+        "uniform",
+        "how often an image comes in an epoch: uniform, once; repeat_factor, more often with rare "
+        "classes (LVIS)",
+        one_of("uniform", "repeat_factor"),
+    ),
+    Key(
+        "data.repeat_threshold",
+        0.001,
+        "share of the images below which repeat_factor repeats a class",
+        PROBABILITY,
+    ),
+    Key(
+        "data.mix.dirs",
+        (),
+        "folders of further training data, whose classes are matched with those of data.dir by "
+        "name",
+        rules.TEXTS,
+        resume="free",
+        machines="free",
+    ),
+    Key(
+        "data.mix.shares",
+        (),
+        "share of an epoch's images that each folder of data.mix.dirs has; data.dir has the rest",
+        rules.numbers(rules.SHARE),
+    ),
+    Key(
         "data.canvases",
         ((800, 1344), (1344, 800)),
         "canvases (padding buckets): (height, width) in pixels, each compiled once",

@@ -64,6 +64,7 @@ def between(least: float, most: float) -> Rule:
 ABOVE_ZERO = number("above 0", lambda value: value > 0)
 AT_LEAST_ZERO = number("of at least 0", lambda value: value >= 0)
 BELOW_ONE = number("from 0 to below 1", lambda value: 0 <= value < 1)
+SHARE = number("above 0 and below 1", lambda value: 0 < value < 1)
 PROBABILITY = between(0, 1)
 
 
@@ -78,6 +79,10 @@ def one_of(*names: Any) -> Rule:
 FLAG = one_of(True, False)
 TEXT = rule("a text, empty for none", lambda value: isinstance(value, str) and "\0" not in value)
 
+TEXTS = rule(
+    '() or texts, for example ("more", "night")',
+    lambda value: isinstance(value, tuple | list) and not any(map(_text_problem, value)),
+)
 NAME = rule("a name", lambda value: isinstance(value, str) and value.isprintable() and value != "")
 
 
@@ -210,6 +215,10 @@ COMPILER_OPTIONS = rule(
 def _are_sizes(value: Any) -> bool:
     right = isinstance(value, tuple | list) and bool(value)
     return right and all(is_int(size) and 0 < size < _LIMIT for size in value)
+
+
+def _text_problem(value: Any) -> str:
+    return TEXT.problem(value) or ("" if value else "a text")
 
 
 def _is_function(value: Any) -> bool:

@@ -6,6 +6,7 @@ on first use.
 "digits" opens scenes of handwritten digits, which are drawn into `config.data.dir` on first use.
 """
 
+import copy
 import dataclasses
 import logging
 import re
@@ -24,6 +25,7 @@ from dn_detr_jax.data.digit_scenes import prepare
 from dn_detr_jax.data.division import Part, divide
 from dn_detr_jax.data.findings import Findings
 from dn_detr_jax.data.layout import find_annotations, find_any_split, find_split
+from dn_detr_jax.data.mixing import Mixture, concatenated, match_classes
 from dn_detr_jax.data.records import Example, RandomAccess, RecordSource, read_table
 from dn_detr_jax.errors import DataError
 
@@ -44,7 +46,8 @@ class Dataset:
       categories: one per label, in the order of the labels; an empty name is no class.
       annotation_file: in COCO's format, to evaluate against instead of the table, which TFDS
         has rounded.
-      folder: of the records.
+      folder: of the records; None if there are several.
+      mixed: number of images of each data set that it is mixed of; empty: it is one data set.
     """
 
     name: str
@@ -54,9 +57,15 @@ class Dataset:
     categories: tuple[Category, ...]
     annotation_file: Path | None = None
     folder: Path | None = None
+    mixed: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.annotations.image_ids)
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """The number of images of each data set, at least one."""
+        return self.mixed or (len(self),)
 
     @property
     def sizes(self) -> np.ndarray:
@@ -102,7 +111,7 @@ def open_dataset(data_config: ConfigDict, split: str, pack: bool = True) -> Data
 
     Args:
       data_config: `config.data`; `name`, `dir`, `packed_dir`, `labels`, `exif`, `prepare_split`,
-        `train` and `validation` are used.
+        `mix`, `train` and `validation` are used.
       split: "train" or "validation".
       pack: whether images may be packed; if not, a split that is not packed is an error, and one
         that is packed is taken as it is.
@@ -131,6 +140,9 @@ def open_dataset(data_config: ConfigDict, split: str, pack: bool = True) -> Data
         dataset = _part(whole, split, data_config.prepare_split)
     else:
         dataset = _OPEN[data_config.name](data_config, split, directory, pack)
+    if split == "train" and data_config.mix.dirs:
+        others = [open_dataset(other, split, pack) for other in mixed_configs(data_config)]
+        dataset = _mixture(dataset, others, data_config.mix.dirs)
     if split == "train" and not dataset.annotations.targets.any():
         reason = nothing_to_learn(dataset.annotations)
         raise DataError(f"{directory}, train: no object to learn from: {reason}")
@@ -148,6 +160,51 @@ def is_divided(data_config: ConfigDict, directory: Path) -> bool:
     if not data_config.validation.images and find_tfds(directory) is not None:
         return False
     return find_any_split(directory, "validation", data_config.validation) is None
+
+
+def mixed_configs(data_config: ConfigDict) -> list[ConfigDict]:
+    """Returns `config.data` of each data set of `data.mix`.
+
+    Raises:
+      DataError: the kind of data set can't be mixed.
+    """
+    if data_config.name != "coco" and data_config.mix.dirs:
+        raise DataError(f"data.mix.dirs needs data.name='coco', this is {data_config.name!r}")
+    configs = []
+    for number, folder in enumerate(data_config.mix.dirs):
+        config = copy.deepcopy(data_config)
+        packed_dir = f"{data_config.packed_dir}/mix_{number}" if data_config.packed_dir else ""
+        config.update(dir=folder, packed_dir=packed_dir, prepare_split=0.0)
+        config.train.update(annotations="", images="")
+        config.mix.update(dirs=(), shares=())
+        configs.append(config)
+    return configs
+
+
+def _mixture(first: Dataset, others: Sequence[Dataset], folders: Sequence[str]) -> Dataset:
+    """Returns training splits as one, with the classes of the first.
+
+    Raises:
+      DataError: classes of another one can't be matched by name.
+    """
+    labels = [np.arange(len(first.categories), dtype=np.int32)]
+    category_ids = [first.annotations.category_ids]
+    for other, folder in zip(others, folders, strict=True):
+        label_of = match_classes(other.categories, other.annotations, first.categories, folder)
+        labels.append(np.array([label_of.get(c.id, 0) for c in other.categories], np.int32))
+        id_of = {found: first.categories[label].id for found, label in label_of.items()}
+        own = other.annotations.category_ids.tolist()
+        category_ids.append(np.array([id_of[found] for found in own], np.int64))
+    datasets = (first, *others)
+    tables = [dataset.annotations for dataset in datasets]
+    return dataclasses.replace(
+        first,
+        source=Mixture(tuple(dataset.source for dataset in datasets), tuple(labels)),
+        annotations=concatenated(tables, category_ids, ["", *folders]),
+        annotation_file=None,
+        folder=None,
+        mixed=tuple(map(len, datasets)),
+    )
 
 
 def _part(whole: Dataset, split: str, share: float) -> Dataset:

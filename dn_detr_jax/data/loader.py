@@ -46,6 +46,7 @@ from dn_detr_jax.data.plan import (
     stop_epoch,
 )
 from dn_detr_jax.data.records import Example
+from dn_detr_jax.data.sampling import images_per_epoch, sampling_of
 from dn_detr_jax.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -118,6 +119,12 @@ def eval_batches(
     return _prefetched(maker, range(len(plan)), config.data)
 
 
+def images_in_epoch(dataset: Dataset, config: ConfigDict) -> int:
+    """Returns the number of images in an epoch of a training split, repetitions included."""
+    sampling = sampling_of(dataset.annotations, dataset.parts, config.data)
+    return images_per_epoch(len(dataset), sampling)
+
+
 def train_plan(dataset: Dataset, config: ConfigDict) -> TrainPlan:
     """Returns the plan that `train_batches` follows.
 
@@ -126,7 +133,9 @@ def train_plan(dataset: Dataset, config: ConfigDict) -> TrainPlan:
       ConfigError: `data.augment.hook` can't be imported.
     """
     load_hook(config.data.augment.hook)
-    batches = steps_per_epoch(len(dataset.sizes), config.train.batch_size)
+    sampling = sampling_of(dataset.annotations, dataset.parts, config.data)
+    num_images = images_per_epoch(len(dataset.sizes), sampling)
+    batches = steps_per_epoch(num_images, config.train.batch_size)
     return TrainPlan(
         seed=config.seed,
         sizes=dataset.sizes,
@@ -136,6 +145,7 @@ def train_plan(dataset: Dataset, config: ConfigDict) -> TrainPlan:
         batch_size=config.train.batch_size,
         snap=config.data.snap,
         stop_epoch=stop_epoch(config, batches),
+        sampling=sampling,
     )
 
 
@@ -260,8 +270,9 @@ class _BatchMaker:
                 if self._train_plan is None:
                     return
                 continue
-            geometry = spec.geometry.at(source_row)
-            return self._put(batch, row, spec.epoch, index, example, image, geometry)
+            geometry, repeat = spec.geometry.at(source_row), int(spec.repeats[source_row])
+            place = spec.epoch, index, repeat
+            return self._put(batch, row, place, example, image, geometry)
         raise DataError(f"{self._name}: none of the {size} images of a batch can be read")
 
     def _read(self, index: int) -> tuple[Example, np.ndarray]:
@@ -322,22 +333,23 @@ class _BatchMaker:
         self,
         batch: Batch,
         row: int,
-        epoch: int,
-        index: int,
+        place: tuple[int, int, int],
         example: Example,
         image: np.ndarray,
         geometry: transforms.Geometry,
     ) -> None:
+        """Fills a row; `place` is epoch, position in the data set and repetition of the image."""
+        epoch, index, repeat = place
         scene, canvas = Scene(image, example.boxes, example.labels), batch["image"][row]
         if self._train_plan is None:
             image, boxes, labels = transforms.apply(*scene, geometry, canvas)
         else:
-            rng = image_generator(self._seed, epoch, index)
+            rng = image_generator(self._seed, epoch, index, repeat)
             augment = self._train_plan.augment(epoch)
             others = functools.partial(self._others, scene)
             image, boxes, labels = augmented(rng, scene, geometry, augment, others, canvas)
             self._check_labels(labels, augment.hook)
-        kept = choose_objects(self._seed, epoch, index, len(boxes), self._max_objects)
+        kept = choose_objects(self._seed, epoch, index, len(boxes), self._max_objects, repeat)
         batch["dropped_objects"] += len(boxes) - len(kept)
         height, width = image.shape[:2]
         batch["size"][row] = height, width

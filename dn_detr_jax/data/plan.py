@@ -26,6 +26,7 @@ from dn_detr_jax.data.placement import (
     place,
     scaled,
 )
+from dn_detr_jax.data.sampling import Sampling, images_per_epoch, list_images
 from dn_detr_jax.data.transforms import Geometry, draw_geometry, eval_geometry, largest_sizes
 from dn_detr_jax.errors import DataError
 
@@ -42,12 +43,14 @@ class BatchSpec(NamedTuple):
       epoch: number of its epoch.
       canvas: height and width of the batch.
       indices: int64 [B], positions in the data set, -1 for rows that stay empty.
+      repeats: int64 [B], how often the image came before in the epoch's list of images.
       geometry: `Geometry` with one leading dimension, B; without meaning in empty rows.
     """
 
     epoch: int
     canvas: Canvas
     indices: np.ndarray
+    repeats: np.ndarray
     geometry: Geometry
 
 
@@ -60,6 +63,7 @@ class EpochPlan:
       canvases: heights and widths.
       canvas: int32 [S], the position in `canvases` of each batch.
       indices: int64 [S, B], positions in the data set, -1 for rows that stay empty.
+      repeats: int64 [S, B], see `BatchSpec`.
       geometry: `Geometry` with leading dimensions S, B; without meaning in rows that stay empty.
       redrawn: images whose augmentation was drawn again, so that they fit a joint batch.
       shrunken: images that no draw made fit, and that are smaller than the augmentation allows.
@@ -69,6 +73,7 @@ class EpochPlan:
     canvases: tuple[Canvas, ...]
     canvas: np.ndarray
     indices: np.ndarray
+    repeats: np.ndarray
     geometry: Geometry
     redrawn: int = 0
     shrunken: int = 0
@@ -89,6 +94,7 @@ class EpochPlan:
             epoch=self.epoch,
             canvas=self.canvases[self.canvas[position]],
             indices=self.indices[position],
+            repeats=self.repeats[position],
             geometry=self.geometry.at(position),
         )
 
@@ -137,13 +143,15 @@ def plan_epoch(
     canvases: Sequence[Canvas],
     batch_size: int,
     snap: float = 0.0,
+    sampling: Sampling | None = None,
 ) -> EpochPlan:
     """Plans a training epoch of floor(N / batch_size) batches.
 
-    The images are shuffled, and those that don't fill a last batch are left out. Batches are
-    formed of images of the same canvas, in that order; what is left, less than a batch for each
-    canvas, is joined (`_join`). Then the batches are shuffled. So the whole epoch is the window in
-    which like sizes are looked for, which costs nothing: only sizes are looked at.
+    N is the number of images, or that of `sampling`, with repetitions. The images are shuffled, and
+    those that don't fill a last batch are left out. Batches are formed of images of the same
+    canvas, in that order; what is left, less than a batch for each canvas, is joined (`_join`).
+    Then the batches are shuffled. So the whole epoch is the window in which like sizes are looked
+    for, which costs nothing: only sizes are looked at.
 
     Args:
       seed: not negative.
@@ -154,14 +162,17 @@ def plan_epoch(
       batch_size: of all the processes together.
       snap: share by which an image's scale may move so that it touches its canvas; 0 leaves the
         published augmentation as it is (see `canvas_factors`).
+      sampling: how often each image comes; None: at most once.
 
     Returns:
-      The plan, in which every image is at most once.
+      The plan. Each repetition of an image has an augmentation of its own.
     """
     rng = np.random.default_rng([seed, _PLAN_STREAM, epoch])
+    num_steps = steps_per_epoch(images_per_epoch(len(sizes), sampling), batch_size)
+    entries, repeats = list_images(len(sizes), sampling, seed, epoch)
+    sizes = np.asarray(sizes)[entries]
     geometry = draw_geometry(rng, sizes, augment)
     canvas_of, placed = place(geometry.size, canvases, snap, augment.max_long_side)
-    num_steps = steps_per_epoch(len(sizes), batch_size)
     order = rng.permutation(len(sizes))[: num_steps * batch_size]
 
     batches, batch_canvas, waiting = [], [], []
@@ -175,7 +186,7 @@ def plan_epoch(
     left = np.concatenate(waiting)
     joined = _join(
         np.random.default_rng([seed, _JOIN_STREAM, epoch]),
-        np.asarray(sizes)[left],
+        sizes[left],
         geometry.at(left),
         augment,
         canvases,
@@ -189,13 +200,14 @@ def plan_epoch(
     indices = np.concatenate([*batches, left[joined.rows]])
     canvas = np.concatenate([batch_canvas, joined.canvas]).astype(np.int32)
     shuffle = rng.permutation(num_steps)
-    indices = indices[shuffle].astype(np.int64)
+    chosen = indices[shuffle].astype(np.int64)
     return EpochPlan(
         epoch=epoch,
         canvases=tuple((int(height), int(width)) for height, width in canvases),
         canvas=canvas[shuffle],
-        indices=indices,
-        geometry=geometry.at(indices),
+        indices=entries[chosen],
+        repeats=repeats[chosen],
+        geometry=geometry.at(chosen),
         redrawn=joined.redrawn,
         shrunken=joined.shrunken,
     )
@@ -307,6 +319,7 @@ class TrainPlan:
         batch_size: int,
         snap: float = 0.0,
         stop_epoch: float = math.inf,
+        sampling: Sampling | None = None,
     ):
         """See `plan_epoch` for the other arguments.
 
@@ -317,7 +330,7 @@ class TrainPlan:
           DataError: if an image may fit no canvas, or if there is not one full batch.
         """
         check_canvases(largest_sizes(sizes, augment), canvases, sizes, image_ids)
-        self.steps_per_epoch = steps_per_epoch(len(sizes), batch_size)
+        self.steps_per_epoch = steps_per_epoch(images_per_epoch(len(sizes), sampling), batch_size)
         self._stop_epoch = stop_epoch
         self._augments = augment, after_stop(augment)
         self._arguments: dict[str, Any] = {
@@ -326,6 +339,7 @@ class TrainPlan:
             "canvases": canvases,
             "batch_size": batch_size,
             "snap": snap,
+            "sampling": sampling,
         }
         self._forget()
 
@@ -407,6 +421,7 @@ def plan_eval(
         canvases=tuple((int(height), int(width)) for height, width in canvases),
         canvas=np.array(batch_canvas, np.int32),
         indices=indices,
+        repeats=np.zeros_like(indices),
         geometry=geometry.at(np.maximum(indices, 0)),
     )
 
@@ -419,18 +434,21 @@ def process_rows(batch_size: int, process_index: int, process_count: int) -> sli
     )
 
 
-def image_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
+def image_generator(seed: int, epoch: int, index: int, repeat: int = 0) -> np.random.Generator:
     """Returns the generator of an image in an epoch, for `augmentation.augmented`.
 
     Args:
       seed: not negative.
       epoch: of the plan.
       index: of the image in the data set.
+      repeat: how often the image came before in the epoch.
     """
-    return np.random.default_rng([seed, _IMAGE_STREAM, epoch, index])
+    return np.random.default_rng([seed, _IMAGE_STREAM, epoch, index, *_nonzero(repeat)])
 
 
-def choose_objects(seed: int, epoch: int, index: int, count: int, limit: int) -> np.ndarray:
+def choose_objects(
+    seed: int, epoch: int, index: int, count: int, limit: int, repeat: int = 0
+) -> np.ndarray:
     """Chooses the objects to keep of an image that has more objects than slots.
 
     Args:
@@ -439,6 +457,7 @@ def choose_objects(seed: int, epoch: int, index: int, count: int, limit: int) ->
       index: of the image in the data set.
       count: objects it has.
       limit: objects to keep at most.
+      repeat: how often the image came before in the epoch.
 
     Returns:
       int64 [min(count, limit)], ascending; all of them if they fit, else a random choice that
@@ -446,5 +465,10 @@ def choose_objects(seed: int, epoch: int, index: int, count: int, limit: int) ->
     """
     if count <= limit:
         return np.arange(count)
-    rng = np.random.default_rng([seed, _OBJECT_STREAM, epoch, index])
+    rng = np.random.default_rng([seed, _OBJECT_STREAM, epoch, index, *_nonzero(repeat)])
     return np.sort(rng.choice(count, limit, replace=False))
+
+
+def _nonzero(number: int) -> tuple[int, ...]:
+    """Returns (number,), () for 0: images that come once keep the random numbers that they had."""
+    return (number,) if number else ()

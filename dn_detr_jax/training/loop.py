@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from dn_detr_jax.checkpoints.manager import RAW_AP, Checkpoints
 from dn_detr_jax.checkpoints.params import holds_only_parameters
 from dn_detr_jax.data.datasets import Dataset, open_dataset
-from dn_detr_jax.data.loader import Batch, train_batches, train_plan
+from dn_detr_jax.data.loader import Batch, images_in_epoch, train_batches, train_plan
 from dn_detr_jax.distributed.consistency import (
     agreed_config,
     all_gather,
@@ -125,7 +125,7 @@ def train(config: ConfigDict, workdir: Path) -> Evaluation | None:
     check_shared(workdir)
     training = open_dataset(config.data, "train")
     setup = set_up(config, training)
-    plan = Plan.of(setup.config, len(training))
+    plan = Plan.of(setup.config, images_in_epoch(training, setup.config))
     optimization = _Optimization.of(setup, plan)
     checkpoints = Checkpoints(
         workdir,
@@ -244,6 +244,9 @@ def _announce(
         logger.warning("no evaluation (train.eval_every): the last checkpoint is the result")
     warn_of_too_many_objects(setup.config, [training, setup.validation])
     warn_of_leak(setup.config)
+    per_epoch = images_in_epoch(training, setup.config)
+    if per_epoch != len(training) or training.mixed:
+        logger.info("an epoch has %d images (data.sampling, data.mix)", per_epoch)
     logger.info(
         "%d steps of %d images (%.1f epochs) on %d %s devices",
         plan.total,

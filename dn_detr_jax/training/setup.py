@@ -247,7 +247,7 @@ class Plan:
 
     @classmethod
     def of(cls, config: ConfigDict, num_images: int) -> "Plan":
-        """Returns the durations of a config for that many training images."""
+        """Returns the durations of a config for that many training images in an epoch."""
         per_epoch = steps_per_epoch(num_images, config.train.batch_size)
 
         def steps(name: str, total: int | None = None) -> int:
