@@ -20,6 +20,7 @@ from dn_detr_jax.data import findings, images
 from dn_detr_jax.data.check import check, check_split
 from dn_detr_jax.data.check_report import report
 from dn_detr_jax.data.datasets import open_dataset
+from dn_detr_jax.data.loader import eval_batches
 from dn_detr_jax.errors import DataError
 
 REPOSITORY = Path(__file__).parent.parent
@@ -604,6 +605,13 @@ def test_an_image_of_12_bits_is_a_warning(tmp_path):
     values = np.linspace(0, 4095, height * width).reshape(height, width).astype(np.uint16)
     Image.fromarray(values).save(tmp_path / "train2017/x_ray.tif")
     assert train_findings(tmp_path)[1][findings.FEW_BITS.name] == "x_ray.tif: 12 bits"
+    config = base_config()
+    config.data.update(dir=str(tmp_path), pixel_range=(0, 8190), max_objects=4)
+    config.data.update(canvases=((64, 64),), eval_short_side=40, eval_max_long_side=64)
+    assert not check(config.data, decode=True)[0].findings.warnings
+    for batch in eval_batches(open_dataset(config.data, "train"), config):
+        row = batch["image_id"].tolist().index(500)
+        assert 120 <= batch["image"][row].max() <= 128  # half of the range, not white
 
 
 def test_the_table_of_the_docs_is_that_of_the_code():

@@ -150,6 +150,59 @@ def test_values_of_unknown_range_are_refused():
         decode(encoded(Image.fromarray(np.full((4, 5), -3, np.int32)), "TIFF"))
 
 
+def within_half_a_step(pixels, values, low, high):
+    """Whether pixels are the values, mapped from a range to 0 to 255 and rounded."""
+    exact = np.interp(values, (low, high), (0, 255))
+    exact = np.repeat(exact[..., None], 3, axis=2) if exact.ndim == 2 else exact
+    return pixels.dtype == np.uint8 and np.abs(pixels - exact).max() <= 0.5 + 1e-3
+
+
+@pytest.mark.parametrize("write", [png16, tiff16])
+@pytest.mark.parametrize("shape", [(50, 70), (50, 70, 3)])
+@pytest.mark.parametrize("pixel_range", [(0, 4095), (1000, 1200), (0, 65535), (-500, 3000.5)])
+def test_a_range_of_pixels_is_the_same_for_all_images(write, shape, pixel_range, caplog):
+    """Catches a scale that depends on the image, and values that wrap around."""
+    values = np.random.default_rng(0).integers(0, 2**16, shape).astype(np.uint16)
+    for brightest in (65535, 4095, 900):
+        image = np.minimum(values, brightest)
+        pixels = decode(write(image), pixel_range=pixel_range)
+        assert within_half_a_step(pixels, image, *pixel_range)
+        shown = images.decode_upright(write(image), pixel_range)
+        np.testing.assert_array_equal(pixels, shown)
+    assert not caplog.records
+    photo = encoded(PHOTO, "PNG")  # of 8 bits
+    np.testing.assert_array_equal(decode(photo, pixel_range=pixel_range), decode(photo))
+
+
+def test_with_a_range_any_gray_numbers_are_read():
+    rng = np.random.default_rng(0)
+    floats = rng.normal(0.5, 0.4, (9, 8)).astype(np.float32)
+    data = encoded(Image.fromarray(floats), "TIFF")
+    assert within_half_a_step(decode(data, pixel_range=(0.0, 1.0)), floats, 0, 1)
+    floats[2, 3] = np.nan
+    pixels = decode(encoded(Image.fromarray(floats), "TIFF"), pixel_range=(0.0, 1.0))
+    assert pixels[2, 3].tolist() == [0, 0, 0]
+    tissue = rng.integers(-1000, 2_000_000, (9, 8)).astype(np.int32)
+    data = encoded(Image.fromarray(tissue), "TIFF")
+    assert within_half_a_step(decode(data, pixel_range=(-1000, 400)), tissue, -1000, 400)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_more_channels_are_refused_with_their_number(order):
+    """Catches "no readable image" for 5 channels; the TIFF is made from its specification."""
+    tags = [(256, 4), (257, 4), (258, 8), (259, 1), (262, 1), (273, 200), (277, 5), (278, 4)]
+    entries = [struct.pack(f"{order}HHIHH", tag, 3, 1, value, 0) for tag, value in tags]
+    entries.append(struct.pack(f"{order}HHII", 279, 4, 1, 80))
+    head = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}HI", 42, 8)
+    directory = struct.pack(f"{order}H", len(entries)) + b"".join(entries) + bytes(4)
+    data = (head + directory).ljust(200, b"\0") + bytes(80)
+    with pytest.raises(DataError, match=r"a TIFF of 5 channels; .*write 3 of the channels as RGB"):
+        decode(data)
+    with pytest.raises(DataError, match="no readable image"):
+        decode(head + b"\xff" * 300)
+
+
 def with_orientation(image: Image.Image, orientation: int, kind: str = "JPEG") -> bytes:
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation

@@ -52,6 +52,13 @@ DATA_KEYS = (
         one_of("auto", "as_shown", "as_stored"),
     ),
     Key(
+        "data.pixel_range",
+        (),
+        "(darkest, brightest) value of images of more than 8 bits per channel; empty: by the bits "
+        "that each image uses",
+        rules.PIXEL_RANGE,
+    ),
+    Key(
         "data.prepare_split",
         0.0,
         "share of the training images to evaluate on where the data has no validation split; "

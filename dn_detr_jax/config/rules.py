@@ -128,6 +128,14 @@ FACTOR_RANGE = rule(
         and 0.01 <= value[0] <= value[1] <= 10
     ),
 )
+PIXEL_RANGE = rule(
+    "() or (darkest, brightest) value, for example (0, 4095)",
+    lambda value: (
+        isinstance(value, tuple | list)
+        and all(map(_is_number, value))
+        and (len(value) == 0 or (len(value) == 2 and value[0] < value[1]))
+    ),
+)
 FUNCTION = rule('"module:function", or empty', lambda value: value == "" or _is_function(value))
 ALL_OR_SIZE = rule(
     "-1 (all) or a positive integer",

@@ -10,7 +10,8 @@ read, of those of 16 bits the pixels; `--decode` reads the pixels of all.
 """
 
 import contextlib
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -42,8 +43,8 @@ def check(
     """Checks both splits of a directory, and whether they fit together.
 
     Args:
-      data_config: `config.data`; `dir`, `exif`, `prepare_split`, `train` and `validation` are
-        used.
+      data_config: `config.data`; `dir`, `exif`, `pixel_range`, `prepare_split`, `train` and
+        `validation` are used.
       decode: whether to decode the images, too.
       num_queries: objects that the model can find in an image; 0: not known.
       evaluates: whether the training has evaluations; if not, the training split alone is checked.
@@ -65,7 +66,15 @@ def check(
     divided = is_divided(data_config, directory)
     read = SPLITS[: 1 if divided or not evaluates else 2]
     splits = [
-        check_split(directory, name, data_config[name], decode, data_config.exif, num_queries)
+        check_split(
+            directory,
+            name,
+            data_config[name],
+            decode,
+            data_config.exif,
+            num_queries,
+            data_config.pixel_range,
+        )
         for name in read
     ]
     if divided:
@@ -110,6 +119,7 @@ def check_split(
     decode: bool = False,
     exif: images.Exif = "auto",
     num_queries: int = 0,
+    pixel_range: images.PixelRange = (),
 ) -> Split:
     """Checks a split alone: its paths, its annotations, and its images.
 
@@ -120,6 +130,7 @@ def check_split(
       decode: whether to decode the images, too.
       exif: `config.data.exif`.
       num_queries: objects that the model can find in an image; 0: not known.
+      pixel_range: `config.data.pixel_range`.
     """
     findings = Findings()
     try:
@@ -143,7 +154,8 @@ def check_split(
     present = formats.check_files(annotations.file_names, folder, findings)
     found = [folder.find(file_name) for file_name in annotations.file_names]
     paths = tuple(None if path is None else files.images / path for path in found)
-    _check_images(annotations, paths, present, findings, decode, exif)
+    look = functools.partial(_look, decode=decode, exif=exif, pixel_range=pixel_range)
+    _check_images(annotations, paths, present, findings, look)
     return Split(name, findings, files, annotations, categories, paths)
 
 
@@ -173,8 +185,7 @@ def _check_images(
     paths: Sequence[Path | None],
     present: Sequence[int],
     findings: Findings,
-    decode: bool,
-    exif: images.Exif,
+    look_at: Callable[[Path, tuple[int, int]], list[tuple[Kind, str]]],
 ) -> None:
     """Compares every image that is there with its annotated size."""
 
@@ -183,7 +194,7 @@ def _check_images(
         assert path is not None  # of a position in `present`
         name = table.file_names[index]
         try:
-            return [(kind, f"{name}: {text}") for kind, text in _look(path, size, decode, exif)]
+            return [(kind, f"{name}: {text}") for kind, text in look_at(path, size)]
         except (DataError, OSError) as error:
             return [(kinds.UNUSABLE_IMAGE, f"{name}: {error}")]
 
@@ -195,7 +206,11 @@ def _check_images(
 
 
 def _look(
-    path: Path, size: tuple[int, int], decode: bool, exif: images.Exif
+    path: Path,
+    size: tuple[int, int],
+    decode: bool,
+    exif: images.Exif,
+    pixel_range: images.PixelRange,
 ) -> list[tuple[Kind, str]]:
     """Returns what is to be said of an image that can be used.
 
@@ -210,8 +225,8 @@ def _look(
     if exif == "auto" and images.orientation_is_open(header, size):
         found.append((kinds.OPEN_ORIENTATION, f"orientation {header.orientation}"))
     if decode:
-        images.decode(path.read_bytes(), size_of_boxes, exif)
-    if header.bits == 16:
+        images.decode(path.read_bytes(), size_of_boxes, exif, pixel_range)
+    if header.bits == 16 and not pixel_range:
         bits = images.used_bits(path.read_bytes())
         if bits < 16:
             found.append((kinds.FEW_BITS, f"{bits} bits"))

@@ -119,7 +119,8 @@ OPEN_ORIENTATION = _warning(
 )
 FEW_BITS = _warning(
     "image of 16 bits that uses fewer",
-    "scaled to 8 bits by the bits that it uses (8, 10, 12 or 14), each image by itself",
+    "scaled by the bits that it uses (8, 10, 12 or 14), each image by itself; `data.pixel_range` "
+    "gives all one range",
 )
 TOO_MANY_OBJECTS = _warning(
     "more objects than the model has queries",

@@ -12,12 +12,12 @@ orientation changes the size (`Exif` has the other cases).
 import functools
 import io
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import IO, BinaryIO, Literal, NamedTuple
 
 import cv2
 import numpy as np
-from PIL import ExifTags, Image, ImageFile, features
+from PIL import ExifTags, Image, ImageFile, TiffImagePlugin, features
 
 from dn_detr_jax.errors import DataError
 
@@ -29,6 +29,9 @@ MOST_PIXELS = 2**28  # of an image that is read: 16384 x 16384, 768 MiB as RGB
 # images. "auto" applies the orientation only if the annotated size asks for it: an image whose size
 # does not change by it (180 degrees, mirrored, squares) stays as stored.
 Exif = Literal["auto", "as_shown", "as_stored"]
+
+# `config.data.pixel_range`: (darkest, brightest) value of pixels of more than 8 bits, or empty.
+PixelRange = Sequence[float]
 
 # Formats of Pillow that are read, their file name suffixes, and the optional part of Pillow that
 # they need. Pillow's other formats start programs (EPS) or are not made for photographs.
@@ -95,17 +98,25 @@ def read_header(file: BinaryIO) -> Header:
         return _header(opened)
 
 
-def decode(data: bytes, size: tuple[int, int] | None = None, exif: Exif = "auto") -> np.ndarray:
+def decode(
+    data: bytes,
+    size: tuple[int, int] | None = None,
+    exif: Exif = "auto",
+    pixel_range: PixelRange = (),
+) -> np.ndarray:
     """Decodes an image.
 
     Args:
-      data: the content of a file in one of `FORMATS`, in any mode of up to 16 bits.
+      data: the content of a file in one of `FORMATS`, in any mode of up to 16 bits; with a range
+        also gray images of 32 bits and of floating-point numbers.
       size: height and width that the boxes lie in; None: not known, which leaves "auto" as stored.
       exif: `config.data.exif`.
+      pixel_range: `config.data.pixel_range`.
 
     Returns:
-      uint8 [H, W, 3], RGB. An image of 16 bits per channel is scaled by the bits that it uses: 8,
-      10, 12, 14 or 16.
+      uint8 [H, W, 3], RGB. An image of more than 8 bits per channel is scaled by the range, and
+      values beyond it become black or white. Without a range it is scaled by the bits that it uses:
+      8, 10, 12, 14 or 16.
 
     Raises:
       DataError: no image, a damaged or incomplete one, one of more than `MOST_PIXELS`, or one of
@@ -114,15 +125,16 @@ def decode(data: bytes, size: tuple[int, int] | None = None, exif: Exif = "auto"
     with _open(io.BytesIO(data)) as opened:
         header = _header(opened)
         turn = needs_turn(header, size, exif)
-        pixels = _pixels(opened, header, data)
+        pixels = _pixels(opened, header, data, pixel_range)
     return np.ascontiguousarray(_turned(pixels, header.orientation)) if turn else pixels
 
 
-def decode_upright(source: bytes | Image.Image) -> np.ndarray:
+def decode_upright(source: bytes | Image.Image, pixel_range: PixelRange = ()) -> np.ndarray:
     """Decodes an image as viewers show it, with its EXIF orientation applied.
 
     Args:
       source: the content of a file as for `decode`, or a Pillow image of any mode.
+      pixel_range: `config.data.pixel_range`.
 
     Returns:
       uint8 [H, W, 3], RGB.
@@ -131,14 +143,14 @@ def decode_upright(source: bytes | Image.Image) -> np.ndarray:
       DataError: as `decode`.
     """
     if isinstance(source, Image.Image):
-        return _upright(source, b"")
+        return _upright(source, b"", pixel_range)
     with _open(io.BytesIO(source)) as opened:
-        return _upright(opened, source)
+        return _upright(opened, source, pixel_range)
 
 
-def _upright(opened: Image.Image, data: bytes) -> np.ndarray:
+def _upright(opened: Image.Image, data: bytes, pixel_range: PixelRange) -> np.ndarray:
     header = _header(opened)
-    pixels = _pixels(opened, header, data)
+    pixels = _pixels(opened, header, data, pixel_range)
     return np.ascontiguousarray(_turned(pixels, header.orientation))
 
 
@@ -146,6 +158,12 @@ def _open(file: BinaryIO) -> Image.Image:
     try:
         opened = Image.open(file, formats=FORMATS)
     except Image.UnidentifiedImageError:
+        channels = _channels_of_tiff(file)
+        if channels > 4:
+            raise DataError(
+                f"a TIFF of {channels} channels; gray images and images of 3 channels are read, "
+                "with or without transparency: write 3 of the channels as RGB"
+            ) from None
         size = file.seek(0, io.SEEK_END)
         raise DataError(f"{size} bytes that are no readable image: {', '.join(FORMATS)}") from None
     except Image.DecompressionBombError:
@@ -156,6 +174,21 @@ def _open(file: BinaryIO) -> Image.Image:
         opened.close()
         raise DataError(_too_large(f"{opened.width} x {opened.height} pixels, "))
     return opened
+
+
+def _channels_of_tiff(file: BinaryIO) -> int:
+    """Returns the number of channels (SamplesPerPixel) of a TIFF, 0 for another file."""
+    file.seek(0)
+    head = file.read(8)
+    if head[:4] not in (b"II*\0", b"MM\0*"):
+        return 0
+    try:
+        directory = TiffImagePlugin.ImageFileDirectory_v2(head)
+        file.seek(directory.next)
+        directory.load(file)
+        return int(directory.get(TiffImagePlugin.SAMPLESPERPIXEL, 1))
+    except Exception:  # a damaged file, which is reported as such
+        return 0
 
 
 def _too_large(found: str) -> str:
@@ -284,14 +317,17 @@ def used_bits(data: bytes) -> int:
         return _depth(_deep_pixels(opened, header, data))
 
 
-def _pixels(opened: Image.Image, header: Header, data: bytes) -> np.ndarray:
+def _pixels(
+    opened: Image.Image, header: Header, data: bytes, pixel_range: PixelRange
+) -> np.ndarray:
     """Decodes an image as stored.
 
     Pillow reads what is no file (`data` is empty), and what OpenCV refuses, such as an incomplete
     file: its error says why.
     """
-    if header.bits == 16:
-        values = _eight_bits(_deep_pixels(opened, header, data))
+    if header.bits == 16 or (opened.mode == "F" and pixel_range):
+        deep = _deep_pixels(opened, header, data, checked=not pixel_range)
+        values = _scaled(deep, pixel_range) if pixel_range else _eight_bits(deep)
         return np.repeat(values[..., None], 3, axis=2) if values.ndim == 2 else values
     if data and opened.format in ("JPEG", "MPO") and opened.mode in ("RGB", "L"):
         pixels = _by_opencv(opened, data, cv2.IMREAD_COLOR_RGB)
@@ -308,14 +344,19 @@ def _by_opencv(opened: Image.Image, data: bytes, flags: int) -> np.ndarray | Non
     return pixels if right else None
 
 
-def _deep_pixels(opened: Image.Image, header: Header, data: bytes) -> np.ndarray:
-    """Decodes an image of 16 bits as stored: integers [H, W] or [H, W, 3].
+def _deep_pixels(
+    opened: Image.Image, header: Header, data: bytes, checked: bool = True
+) -> np.ndarray:
+    """Decodes an image of 16 bits as stored: numbers [H, W] or [H, W, 3].
+
+    `checked` says whether gray values of more than 16 bits are an error.
 
     OpenCV always applies the orientation of TIFF files. So Pillow reads color TIFF files with an
     orientation; it keeps 8 bits per channel.
     """
-    if opened.mode.startswith("I"):
-        return _as_stored(opened, header, _load(opened, _gray_values))
+    if opened.mode.startswith(("I", "F")):
+        convert = _gray_values if checked else np.asarray
+        return _as_stored(opened, header, _load(opened, convert))
     if data and (opened.format == "PNG" or header.orientation == 1):
         # IMREAD_COLOR_RGB gives wrong colors for TIFF of 16 bits in OpenCV 5.0.
         pixels = _by_opencv(opened, data, cv2.IMREAD_ANYDEPTH | cv2.IMREAD_COLOR)
@@ -346,7 +387,9 @@ def _gray_values(opened: Image.Image) -> np.ndarray:
     """Returns the values of a gray image of 16 bits, which Pillow may hold in 32."""
     values = np.asarray(opened)
     if values.size and (values.min() < 0 or values.max() > 0xFFFF):
-        raise DataError(f"pixels from {values.min()} to {values.max()}: more than 16 bits")
+        raise DataError(
+            f"pixels from {values.min()} to {values.max()}: more than 16 bits; set data.pixel_range"
+        )
     return values
 
 
@@ -366,17 +409,27 @@ def _eight_bits(values: np.ndarray) -> np.ndarray:
 @functools.cache
 def _warn_of_depth(depth: int) -> None:
     logger.warning(
-        "an image of 16 bits per channel uses only %d of them: it is scaled so that %d is white "
-        "(each image by itself; this is said once)",
+        "an image of 16 bits per channel uses only %d of them: it is scaled so that %d is white, "
+        "each image by itself; data.pixel_range gives all images one range (this is said once)",
         depth,
         2**depth - 1,
     )
 
 
+def _scaled(values: np.ndarray, pixel_range: PixelRange) -> np.ndarray:
+    """Maps a range of values to 0 to 255, uint8; no number is the darkest value."""
+    low, high = pixel_range
+    shares = (values.astype(np.float32) - np.float32(low)) / np.float32(high - low)
+    return np.rint(255 * np.clip(np.nan_to_num(shares), 0, 1)).astype(np.uint8)
+
+
 def _to_rgb(opened: Image.Image) -> np.ndarray:
     """Converts a loaded image of 8 bits, of any mode, to uint8 [H, W, 3]."""
     if opened.mode == "F":
-        raise DataError("pixels are floating-point numbers, of unknown range; convert to 8 bits")
+        raise DataError(
+            "pixels are floating-point numbers, of unknown range; set data.pixel_range, such as "
+            "(0.0, 1.0)"
+        )
     if opened.mode == "P":
         opened = opened.convert("RGBA")  # which knows every kind of transparency of a palette
     return np.asarray(opened.convert("RGB"))

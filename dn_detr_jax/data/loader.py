@@ -237,7 +237,7 @@ class _BatchMaker:
         self._max_objects, self._seed = config.data.max_objects, config.seed
         self._skip_bad = config.data.skip_bad
         self._train_plan = plan if isinstance(plan, TrainPlan) else None  # which augments
-        self._exif = config.data.exif
+        self._exif, self._pixel_range = config.data.exif, config.data.pixel_range
         self._warned: set[int] = set()
 
     def __call__(self, position: int) -> Batch:
@@ -281,7 +281,7 @@ class _BatchMaker:
         try:
             example = self._source[index]
             size = tuple(table.sizes[index].tolist())
-            image = images.decode(example.image, size, self._exif)
+            image = images.decode(example.image, size, self._exif, self._pixel_range)
             self._check_objects(example)
             return example, image
         except (OSError, ValueError, RuntimeError) as error:  # of the disk, or of a damaged file

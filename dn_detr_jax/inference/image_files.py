@@ -17,7 +17,7 @@ from dn_detr_jax.checkpoints.categories import match_labels, matched_categories
 from dn_detr_jax.data import coco
 from dn_detr_jax.data.annotations import Annotations, label_categories
 from dn_detr_jax.data.findings import Findings
-from dn_detr_jax.data.images import SUFFIXES, Exif, decode, read_header, size_of_boxes
+from dn_detr_jax.data.images import SUFFIXES, Exif, PixelRange, decode, read_header, size_of_boxes
 from dn_detr_jax.errors import DataError
 from dn_detr_jax.files import write_text_atomically
 from dn_detr_jax.inference.predictor import Detections, Predictor, Run, read_image
@@ -267,7 +267,7 @@ def predict_files(
     def readable() -> Iterator[tuple[tuple[int, np.ndarray], np.ndarray]]:
         for index, file in enumerate(tqdm(files, unit=" images", disable=None)):
             try:
-                pixels = _read(file, exif)
+                pixels = _read(file, exif, predictor.pixel_range)
             except (DataError, OSError) as error:
                 named = isinstance(error, DataError)
                 failures.append(str(error) if named else f"{file.path}: {error}")
@@ -292,13 +292,13 @@ def predict_files(
     return failures
 
 
-def _read(file: ImageFile, exif: Exif) -> np.ndarray:
+def _read(file: ImageFile, exif: Exif, pixel_range: PixelRange) -> np.ndarray:
     if file.size is None:
-        return read_image(file.path)
+        return read_image(file.path, pixel_range)
     data = file.path.read_bytes()
     try:
         header = read_header(io.BytesIO(data))
-        return decode(data, size_of_boxes(header, file.size, exif), exif)
+        return decode(data, size_of_boxes(header, file.size, exif), exif, pixel_range)
     except DataError as error:
         raise DataError(f"{file.path}: {error}") from error
 

@@ -31,7 +31,7 @@ from dn_detr_jax.checkpoints.run_config import read_run_config
 from dn_detr_jax.config import base_config, expand_user
 from dn_detr_jax.data import transforms
 from dn_detr_jax.data.coco_classes import Category, assumed_categories
-from dn_detr_jax.data.images import decode_upright
+from dn_detr_jax.data.images import PixelRange, decode_upright
 from dn_detr_jax.data.placement import assign_canvases
 from dn_detr_jax.errors import CheckpointError, DataError
 from dn_detr_jax.evaluation.detect import detect
@@ -169,6 +169,7 @@ class Predictor:
         self.categories = tuple(categories)
         self.canvases = tuple((int(h), int(w)) for h, w in config.data.canvases)
         self.batch_size = batch_size
+        self.pixel_range: PixelRange = config.data.pixel_range
         self._config = config
         self._device = jax.local_devices()[0]
         self._params = jax.device_put(params, self._device)
@@ -234,7 +235,7 @@ class Predictor:
         waiting: dict[int, list] = collections.defaultdict(list)
         pending = None  # the device works on a batch while the host prepares the next
         for key, image in images:
-            pixels = read_image(image)
+            pixels = read_image(image, self.pixel_range)
             canvas, size = choose_canvas(pixels.shape[:2], self.canvases, self._config.data)
             waiting[canvas].append((key, pixels.shape[:2], self._resized(pixels, size)))
             if len(waiting[canvas]) == self.batch_size:
@@ -339,11 +340,12 @@ def _in_pixels(boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.concatenate([center - half, center + half], axis=1).astype(np.float32)
 
 
-def read_image(image: ImageLike) -> np.ndarray:
+def read_image(image: ImageLike, pixel_range: PixelRange = ()) -> np.ndarray:
     """Reads an image as uint8 [H, W, 3] in RGB, upright.
 
     Args:
       image: path of a file, its bytes, a Pillow image, or such an array, which is returned.
+      pixel_range: `config.data.pixel_range`.
 
     Raises:
       DataError: something else, or a file that is no readable image.
@@ -359,10 +361,10 @@ def read_image(image: ImageLike) -> np.ndarray:
             raise DataError(f"an array {list(image.shape)} as an image: it has no pixels")
         return image
     if isinstance(image, Image.Image | bytes):
-        return decode_upright(image)
+        return decode_upright(image, pixel_range)
     if isinstance(image, str | os.PathLike):
         try:
-            return decode_upright(Path(image).read_bytes())
+            return decode_upright(Path(image).read_bytes(), pixel_range)
         except DataError as error:
             raise DataError(f"{os.fspath(image)}: {error}") from error
     raise DataError(
