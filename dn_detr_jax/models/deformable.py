@@ -103,7 +103,7 @@ _PIXELS: dict[str, Any] = {"dots": rows_of.dots_of_pixels, "updates": rows_of.up
 _PATCHES: dict[str, Any] = {"dots": rows_of.dots_of_patches, "updates": rows_of.updates_of_patches}
 _FORMS = {
     "cpu": _Form(False, 256, 64, rows_of.sum_in_loop, **_PIXELS),
-    "tpu": _Form(True, 4096, 4096, rows_of.sum_patches, **_PATCHES),
+    "tpu": _Form(True, 512, 512, rows_of.sum_patches, **_PATCHES),
     "default": _Form(False, None, None, rows_of.sum_in_window, **_PIXELS),
 }
 
