@@ -84,6 +84,37 @@ def test_detections_do_not_depend_on_the_canvas(family):
         np.testing.assert_allclose(small[name], large[name], atol=2e-4, err_msg=name)
 
 
+def test_initial_values_of_the_encoder_only_model():
+    """Catches those of Deformable DETR: its official code draws them anew after the reset."""
+    config = tiny_config.levels("dn_deformable_encoder_detr").model
+    config.num_patterns = 3
+    model = build_model(config)
+    wanted = {
+        "encoder/layer0/sampling_offsets/kernel",
+        "encoder/layer0/attention_weights/kernel",
+        "encoder/layer0/sampling_offsets/bias",
+        "input_proj0/kernel",
+        "input_proj0/bias",
+        "patterns",
+        "box_head/layer2/kernel",
+    }
+
+    def init(key):
+        image, size = np.zeros((1, 64, 64, 3), np.float32), np.full((1, 2), 64)
+        params = flat(model.init(key, image, size)["params"])
+        return {path: params[path] for path in wanted}
+
+    found = jax.device_get(fast_jit(init)(jax.random.key(0)))
+    bounds = {path: np.sqrt(6 / sum(x.shape)) for path, x in found.items() if x.ndim == 2}
+    for path in ("input_proj0/kernel", "input_proj0/bias"):  # PyTorch's default
+        bounds[path] = found["input_proj0/kernel"].shape[0] ** -0.5
+    bounds["box_head/layer2/kernel"] = found["box_head/layer2/kernel"].shape[0] ** -0.5
+    for path, bound in bounds.items():
+        assert 0.5 * bound < np.abs(found[path]).max() <= bound, path
+    rays = found["encoder/layer0/sampling_offsets/bias"]
+    assert np.abs(rays).max() > 1 and set(np.abs(rays[:2]).tolist()) == {0.0, 1.0}
+
+
 # --- proposals ------------------------------------------------------------------------------------
 
 

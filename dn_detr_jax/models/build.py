@@ -10,9 +10,12 @@ from ml_collections import ConfigDict
 from dn_detr_jax.models.attention import attention, fused_attention
 from dn_detr_jax.models.backbones.build import build_backbone, frozen_backbone
 from dn_detr_jax.models.encoder import DeformableEncoder, DenseEncoder
+from dn_detr_jax.models.initializers import xavier_uniform
 from dn_detr_jax.models.layers import LayerConfig
 from dn_detr_jax.models.pyramid import LastLevel, MultiLevel
 from dn_detr_jax.models.queries import LabelQueries
+
+_NORMAL = nn.initializers.normal(1.0)
 
 
 def layer_config(config: ConfigDict, attention_kernel: str, activation: str) -> LayerConfig:
@@ -35,7 +38,7 @@ def layer_config(config: ConfigDict, attention_kernel: str, activation: str) -> 
 
 
 def multi_level_parts(
-    config: ConfigDict, layers: LayerConfig, *, half_pixel: bool
+    config: ConfigDict, layers: LayerConfig, *, half_pixel: bool, reset: bool = True
 ) -> dict[str, Any]:
     """Makes backbone, pyramid and encoder of a detector with several feature levels.
 
@@ -43,7 +46,10 @@ def multi_level_parts(
       config: `config.model`.
       layers: settings of the encoder's layers.
       half_pixel: see `position.image_encoding`.
+      reset: initial values are those of Deformable DETR; False: projections keep PyTorch's, and the
+        points of the encoder depend on the query from the start.
     """
+    point_init = nn.initializers.zeros if reset else xavier_uniform
     return {
         "backbone": _backbone(config, config.backbone_levels),
         "pyramid": MultiLevel(
@@ -54,10 +60,15 @@ def multi_level_parts(
             temperature_w=config.pe_temperature_w,
             half_pixel=half_pixel,
             mask_padding=config.backbone.mask_padding,
+            xavier=reset,
             dtype=jnp.dtype(config.dtype),
         ),
         "encoder": DeformableEncoder(
-            config.encoder_layers, layers, config.encoder_points, "encoder" in config.remat
+            config.encoder_layers,
+            layers,
+            config.encoder_points,
+            remat="encoder" in config.remat,
+            point_init=point_init,
         ),
     }
 
@@ -90,8 +101,15 @@ def _backbone(config: ConfigDict, levels: int = 1) -> nn.Module:
     return build_backbone(config.backbone, jnp.dtype(config.dtype), remat=remat, levels=levels)
 
 
-def label_queries(config: ConfigDict) -> LabelQueries:
-    """Makes queries with the label "no object" as their content."""
+def label_queries(
+    config: ConfigDict, pattern_init: nn.initializers.Initializer = _NORMAL
+) -> LabelQueries:
+    """Makes queries with the label "no object" as their content.
+
+    Args:
+      config: `config.model`.
+      pattern_init: initializer of the patterns.
+    """
     return LabelQueries(
         num_classes=config.num_classes,
         hidden_dim=config.hidden_dim,
@@ -99,6 +117,7 @@ def label_queries(config: ConfigDict) -> LabelQueries:
         num_patterns=config.num_patterns,
         random_refpoints_xy=config.random_refpoints_xy,
         indicator=config.indicator,
+        pattern_init=pattern_init,
     )
 
 

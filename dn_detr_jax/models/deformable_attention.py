@@ -43,6 +43,7 @@ def deformable_attention(
     *,
     num_points: int,
     prefix: str = "",
+    point_init: nn.initializers.Initializer = nn.initializers.zeros,
 ) -> Float[jax.Array, "B Q D"]:
     """Sums values around reference points, or within reference boxes, of every feature level.
 
@@ -59,6 +60,7 @@ def deformable_attention(
       config: of the layer.
       num_points: that each head reads of each level.
       prefix: of the names `sampling_offsets`, `attention_weights` and `value`.
+      point_init: of the kernels of offsets and weights; zeros: all queries start with `rays`.
     """
     zeros, heads, levels = nn.initializers.zeros, config.num_heads, len(memory.shapes)
     batch, queries, features = query.shape
@@ -68,7 +70,7 @@ def deformable_attention(
     def map_query(name, bias_init, coordinates):
         outputs = heads * levels * num_points * coordinates
         exact = jnp.float32  # bfloat16 would round positions to whole pixels
-        linear = Linear(outputs, bias_init, zeros, config.dtype, exact, name=prefix + name)
+        linear = Linear(outputs, bias_init, point_init, config.dtype, exact, name=prefix + name)
         return linear(query).reshape(batch, queries, heads, -1)
 
     offsets = map_query("sampling_offsets", rays(heads, levels, num_points), 2)

@@ -13,10 +13,14 @@ from dn_detr_jax.models.build import label_queries, layer_config, multi_level_pa
 from dn_detr_jax.models.decoder import DenseDecoder
 from dn_detr_jax.models.detector import Detector
 from dn_detr_jax.models.heads import SharedHeads
+from dn_detr_jax.models.initializers import xavier_uniform
 
 
 def build(config: ConfigDict, attention_kernel: str = "xla") -> Detector:
     """Builds the detector.
+
+    Initial values are those of the official code, which draws weights with Xavier's distribution
+    after the reset of Deformable DETR: also those of points, patterns and boxes.
 
     Args:
       config: `config.model`.
@@ -25,8 +29,8 @@ def build(config: ConfigDict, attention_kernel: str = "xla") -> Detector:
     dtype = jnp.dtype(config.dtype)
     layers = layer_config(config, attention_kernel, "relu")
     return Detector(
-        **multi_level_parts(config, layers, half_pixel=False),
-        queries=label_queries(config),
+        **multi_level_parts(config, layers, half_pixel=False, reset=False),
+        queries=label_queries(config, xavier_uniform),
         decoder=DenseDecoder(
             config.decoder_layers,
             layers,

@@ -77,6 +77,7 @@ class DeformableEncoderLayer(nn.Module):
 
     config: LayerConfig
     num_points: int
+    point_init: nn.initializers.Initializer = nn.initializers.zeros
 
     @nn.compact
     def __call__(
@@ -85,7 +86,14 @@ class DeformableEncoderLayer(nn.Module):
         """Maps levels to new tokens; dropout is active if `train` is True."""
         config, x = self.config, levels.tokens
         query = x + levels.position
-        y = deformable_attention(query, references, levels, config, num_points=self.num_points)
+        y = deformable_attention(
+            query,
+            references,
+            levels,
+            config,
+            num_points=self.num_points,
+            point_init=self.point_init,
+        )
         x = add_and_normalize(x, y, config, out="out", norm="attention_norm", train=train)
         return FeedForward(config, name="feed_forward")(x, train=train)
 
@@ -98,19 +106,22 @@ class DeformableEncoder(nn.Module):
       config: of the layers.
       num_points: that a head reads of each level.
       remat: recompute the layers in the backward pass, see `call_layer`.
+      point_init: see `deformable_attention`.
     """
 
     num_layers: int
     config: LayerConfig
     num_points: int = 4
     remat: bool = False
+    point_init: nn.initializers.Initializer = nn.initializers.zeros
 
     @nn.compact
     def __call__(self, levels: Levels, *, train: bool) -> Levels:
         """Returns the memory: the levels with encoded tokens. Padded tokens have no value."""
         references = levels.references()
         for i in range(self.num_layers):
-            layer = DeformableEncoderLayer(self.config, self.num_points, name=f"layer{i}")
+            options = self.config, self.num_points, self.point_init
+            layer = DeformableEncoderLayer(*options, name=f"layer{i}")
             x = call_layer(layer, levels, references, remat=self.remat, train=train)
             self.sow("intermediates", f"enc{i}", x)
             levels = levels.replace(tokens=x)

@@ -10,7 +10,11 @@ from jax.typing import DTypeLike
 from dn_detr_jax.arrays import Array, Bool, Float, Int
 from dn_detr_jax.models.backbones.resnet import GroupNorm
 from dn_detr_jax.models.images import valid_tokens
-from dn_detr_jax.models.initializers import torch_default_kernel, xavier_uniform
+from dn_detr_jax.models.initializers import (
+    torch_default_bias,
+    torch_default_kernel,
+    xavier_uniform,
+)
 from dn_detr_jax.models.layers import Linear
 from dn_detr_jax.models.levels import Levels
 from dn_detr_jax.models.position import image_encoding
@@ -76,6 +80,7 @@ class MultiLevel(nn.Module):
       temperature_w: horizontal temperature.
       half_pixel: see `position.image_encoding`.
       mask_padding: results do not depend on the canvas; False: they do, as in PyTorch.
+      xavier: projections start with Xavier weights and biases of 0; False: as PyTorch's layers do.
       dtype: of the compute.
     """
 
@@ -86,6 +91,7 @@ class MultiLevel(nn.Module):
     temperature_w: float = 10000.0
     half_pixel: bool = True
     mask_padding: bool = True
+    xavier: bool = True
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -125,20 +131,29 @@ class MultiLevel(nn.Module):
         return Levels.of_maps(maps, positions, masks)
 
     def _project(self, x: Float[Array, "B h w _"], level: int) -> Float[jax.Array, "B h w D"]:
-        zeros, name = nn.initializers.zeros, f"input_proj{level}"
-        return Linear(self.hidden_dim, zeros, dtype=self.dtype, name=name)(x)
+        bias, kernel = self._inits(x.shape[-1])
+        name = f"input_proj{level}"
+        return Linear(self.hidden_dim, bias, kernel, dtype=self.dtype, name=name)(x)
+
+    def _inits(self, fan_in: int) -> tuple[nn.initializers.Initializer, ...]:
+        """Initializers of bias and kernel."""
+        if self.xavier:
+            return nn.initializers.zeros, xavier_uniform
+        return torch_default_bias(fan_in), torch_default_kernel
 
     def _halve(
         self, x: Float[Array, "B h w _"], valid: Bool[Array, "B h w"], level: int
     ) -> Float[jax.Array, "B h2 w2 D"]:
         if self.mask_padding:
             x = jnp.where(valid[..., None], x, 0)
+        bias, kernel = self._inits(9 * x.shape[-1])
         return nn.Conv(
             self.hidden_dim,
             (3, 3),
             strides=2,
             padding=1,
-            kernel_init=xavier_uniform,
+            kernel_init=kernel,
+            bias_init=bias,
             dtype=self.dtype,
             name=f"input_proj{level}",
         )(x)

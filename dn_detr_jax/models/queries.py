@@ -90,6 +90,7 @@ class LabelQueries(nn.Module):
       num_patterns: learned contents that are added to the content of every anchor; 0: none.
       random_refpoints_xy: initial anchors have centers uniform over the image.
       indicator: False: there is no indicator channel, and a label has D channels.
+      pattern_init: initializer of the patterns.
     """
 
     num_classes: int
@@ -98,6 +99,7 @@ class LabelQueries(nn.Module):
     num_patterns: int = 0
     random_refpoints_xy: bool = False
     indicator: bool = True
+    pattern_init: nn.initializers.Initializer = nn.initializers.normal(1.0)
 
     @nn.compact
     def __call__(
@@ -111,7 +113,8 @@ class LabelQueries(nn.Module):
         content = jnp.pad(table[-1], (0, int(self.indicator)))  # "no object", indicator 0
         content = jnp.broadcast_to(content, (self.num_queries, self.hidden_dim))
         if self.num_patterns:
-            patterns = self.param("patterns", normal, (self.num_patterns, self.hidden_dim))
+            shape = (self.num_patterns, self.hidden_dim)
+            patterns = self.param("patterns", self.pattern_init, shape)
             content = (content + patterns[:, None]).reshape(-1, self.hidden_dim)
             anchors = jnp.tile(anchors, (self.num_patterns, 1))
         batch = len(levels.tokens)
