@@ -1,6 +1,7 @@
 """Weights by name: a folder as the hub, the download, and what to do without a network."""
 
 import hashlib
+import json
 import sys
 import types
 
@@ -10,7 +11,7 @@ from data import tiny as tiny_config
 from test_interop import placed, random_params, resnet_state
 
 from dn_detr_jax.data.coco_classes import COCO_CATEGORIES
-from dn_detr_jax.errors import ConfigError, WeightsError
+from dn_detr_jax.errors import ConfigError, ConversionError, WeightsError
 from dn_detr_jax.interop import hub, torch_files
 from dn_detr_jax.interop.convert import flat, params_to_torch
 from dn_detr_jax.interop.import_torch import import_file
@@ -122,6 +123,43 @@ def test_without_the_optional_package_it_says_what_to_install(folder, monkeypatc
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(WeightsError, match=r"pip install huggingface_hub, or put .*/v2/x\.pth at"):
         hub.fetch("hf:lab/model:v2/x.pth")
+
+
+def test_settings_of_transformers_beside_the_weights(folder, tmp_path):
+    """Catches a `config.json` that nobody reads: DC5 and classes are told by nothing else."""
+    config = tiny_config.weights(num_classes=3, activation="prelu")
+    params = random_params(config)
+    params["label_embedding"][-1] = 0
+    state = elsewhere.TRANSFORMERS_DAB_DETR.from_official(
+        params_to_torch(params, dn_dab_detr.NAMES)
+    )
+    beside = write(folder / "lab" / "birds" / "model.safetensors", state).parent
+    own = {
+        "model_type": "dab-detr",
+        "id2label": {"0": "N/A", "1": "tit", "2": "jay"},
+        "encoder_attention_heads": config.model.num_heads,
+        "decoder_attention_heads": config.model.num_heads,
+        "temperature_height": config.model.pe_temperature_h,
+    }
+    pixels = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+    (beside / "config.json").write_text(json.dumps(own))
+    (beside / "preprocessor_config.json").write_text(json.dumps(pixels))
+    import_file("hf:lab/birds", config, tmp_path / "imported")
+    stored = json.loads((tmp_path / "imported" / "config.json").read_text())
+    assert [category["name"] for category in stored["categories"]] == ["", "tit", "jay"]
+    for change, words in (
+        ({"dilation": True}, r"fits --config\.model\.backbone\.dilation=True"),
+        ({"temperature_height": 10}, r"fits --config\.model\.pe_temperature_h=10"),
+        ({"normalize_before": True}, r"config\.json: normalize_before=True has no counterpart"),
+        ({"id2label": {"0": "tit"}}, r"1 names of classes, but the model has 3"),
+    ):
+        (beside / "config.json").write_text(json.dumps(own | change))
+        with pytest.raises((ConversionError, WeightsError), match=words):
+            import_file("hf:lab/birds", config, tmp_path / "other")
+    (beside / "config.json").write_text(json.dumps(own))
+    (beside / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5, 0.5, 0.5]}))
+    with pytest.raises(WeightsError, match=r"preprocessor_config\.json: image_mean=\[0\.5, "):
+        import_file("hf:lab/birds", config, tmp_path / "other")
 
 
 @pytest.mark.parametrize("name", ["hf:", "hf:model", "hf:lab/model:", "hf:lab/../x", "hf:a/b/c"])

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from data import tiny as tiny_config
 from flax import traverse_util
+from tiny_detector import random_params
 
-from dn_detr_jax.config import validate
+from dn_detr_jax.config import base_config, validate
 from dn_detr_jax.data.coco_classes import COCO_CATEGORIES
 from dn_detr_jax.errors import ConversionError
 from dn_detr_jax.interop.convert import flat, params_to_torch
@@ -243,3 +244,64 @@ def test_a_part_of_a_packed_tensor_is_missing(without_content):
 def test_names_that_a_variant_does_not_have():
     with pytest.raises(ConversionError, match=r"no names of 'mmdet', only of dab-detr, detrex"):
         elsewhere.source_named("mmdet", config_with().model)
+
+
+def plain_config():
+    config = base_config("dn_detr_plain")
+    own, tiny = config.model, tiny_config.weights(num_classes=5).model
+    own.update({k: v for k, v in tiny.items() if k in own and k not in ("name", "backbone")})
+    own.backbone.update(tiny.backbone)
+    config.eval.num_select = 10
+    validate(config)
+    return config
+
+
+def test_detr_has_nothing_for_denoising():
+    """Catches a checkpoint of DETR that is refused, or whose new tensors nobody mentions."""
+    config = plain_config()
+    params = random_params(abstract_params(build_model(config.model)))
+    state = elsewhere.OFFICIAL_DETR.from_official(
+        params_to_torch(params, torch_names(config.model))
+    )
+    layer = params["decoder"]["layer0"]
+    for name, ours in {
+        "query_embed.weight": params["query_position"],
+        "class_embed.bias": params["class_head"]["bias"],
+        "transformer.decoder.layers.0.norm2.weight": layer["cross_norm"]["scale"],
+        "transformer.decoder.layers.0.multihead_attn.in_proj_bias": np.concatenate(
+            [layer[f"cross_{part}"]["bias"] for part in ("query", "key", "value")]
+        ),
+        "transformer.decoder.layers.0.self_attn.out_proj.bias": layer["self_out"]["bias"],
+    }.items():
+        np.testing.assert_array_equal(state[name], ours, err_msg=name)
+    assert not [name for name in state if name.startswith(("label_enc", "box_enc"))]
+    found = convert(state, config)
+    assert found.report.source == "detr" and found.report.unused == ()
+    assert (
+        "5 tensors are not in the source and start new, for training with denoising: label_enc"
+        in (found.report.summary())
+    )
+    again = params_to_torch(found.params, torch_names(config.model))
+    for name, value in state.items():
+        np.testing.assert_array_equal(again[name], value, err_msg=name)
+    with pytest.raises(ConversionError, match="the checkpoint is a dn_detr_plain, the config is"):
+        convert(state, config_with())
+
+
+def test_an_export_has_the_buffers_of_a_swin_transformer():
+    """Catches a strict `load_state_dict` that misses them, and an import that finds them unused.
+
+    The reference is counted: rows of the table are offsets, first vertical ones, from the smallest.
+    """
+    config = config_with(num_classes=5)
+    config.model.backbone.kind = "swin"
+    config.model.backbone.swin.update(channels=8, depths=(1, 1), heads=(2, 2), window=3)
+    params = random_params(abstract_params(build_model(config.model)))
+    state = params_to_torch(params, dn_dab_detr.NAMES)
+    index = state["backbone.0.layers.1.blocks.0.attn.relative_position_index"]
+    assert index.dtype == np.int64 and index.shape == (9, 9)
+    offsets = [(y, x) for y in range(-2, 3) for x in range(-2, 3)]
+    for query, key in np.ndindex(9, 9):
+        offset = query // 3 - key // 3, query % 3 - key % 3
+        assert offsets[index[query, key]] == offset
+    assert convert(state, config).report.unused == ()

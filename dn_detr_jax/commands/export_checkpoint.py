@@ -5,7 +5,7 @@
 `r50.pth` is what `torch.save({"model": state_dict}, ...)` gives and the official code resumes from;
 the suffixes `.safetensors` and `.npz` give the state dict alone. Import followed by export returns
 every tensor bit by bit. `--names` gives the names of detrex, of transformers, or of the official
-DAB-DETR, where these have the model; docs/weights.md tells how they differ.
+DAB-DETR or DETR, where these have the model; docs/weights.md tells how they differ.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,10 @@ def define_flags() -> None:
     define_path_flag("out", "File to write: .pth, .safetensors or .npz.", required=True)
     define_step_flag("latest")
     flags.DEFINE_enum(
-        "names", "official", ["official", "detrex", "transformers", "dab-detr"], "Whose names."
+        "names",
+        "official",
+        ["official", "detrex", "transformers", "dab-detr", "detr"],
+        "Whose names.",
     )
 
 

@@ -14,7 +14,7 @@ from flax import traverse_util
 
 from dn_detr_jax.errors import ConversionError, some_of
 from dn_detr_jax.interop.architecture import as_flags
-from dn_detr_jax.interop.names.backbones import BACKBONES, BackboneNames
+from dn_detr_jax.interop.names.backbones import BACKBONES, BackboneNames, buffers, is_buffer
 from dn_detr_jax.interop.names.backbones import NAMES as BACKBONE_NAMES
 from dn_detr_jax.interop.state_dicts import unwrapped
 from dn_detr_jax.interop.torch_names import TorchNames
@@ -33,6 +33,7 @@ class ConversionReport:
       tied: tensors that repeat another one.
       stripped: names of wrapping modules that were removed from the tensors' names.
       source: the code base that the names are of.
+      fresh: tensors that the source does not have, with the values of a new model.
     """
 
     filled: tuple[str, ...]
@@ -41,6 +42,7 @@ class ConversionReport:
     tied: tuple[str, ...]
     stripped: tuple[str, ...] = ()
     source: str = "official"
+    fresh: tuple[str, ...] = ()
 
     def summary(self) -> str:
         """A line of counts, then what was stripped, unused tensors and unfilled parameters."""
@@ -52,6 +54,11 @@ class ConversionReport:
             lines.append(f"removed from names: {removed}")
         if self.unused:
             lines.append(f"{len(self.unused)} tensors unused: {', '.join(self.unused)}")
+        if self.fresh:
+            lines.append(
+                f"{len(self.fresh)} tensors are not in the source and start new, for training with "
+                f"denoising: {', '.join(self.fresh)}"
+            )
         if self.unfilled:
             lines.append(f"{len(self.unfilled)} parameters kept: {', '.join(self.unfilled)}")
         return "\n".join(lines)
@@ -106,7 +113,9 @@ def params_from_torch(
     report = ConversionReport(
         filled=tuple(path for path in shapes if path in params),
         unfilled=tuple(path for path in shapes if path not in params),
-        unused=tuple(name for name in state if names.first_name(name) not in used),
+        unused=tuple(
+            name for name in state if names.first_name(name) not in used and not is_buffer(name)
+        ),
         tied=tuple(tied),
         stripped=stripped,
     )
@@ -114,7 +123,7 @@ def params_from_torch(
 
 
 def params_to_torch(params: PyTree, names: TorchNames) -> dict[str, np.ndarray]:
-    """The official state dict of parameters, tied tensors under all their names.
+    """The official state dict of parameters: tied tensors under all their names, and buffers.
 
     Args:
       params: nested dictionary of arrays.
@@ -139,7 +148,7 @@ def params_to_torch(params: PyTree, names: TorchNames) -> dict[str, np.ndarray]:
     for tensor in tensors:
         value = tensor.join(params)
         state |= dict.fromkeys((tensor.name, *names.second_names(tensor.name)), value)
-    return state
+    return state | buffers(state)
 
 
 def gradients_to_torch(tree: PyTree, names: TorchNames) -> dict[str, np.ndarray]:

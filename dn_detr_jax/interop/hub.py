@@ -4,6 +4,7 @@ Files are taken from a folder of the user, `$DN_DETR_JAX_HUB/OWNER/NAME/FILE`, i
 Otherwise the optional package huggingface_hub downloads them into its cache, once.
 """
 
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 from dn_detr_jax.config import expand_user
 from dn_detr_jax.errors import WeightsError, short_reason
 from dn_detr_jax.files import checksum
+from dn_detr_jax.interop.transformers_config import FILES
 
 PREFIX = "hf:"
 _FOLDER = "DN_DETR_JAX_HUB"  # environment variable
@@ -91,7 +93,11 @@ def _download(name: str, repository: str, files: list[str], folder: Path) -> Pat
     reasons: list[Exception] = []
     for file in files:
         try:
-            return Path(hf_hub_download(repository, file))
+            path = Path(hf_hub_download(repository, file))
+            for settings in FILES:  # into the same folder, if there are some
+                with contextlib.suppress(EntryNotFoundError):
+                    hf_hub_download(repository, settings)
+            return path
         except EntryNotFoundError as error:  # also without a network, if it is not in the cache
             reasons.append(error)
         except Exception as error:  # of the HTTP client, of permissions, of the file system

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,10 @@ class Imported:
 
 
 def convert(
-    state: Mapping[str, np.ndarray], config: ConfigDict, args: Mapping[str, Any] | None = None
+    state: Mapping[str, np.ndarray],
+    config: ConfigDict,
+    args: Mapping[str, Any] | None = None,
+    classes: Sequence[str] = (),
 ) -> Imported:
     """Parameters of the config's model from a state dict.
 
@@ -65,13 +68,14 @@ def convert(
       config: whole configuration; `model.num_classes` 0 is filled in, keys that follow from the
         source are set. With `init.reset_heads` the heads come from the config's seed.
       args: command line of the PyTorch training, which tells DC5 and the number of heads.
+      classes: names of the source's labels; none if they are not known.
 
     Raises:
       ConversionError: a checkpoint of another model, with the config that would fit.
     """
     state, stripped = unwrapped(state)
     source = source_of(state)
-    official = source.to_official(state)
+    official, fresh = source.convert(state)
     found = official_config(official, args or {}, config.model) | dict(source.decides)
     theirs = found["model.num_classes"]
     followed = {}
@@ -82,12 +86,17 @@ def convert(
     if not config.model.num_classes:
         config.model.num_classes = theirs
     check_config(found, config, reset_heads=config.init.reset_heads)
+    categories = source.categories(config.model.num_classes)
+    if classes and not config.init.reset_heads:
+        if len(classes) != theirs:
+            raise ConversionError(f"{len(classes)} names of classes, but the model has {theirs}")
+        categories = tuple(Category(label, name) for label, name in enumerate(classes))
     params, report = _params(official, config, theirs)
     return Imported(
         params=traverse_util.unflatten_dict(params, sep="/"),
         config=config,
-        categories=source.categories(config.model.num_classes),
-        report=dataclasses.replace(report, stripped=stripped, source=source.name),
+        categories=categories,
+        report=dataclasses.replace(report, stripped=stripped, source=source.name, fresh=fresh),
         followed=followed,
     )
 
@@ -161,7 +170,7 @@ def import_file(
     if (Path(out) / "checkpoints").exists():
         raise ConfigError("--out", str(out), "a directory without checkpoints: none is replaced")
     file = torch_files.read(weights_path(str(source), ""), entry)
-    found = convert(file.state, config, file.args)
+    found = convert(file.state, config, file.args, file.classes)
     validate(found.config)
     report = dataclasses.replace(found.report, stripped=file.stripped)
     with Checkpoints(out, found.config, categories=found.categories) as checkpoints:

@@ -106,7 +106,7 @@ def _from_file(path: Path, config: ConfigDict) -> _Trained:
     own = copy.deepcopy(config)
     own.init.reset_heads, own.model.num_classes = False, 0
     file = torch_files.read(path)
-    found = convert(file.state, own, file.args)
+    found = convert(file.state, own, file.args, file.classes)
     logger.info("parameters from %s: %s", file.description(), found.report.summary())
     return _Trained(found.config.model, flat(found.params), found.categories)
 

@@ -76,9 +76,18 @@ class Source:
         Raises:
           ConversionError: two names of one tensor with different values, or a part of one missing.
         """
+        return self.convert(state)[0]
+
+    def convert(self, state: State) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+        """The state dict of `to_official`, and the names of the tensors that are new in it.
+
+        Raises:
+          ConversionError: see `to_official`.
+        """
         theirs = _merged(_renamed(state, self.older), self.twins)
         result = _renamed(self._joined(theirs), tuple((b, a) for a, b in self.renames))
-        return result | self.complete(result)
+        added = self.complete(result)
+        return result | added, tuple(name for name in added if name not in result)
 
     def from_official(self, state: State) -> dict[str, np.ndarray]:
         """An official state dict under the names of the source, twins under both.

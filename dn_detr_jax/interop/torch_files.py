@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dn_detr_jax.errors import WeightsError, short_reason
-from dn_detr_jax.interop import torch_pickle
+from dn_detr_jax.interop import torch_pickle, transformers_config
 from dn_detr_jax.interop.state_dicts import select
 
 _SAFETENSORS_DTYPES = {
@@ -41,10 +41,12 @@ class TorchFile:
     Attributes:
       path: of the file.
       state: tensors by name, without the names of wrapping modules.
-      args: the command line with which an official checkpoint was trained; empty if not stored.
+      args: the command line with which an official checkpoint was trained, or what transformers
+        stores in its place beside the file; empty if there is neither.
       entry: dotted path in the file whose state dict this is; "" for a bare state dict.
       stripped: names of wrapping modules that were removed from the tensors' names.
       others: dotted paths of the other state dicts in the file.
+      classes: the name of every label, "" for an unused one; empty if they are not known.
     """
 
     path: str
@@ -53,6 +55,7 @@ class TorchFile:
     entry: str = ""
     stripped: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
 
     def description(self) -> str:
         """Returns the path, the entry, and the entries that were not taken."""
@@ -111,7 +114,9 @@ def _torch_file(path: Path, content: Any, entry: str | None) -> TorchFile:
     args = content.get("args") if found.entry else None
     args = vars(args) if isinstance(args, torch_pickle.Attributes) else args
     args = dict(args) if isinstance(args, Mapping) else {}
-    return TorchFile(str(path), state, args, found.entry, found.stripped, found.others)
+    beside, classes = transformers_config.read_beside(path)
+    rest = found.entry, found.stripped, found.others, classes
+    return TorchFile(str(path), state, beside | args, *rest)
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -139,7 +144,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
 
 
 def write(path: str | Path, state: Mapping[str, np.ndarray]) -> None:
-    """Writes a state dict of float32 arrays.
+    """Writes a state dict of float32 arrays, and int64 ones.
 
     Args:
       path: its suffix decides: `.pth` (as `torch.save({"model": state})`), `.safetensors`, `.npz`.
@@ -163,9 +168,10 @@ def _safetensors_bytes(state: Mapping[str, np.ndarray]) -> Iterable[bytes]:
     header, end = {}, 0
     for name, value in state.items():
         start, end = end, end + value.nbytes
-        header[name] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": [start, end]}
+        kind = "I64" if value.dtype == np.int64 else "F32"
+        header[name] = {"dtype": kind, "shape": list(value.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     yield struct.pack("<Q", len(text)) + text
     for value in state.values():
-        yield np.ascontiguousarray(value, "<f4").tobytes()
+        yield np.ascontiguousarray(value, "<i8" if value.dtype == np.int64 else "<f4").tobytes()

@@ -286,7 +286,7 @@ def _read_legacy(path: Path) -> Any:
 
 
 def write(path: Path, state: Mapping[str, np.ndarray]) -> None:
-    """Writes float32 arrays as `torch.save({"model": state}, path)` does."""
+    """Writes float32 and int64 arrays as `torch.save({"model": state}, path)` does."""
     keys = {
         id(value): str(i) for i, value in enumerate({id(v): v for v in state.values()}.values())
     }
@@ -297,7 +297,8 @@ def write(path: Path, state: Mapping[str, np.ndarray]) -> None:
         for value in state.values():
             if keys[id(value)] not in written:
                 written.add(keys[id(value)])
-                data = np.ascontiguousarray(value, "<f4").tobytes()
+                layout = "<i8" if value.dtype == np.int64 else "<f4"
+                data = np.ascontiguousarray(value, layout).tobytes()
                 archive.writestr(f"archive/data/{keys[id(value)]}", data)
         archive.writestr("archive/version", "3\n")
 
@@ -325,7 +326,8 @@ def _pickle_state(state: Mapping[str, np.ndarray], keys: Mapping[int, str]) -> b
     ordered_dict = named("collections", "OrderedDict") + op.EMPTY_TUPLE + op.REDUCE
 
     def tensor(value):
-        storage = op.MARK + text("storage") + named("torch", "FloatStorage")
+        kind = "LongStorage" if value.dtype == np.int64 else "FloatStorage"
+        storage = op.MARK + text("storage") + named("torch", kind)
         storage += text(keys[id(value)]) + text("cpu") + integer(value.size) + op.TUPLE
         strides = [int(np.prod(value.shape[i + 1 :], dtype=int)) for i in range(value.ndim)]
         args = storage + op.BINPERSID + integer(0) + integers(value.shape) + integers(strides)

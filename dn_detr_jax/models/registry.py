@@ -115,7 +115,7 @@ def _own(keys: ModuleType, builder: ModuleType, **more: Any) -> Variant:
 register(_own(dab_keys, dn_dab_detr))
 register(_own(deformable_keys, dn_deformable_detr))
 register(_own(deformable_encoder_keys, dn_deformable_encoder_detr))
-register(_own(plain_keys, dn_detr_plain, class_loss=dn_detr_plain.class_loss, torch_names=""))
+register(_own(plain_keys, dn_detr_plain, class_loss=dn_detr_plain.class_loss))
 register(_own(dino_keys, dn_dino_detr, output_parts=criterion.parts_with_proposals))
 
 

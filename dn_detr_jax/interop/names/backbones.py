@@ -27,6 +27,8 @@ class BackboneNames:
       config: state dict in a detector's names -> the config keys that it decides.
       renamed: other names of the same family, with `prefix`, as those of `rows`.
       fresh: pattern of our paths that a file of a backbone alone need not fill.
+      buffers: state dict in a detector's names -> tensors in it that no parameter is made of.
+      buffer: pattern of their names.
     """
 
     title: str
@@ -36,6 +38,8 @@ class BackboneNames:
     config: Callable[[Mapping[str, np.ndarray]], dict[str, Any]]
     renamed: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]] = dict
     fresh: str = ""
+    buffers: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]] = lambda state: {}
+    buffer: str = ""
 
 
 def _resnet_config(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -89,6 +93,8 @@ SWIN = BackboneNames(
     config=swin.config,
     renamed=swin.renamed,
     fresh=swin.FRESH,
+    buffers=swin.buffers,
+    buffer=swin.BUFFERS,
 )
 MOBILENET_V2 = BackboneNames(
     title="MobileNetV2",
@@ -104,6 +110,16 @@ ROWS: tuple[Row, ...] = tuple(row for backbone in BACKBONES for row in backbone.
 def backbone_config(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Config keys that the backbone in a detector's state dict decides, empty if it is unknown."""
     return {key: value for names in BACKBONES for key, value in names.config(state).items()}
+
+
+def buffers(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors of a detector's state dict that no parameter is made of."""
+    return {key: value for names in BACKBONES for key, value in names.buffers(state).items()}
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a name is one of `buffers`."""
+    return any(re.fullmatch(names.buffer, name) for names in BACKBONES if names.buffer)
 
 
 # For files of a backbone alone, whatever the variant that it is a part of.

@@ -52,18 +52,20 @@ HEAD_ROWS = (
     ),
 )
 
+# The same for DETR.
+ENCODER_ROWS = rows(
+    _ENCODER,
+    ("packed", "self_attn.in_proj", ("query", "key", "value")),
+    ("linear", "self_attn.out_proj", "out"),
+    ("linear", "linear1", "feed_forward/linear1"),
+    ("linear", "linear2", "feed_forward/linear2"),
+    ("norm", "norm1", "attention_norm"),
+    ("norm", "norm2", "feed_forward/norm"),
+    ("slope", "activation", "feed_forward/activation"),
+)
 _ROWS = (
     *backbones.ROWS,
-    *rows(
-        _ENCODER,
-        ("packed", "self_attn.in_proj", ("query", "key", "value")),
-        ("linear", "self_attn.out_proj", "out"),
-        ("linear", "linear1", "feed_forward/linear1"),
-        ("linear", "linear2", "feed_forward/linear2"),
-        ("norm", "norm1", "attention_norm"),
-        ("norm", "norm2", "feed_forward/norm"),
-        ("slope", "activation", "feed_forward/activation"),
-    ),
+    *ENCODER_ROWS,
     *DECODER_ROWS,
     *rows(_DECODER, ("linear", "cross_attn.out_proj", "cross_out")),
     *HEAD_ROWS,

@@ -1,4 +1,4 @@
-"""The sources: detrex's models, transformers' DAB-DETR, and the official DAB-DETR.
+"""The sources: detrex's models, transformers' DAB-DETR, and the official DAB-DETR and DETR.
 
 Names of detrex are those of its release 0.5 and of the files in its model zoo since 0.1.0.
 """
@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from dn_detr_jax.config import flat_values
 from dn_detr_jax.errors import ConversionError
+from dn_detr_jax.interop.names import dn_detr_plain
 from dn_detr_jax.interop.sources import Pairs, Source, State
 
 OFFICIAL = Source("official", "", ())  # of every variant that has official names
@@ -248,6 +249,39 @@ OFFICIAL_DAB_DETR = Source(
     reduce=_without_labels,
 )
 
+# --- DETR: plain DN-DETR without what denoising adds ----------------------------------------------
+
+
+def _denoising(state: State) -> dict[str, np.ndarray]:
+    """The label table and the encoding of boxes of a new model."""
+    if "class_embed.weight" not in state:
+        return {}
+    outputs, hidden_dim = state["class_embed.weight"].shape
+    rng = np.random.default_rng(0)
+    shapes = {name: (hidden_dim,) for name in dn_detr_plain.DENOISING}
+    shapes["label_enc.weight"] = (outputs, hidden_dim - 1)
+    shapes["box_enc.layers.0.weight"] = (hidden_dim, 2 * hidden_dim)
+    shapes["box_enc.layers.1.weight"] = (hidden_dim, hidden_dim)
+    found: dict[str, np.ndarray] = {}
+    for name, shape in shapes.items():
+        values = rng.uniform(-1, 1, shape) / np.sqrt(shapes[name.replace("bias", "weight")][1])
+        if name == "label_enc.weight":
+            values = rng.standard_normal(shape)
+        found[name] = values.astype(np.float32)
+    return found
+
+
+OFFICIAL_DETR = Source(
+    name="detr",
+    variant="dn_detr_plain",
+    marks=("query_embed.weight", "transformer.decoder.layers.0.multihead_attn.in_proj_weight"),
+    absent=("label_enc.weight",),
+    complete=_denoising,
+    reduce=lambda state: {k: v for k, v in state.items() if k not in dn_detr_plain.DENOISING},
+)
+
+# --- transformers ---------------------------------------------------------------------------------
+
 _HF_ENCODER, _HF_DECODER = "model.encoder.layers.{i}.", "model.decoder.layers.{i}."
 TRANSFORMERS_DAB_DETR = Source(
     name="transformers",
@@ -322,6 +356,7 @@ SOURCES = (
     DETREX_DINO_SWIN,
     TRANSFORMERS_DAB_DETR,
     OFFICIAL_DAB_DETR,
+    OFFICIAL_DETR,
 )
 
 

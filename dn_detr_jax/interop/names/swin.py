@@ -7,11 +7,15 @@ from typing import Any
 import numpy as np
 
 from dn_detr_jax.interop.torch_names import Row, rows
+from dn_detr_jax.models.backbones.swin import relative_index
 
 PREFIX = "backbone.0."
 MARK = "layers.0.blocks.0.attn.relative_position_bias_table"
 # Norms of the features; ImageNet weights have one behind the last stage, which fits none of them.
 FRESH = r"backbone/norm\d/(scale|bias)"
+# Computed from the size of the windows; a strict `load_state_dict` asks for it.
+_TABLE, _INDEX = ".attn.relative_position_bias_table", ".attn.relative_position_index"
+BUFFERS = re.escape(PREFIX) + r"layers\.\d\.blocks\.\d+" + re.escape(_INDEX)
 
 ROWS: tuple[Row, ...] = (
     *rows(
@@ -52,17 +56,31 @@ def renamed(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {older(name): value for name, value in state.items()}
 
 
+def buffers(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The rows of the bias tables, int64 [window^2, window^2], which belong to a state dict."""
+    return {
+        name.removesuffix(_TABLE) + _INDEX: relative_index(_window(value)).astype(np.int64)
+        for name, value in state.items()
+        if name.startswith(PREFIX) and name.endswith(_TABLE)
+    }
+
+
+def _window(table: np.ndarray) -> int:
+    """The size of the windows of a bias table [(2 * window - 1)^2, heads]."""
+    return (round(len(table) ** 0.5) + 1) // 2
+
+
 def config(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Config keys that a state dict decides, {} if it has no Swin Transformer."""
     depths: dict[int, int] = {}
     heads: dict[int, int] = {}
-    side = 0
+    window = 0
     pattern = re.escape(PREFIX) + r"layers\.(\d)\.blocks\.\d+\.attn\.relative_position_bias_table"
     for name, value in state.items():
         if match := re.fullmatch(pattern, name):
             stage = int(match[1])
             depths[stage] = depths.get(stage, 0) + 1
-            side, heads[stage] = value.shape
+            window, heads[stage] = _window(value), value.shape[1]
     embedding = state.get(PREFIX + "patch_embed.proj.weight")
     if not depths or embedding is None:
         return {}
@@ -71,5 +89,5 @@ def config(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
         "model.backbone.swin.channels": embedding.shape[0],
         "model.backbone.swin.depths": tuple(depths[stage] for stage in sorted(depths)),
         "model.backbone.swin.heads": tuple(heads[stage] for stage in sorted(heads)),
-        "model.backbone.swin.window": (round(side**0.5) + 1) // 2,
+        "model.backbone.swin.window": window,
     }

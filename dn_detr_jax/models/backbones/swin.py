@@ -58,7 +58,7 @@ def _merge(
     return x.swapaxes(2, 3).reshape(len(x), height, width, -1)
 
 
-def _relative_index(window: int) -> np.ndarray:
+def relative_index(window: int) -> np.ndarray:
     """Numbers the offsets from key to query within a window: int [window^2, window^2]."""
     y, x = np.divmod(np.arange(window * window), window)
     dy, dx = y[:, None] - y[None, :], x[:, None] - x[None, :]
@@ -149,7 +149,7 @@ class Block(nn.Module):
     def _position_bias(self) -> Float[jax.Array, "heads t t"]:
         shape = ((2 * self.window - 1) ** 2, self.heads)
         table = self.param("position_bias", _kernel_init, shape)
-        return jnp.moveaxis(table[_relative_index(self.window)], -1, 0)
+        return jnp.moveaxis(table[relative_index(self.window)], -1, 0)
 
     def _mask(
         self, extent: Int[Array, "B 2"] | None, full: tuple[int, int]
