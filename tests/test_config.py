@@ -178,6 +178,13 @@ def test_the_limits_are_valid(changes):
     validate(_with(changes))
 
 
+def test_early_stopping_needs_evaluations():
+    """Catches a training that would never end early because nothing is measured."""
+    validate(_with({"train.stop_after": 3}))
+    with pytest.raises(ConfigError, match=r"stop_after = 3: .*eval_every"):
+        validate(_with({"train.stop_after": 3, "train.eval_every": ""}))
+
+
 def test_packed_groups_have_no_empty_slots_to_attend_to():
     validate(_with({"dn.layout": "paper", "dn.attend_padding": True}))
     with pytest.raises(ConfigError, match=r"attend_padding = True: .*dn\.layout=paper"):

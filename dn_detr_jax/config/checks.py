@@ -110,6 +110,12 @@ def check_accumulation(values: Values) -> None:
     require(values, "train.accumulate_steps", fits, expected)
 
 
+def check_stop(values: Values) -> None:
+    """`train.stop_after` counts evaluations: `train.eval_every` must not be empty."""
+    fits = not values["train.stop_after"] or bool(values["train.eval_every"])
+    require(values, "train.stop_after", fits, '0 for train.eval_every = "": it counts evaluations')
+
+
 def check_milestones(values: Values) -> None:
     """`optimizer.schedule` "multi_step" needs `optimizer.milestones`."""
     require(
@@ -141,6 +147,7 @@ SHARED_CHECKS: tuple[Check, ...] = (
     check_weights,
     check_batches,
     check_accumulation,
+    check_stop,
     check_milestones,
     check_start,
 )
