@@ -1,5 +1,6 @@
 """Deformable sampling against plain sums over all pixels, in the form of every platform."""
 
+import functools
 import json
 import os
 import subprocess
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 from fast_jit import XLA_FLAGS, fast_jit
 
+from dn_detr_jax.config import base_config
 from dn_detr_jax.models import deformable
+from dn_detr_jax.models.build import layer_config
 from dn_detr_jax.models.deformable import sample_levels
 
 SHAPES = ((3, 5), (2, 2), (1, 4))
@@ -91,6 +94,22 @@ def test_values_and_gradients_in_the_form_of_each_platform(platform, most, monke
         np.testing.assert_allclose(ours, plain, rtol=0, atol=1e-6 * np.abs(plain).max())
 
 
+def test_a_gpu_samples_in_parts_if_the_config_says_so():
+    """Catches a `model.sampling_part` that gets lost between the config and the backward pass."""
+
+    def loops(most):
+        config = base_config("dn_deformable_detr").model
+        config.sampling_part = most
+        part = layer_config(config, "xla", "relu").sampling_part
+        sample = functools.partial(sample_levels, part=part)
+        trace = jax.jit(functools.partial(pass_and_gradients, sample=sample)).trace
+        cotangent = np.ones((BATCH, QUERIES, HEADS * FEATURES), np.float32)
+        lowered = trace(*inputs(), cotangent).lower(lowering_platforms=("cuda",))
+        return lowered.as_text().count("stablehlo.while")
+
+    assert (loops(0), loops(QUERIES), loops(QUERIES - 1)) == (0, 0, 1)
+
+
 @pytest.fixture(scope="module")
 def gradients():
     return fast_jit(pass_and_gradients)
@@ -151,6 +170,7 @@ def test_tokens_that_do_not_fit_the_levels():
 
 # Runs in a separate process: the number of simulated devices is fixed at start-up.
 _SHARDED = """
+import functools
 import json
 import jax, numpy as np
 from jax.sharding import PartitionSpec as P

@@ -33,6 +33,14 @@ LEVEL_KEYS = (
     architecture_key(
         "extra_levels", 1, "further levels, each of half the resolution of the last one", whole(0)
     ),
+    Key(
+        "model.sampling_part",
+        0,
+        "queries that the backward pass of deformable attention samples at once on a GPU; 0: all. "
+        "With deterministic operations all at once take much memory; results stay the same",
+        whole(0),
+        resume="free",
+    ),
 )
 POINT_KEYS = (
     architecture_key(

@@ -34,6 +34,7 @@ def layer_config(config: ConfigDict, attention_kernel: str, activation: str) -> 
         dropout=config.dropout,
         dtype=jnp.dtype(config.dtype),
         attention_fn=fused_attention if attention_kernel == "cudnn" else plain,
+        sampling_part=config.get("sampling_part", 0) or None,
     )
 
 

@@ -11,7 +11,8 @@ are read at once from one table of rows, by gathers that are batched over the im
 batch that is split over devices needs no collective. How the rows are read depends on the platform:
 
 - CPUs: queries in parts that fit into caches; the forward pass adds one row after the other.
-- GPUs: all queries at once; XLA fuses a gather, weights and sum into one kernel.
+- GPUs: all queries at once; XLA fuses a gather, weights and sum into one kernel. The backward pass
+  may have parts, for the memory of deterministic sums.
 - TPUs: queries in parts; a row of the table holds the four pixels around a position, because a row
   of fewer than 128 numbers takes the space and the time of 128.
 """
@@ -34,6 +35,7 @@ def sample_levels(
     shapes: Shapes,
     locations: Float[Array, "B Q heads levels points 2"],
     weights: Float[Array, "B Q heads levels points"],
+    part: int | None = None,
 ) -> Float[jax.Array, "B Q heads*d"]:
     """Computes weighted sums of bilinear samples; values outside of a level are 0.
 
@@ -45,6 +47,7 @@ def sample_levels(
         A sample at a location that is not finite is 0.
       weights: float [B, Q, heads, levels, points]; in an attention their sum over levels and points
         is 1.
+      part: the most queries of an image that a GPU's backward pass samples at once; None: all.
 
     Returns:
       [B, Q, heads * d] in the dtype of `value`, summed in float32.
@@ -55,25 +58,32 @@ def sample_levels(
     tokens = sum(height * width for height, width in shapes)
     if value.shape[1] != tokens:
         raise ValueError(f"{value.shape[1]} tokens, but levels of {shapes} pixels have {tokens}")
-    return _sample(shapes, value, locations, weights)
+    return _sample(shapes, part, value, locations, weights)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sample(shapes: Shapes, value: Any, locations: Any, weights: Any) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _sample(
+    shapes: Shapes, part: int | None, value: Any, locations: Any, weights: Any
+) -> jax.Array:
     """Computes `sample_levels` by the forward pass of the platform."""
-    sums = _on_platform(_forward, shapes, value, locations, weights)
+    sums = _on_platform(_FORMS, _forward, shapes, value, locations, weights)
     return sums.reshape(*sums.shape[:2], -1).astype(value.dtype)
 
 
-def _sample_forward(shapes: Shapes, *arguments: Any) -> tuple[jax.Array, tuple[Any, ...]]:
-    return _sample(shapes, *arguments), arguments
+def _sample_forward(
+    shapes: Shapes, part: int | None, *arguments: Any
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    return _sample(shapes, part, *arguments), arguments
 
 
-def _sample_backward(shapes: Shapes, arguments: tuple[Any, ...], cotangent: Any) -> tuple[Any, ...]:
+def _sample_backward(
+    shapes: Shapes, part: int | None, arguments: tuple[Any, ...], cotangent: Any
+) -> tuple[Any, ...]:
     # Without the barrier XLA would merge both passes' gathers and keep the samples in between.
     value, locations, weights = lax.optimization_barrier(arguments)
     cotangent = cotangent.reshape(*locations.shape[:3], -1).astype(jnp.float32)
-    gradients = _on_platform(_backward, shapes, value, locations, weights, cotangent)
+    forms = _FORMS | {"default": _FORMS["default"]._replace(backward=part)}
+    gradients = _on_platform(forms, _backward, shapes, value, locations, weights, cotangent)
     return tuple(g.astype(x.dtype) for g, x in zip(gradients, arguments, strict=True))
 
 
@@ -108,10 +118,12 @@ _FORMS = {
 }
 
 
-def _on_platform(function: Callable[..., Any], shapes: Shapes, *arguments: Any) -> Any:
+def _on_platform(
+    forms: dict[str, _Form], function: Callable[..., Any], shapes: Shapes, *arguments: Any
+) -> Any:
     """Calls a pass with the form of the platform that the program is compiled for."""
-    forms = {name: functools.partial(function, form, shapes) for name, form in _FORMS.items()}
-    return lax.platform_dependent(*arguments, **forms)
+    passes = {name: functools.partial(function, form, shapes) for name, form in forms.items()}
+    return lax.platform_dependent(*arguments, **passes)
 
 
 def _table(form: _Form, shapes: Shapes, value: Any) -> jax.Array:

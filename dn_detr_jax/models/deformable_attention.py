@@ -85,4 +85,4 @@ def deformable_attention(
         unit = references[..., 2:] * (0.5 / num_points)
     locations = references[..., :2] + offsets * unit
     value = value.reshape(batch, -1, heads, features // heads)
-    return sample_levels(value, memory.shapes, locations, weights)
+    return sample_levels(value, memory.shapes, locations, weights, config.sampling_part)

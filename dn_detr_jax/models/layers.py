@@ -32,6 +32,7 @@ class LayerConfig:
       dropout: rate.
       dtype: of the compute. Layer norms, boxes and the residual stream stay in float32.
       attention_fn: `attention`, or a function with the same arguments and result.
+      sampling_part: see `deformable.sample_levels`.
     """
 
     num_heads: int
@@ -40,6 +41,7 @@ class LayerConfig:
     dropout: float = 0.0
     dtype: DTypeLike = jnp.float32
     attention_fn: Callable[..., jax.Array] = attention
+    sampling_part: int | None = None
 
 
 def call_layer(layer: nn.Module, *inputs: Any, remat: bool, **static: Any) -> jax.Array:
