@@ -1,6 +1,7 @@
 """The real train.py on a tiny detector: interruptions, evaluation, errors, output files."""
 
 import json
+import logging
 import math
 import os
 import re
@@ -15,9 +16,12 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from absl import flags
 from PIL import Image
 
 from dn_detr_jax.checkpoints.lock import WorkdirLock
+from dn_detr_jax.commands import command_line, train
+from dn_detr_jax.training import stop
 
 _ROOT = Path(__file__).parent.parent
 _CONFIG = _ROOT / "tests" / "data" / "tiny.py"
@@ -260,11 +264,26 @@ def test_loss_that_is_not_finite_ends_the_run(tmp_path, digits_dir):
     ],
     ids=lambda value: value[0].split("=")[0].strip("-") if value[0].startswith("--") else "",
 )
-def test_wrong_input_is_one_line_and_an_exit_status(arguments, words, tmp_path, digits_dir):
-    """Catches tracebacks, and errors after minutes of compiling."""
-    done = _run(tmp_path / "run", digits_dir, *arguments)
-    assert done.returncode != 0
-    assert "compiled" not in done.stderr
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: ") and all(word in last for word in words), done.stderr
-    assert "Traceback" not in done.stderr
+def test_wrong_input_is_one_line_and_an_exit_status(
+    arguments, words, tmp_path, digits_dir, monkeypatch, capsys, caplog
+):
+    """Catches tracebacks, and errors after minutes of compiling.
+
+    Runs in this process, which has imported JAX. Handlers of signals and of the log would stay.
+    """
+    monkeypatch.setattr(sys, "argv", _command(tmp_path / "run", digits_dir, *arguments)[1:])
+    monkeypatch.setattr(train, "log_to_terminal", lambda *_: None)
+    monkeypatch.setattr(stop, "end_on_signals", lambda *_: None)
+    before = set(flags.FLAGS)
+    try:
+        with caplog.at_level(logging.INFO, "dn_detr_jax"), pytest.raises(SystemExit) as ended:
+            command_line.run_command(train, "python train.py")
+    finally:
+        for name in set(flags.FLAGS) - before:
+            delattr(flags.FLAGS, name)
+        flags.FLAGS.unparse_flags()
+    message = ended.value.code  # Python prints it on stderr, and the status is 1
+    assert message.startswith("error: ") and "\n" not in message
+    assert all(word in message for word in words), message
+    assert "compiled" not in caplog.text
+    assert "".join(capsys.readouterr()) == ""
