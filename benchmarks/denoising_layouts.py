@@ -105,7 +105,7 @@ def traced(config: ConfigDict) -> dict[str, Any]:
     is_trained = trainable(shapes, config.model)
     optimizer, _ = make_optimizer(config, shapes, 1000, 100_000, is_trained)
     mask = traverse_util.unflatten_dict(is_trained, sep="/")
-    step, _ = jit_train_step(
+    step = jit_train_step(
         model=model, optimizer=optimizer, trainable=mask, config=config, mesh=mesh
     )
     state = abstract_state(model, optimizer, config, mesh)

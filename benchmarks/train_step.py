@@ -78,7 +78,7 @@ class Step:
         self.compile_seconds = common.timed(self._compile)
 
     def _lower(self) -> None:
-        step, self._names = jit_train_step(
+        step = jit_train_step(
             model=self.model,
             optimizer=self.optimizer,
             trainable=self.mask,
@@ -100,7 +100,7 @@ class Step:
         for _ in range(steps):
             self.state, metrics = self.program(self.state, self.batch)
         metrics = jax.block_until_ready((self.state, metrics))[1]
-        loss = float(metrics[self._names.index("loss")])
+        loss = metrics.as_dict()["loss"]
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss}: the times of such steps are not valid")
 
@@ -115,7 +115,7 @@ class Step:
         config = copy.deepcopy(self.config)
         config.model.remat, config.train.accumulate_steps = (), 1  # loops are counted once
         mesh, model = make_mesh(1, jax.devices("cpu")), build_model(config.model)
-        step, _ = jit_train_step(
+        step = jit_train_step(
             model=model, optimizer=self.optimizer, trainable=self.mask, config=config, mesh=mesh
         )
         state = abstract_state(model, self.optimizer, config, mesh)

@@ -275,7 +275,7 @@ def test_flops_are_counted_where_jax_counts_none(monkeypatch):
     )
     monkeypatch.setattr(train_step, "jit_train_step", lambda **_: made)  # traced only once
     state = abstract_state(model, step.optimizer, config, mesh)
-    step.lowered = made[0].lower(state, abstract_batch(config, "train", mesh))
+    step.lowered = made.lower(state, abstract_batch(config, "train", mesh))
     counted = step.flops()
     assert counted == step.lowered.cost_analysis()["flops"] > 1e6
     step.lowered = SimpleNamespace(cost_analysis=lambda: None)

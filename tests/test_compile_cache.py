@@ -62,7 +62,7 @@ shapes = abstract_params(model)
 is_trained = trainable(shapes, config.model)
 optimizer, _ = make_optimizer(config, shapes, 10, 100, is_trained)
 mask = traverse_util.unflatten_dict(is_trained, sep="/")
-step, names = jit_train_step(
+step = jit_train_step(
     model=model, optimizer=optimizer, trainable=mask, config=config, mesh=mesh)
 batch = {
     "image": np.arange(2 * 32 * 32 * 3, dtype=np.uint8).reshape(2, 32, 32, 3),
@@ -82,7 +82,7 @@ for _ in range(2):
     state, metrics = program(state, put_batch(batch, mesh))
     jax.block_until_ready(metrics)
     assert host_timer.take() > 0  # the call came to this process
-    print(dict(zip(names, np.asarray(metrics).tolist())))
+    print(metrics.as_dict())
 leaves = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
 print(hashlib.sha256(b"".join(leaves)).hexdigest())
 """

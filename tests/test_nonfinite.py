@@ -60,27 +60,27 @@ def _rows(*changes):
     return np.float32([[(_FINE | {"skipped": 0} | c)[name] for name in _NAMES] for c in changes])
 
 
-def _guard(limit=10, skipped=0, names=_NAMES, images=4):
+def _guard(limit=10, skipped=0, images=4):
     config = base_config()
     config.max_skipped_steps = limit
-    return NonFiniteGuard(config, names, lambda step: 100 * step + np.arange(images), skipped)
+    return NonFiniteGuard(config, lambda step: 100 * step + np.arange(images), skipped)
 
 
 def test_means_are_those_of_the_steps_that_were_not_skipped():
     told = []
     bad = {"loss": np.nan, "loss_bbox": np.nan, "skipped": 1}
-    means = _guard().means(7, _rows({"loss": 1.0}, bad, {"loss": 4.0}), told.append)
+    means = _guard().means(7, _NAMES, _rows({"loss": 1.0}, bad, {"loss": 4.0}), told.append)
     assert means == {"loss": 2.5, "loss_bbox": 1.0, "grad_norm": 3.0, "nonfinite_costs": 0.0}
     assert told == [
         "step 8: not finite: loss_bbox, loss; batch of images 800, 801, 802, 803; "
         "skipped 1, config.max_skipped_steps = 10"
     ]
-    assert _guard().means(7, _rows(bad), told.append) == {}
+    assert _guard().means(7, _NAMES, _rows(bad), told.append) == {}
 
 
 def test_costs_alone_are_told():
     told = []
-    _guard().means(1, _rows({"nonfinite_costs": 40, "skipped": 1}), told.append)
+    _guard().means(1, _NAMES, _rows({"nonfinite_costs": 40, "skipped": 1}), told.append)
     assert "step 1: not finite: 40 matching costs; batch of images 100," in told[0]
 
 
@@ -89,11 +89,11 @@ def test_the_limit_holds_for_the_whole_run():
     bad = {"grad_norm": np.inf, "skipped": 1}
     watch = _guard(limit=3, skipped=1)
     told = []
-    watch.means(1, _rows(bad, {}), told.append)
-    watch.means(3, _rows({}, bad), told.append)
+    watch.means(1, _NAMES, _rows(bad, {}), told.append)
+    watch.means(3, _NAMES, _rows({}, bad), told.append)
     assert watch.skipped == 3
     with pytest.raises(TrainingError, match=r"^step 6: .*grad_norm; .*skipped 4, .*steps = 3$"):
-        watch.means(5, _rows({}, bad, bad), told.append)
+        watch.means(5, _NAMES, _rows({}, bad, bad), told.append)
     assert len(told) == 2
 
 
@@ -102,7 +102,7 @@ def test_what_was_not_skipped_stops(names):
     """Catches an update that overflows although the gradients are finite, with "skip" too."""
     rows = _rows({}, {"grad_norm": np.inf})[:, : len(names)]
     with pytest.raises(TrainingError, match=r"^step 10: not finite: grad_norm; .* images 1000,"):
-        _guard(names=names).means(9, rows, lambda line: None)
+        _guard().means(9, names, rows, lambda line: None)
 
 
 def test_a_message_stays_short():
@@ -110,7 +110,7 @@ def test_a_message_stays_short():
     names = [f"loss_{i}" for i in range(30)] + ["loss", "nonfinite_costs"]
     rows = np.full((1, len(names)), np.nan, np.float32)
     with pytest.raises(TrainingError) as error:
-        _guard(names=names, images=1000).means(1, rows, lambda line: None)
+        _guard(images=1000).means(1, names, rows, lambda line: None)
     text = str(error.value)
     assert "loss_0, loss_1, loss_2, loss_3, loss_4, loss_5 and 26 more; " in text
     assert text.endswith("161, 162, 163 and 936 more") and "\n" not in text
@@ -149,11 +149,11 @@ def run(tmp_path, digits_dir, monkeypatch):
 
     def compile_once(*arguments):
         if not compiled:
-            compiled.append(compile_programs(*arguments))
+            compiled.append(programs(*arguments))
         return compiled[0]
 
-    compile_programs, put_batch = loop.compile_programs, loop.put_batch
-    monkeypatch.setattr(loop, "compile_programs", compile_once)
+    programs, put_batch = loop.Programs, loop.put_batch
+    monkeypatch.setattr(loop, "Programs", compile_once)
 
     def train(first_step, bad_steps):
         steps = iter(range(first_step, 100))

@@ -251,18 +251,19 @@ def test_batches_of_one_canvas_are_spread_over_the_epoch(sizes):
     assert changes > 0.5 * (1 - (shares**2).sum())
 
 
-def test_the_step_alone_resumes(sizes):
-    def stream():
-        return TrainPlan(
-            seed=3,
-            sizes=sizes,
-            image_ids=np.arange(len(sizes)),
-            augment=augment(),
-            canvases=CANVASES,
-            batch_size=16,
-        )
+def stream(sizes):
+    return TrainPlan(
+        seed=3,
+        sizes=sizes,
+        image_ids=np.arange(len(sizes)),
+        augment=augment(),
+        canvases=CANVASES,
+        batch_size=16,
+    )
 
-    walked, jumped = stream(), stream()
+
+def test_the_step_alone_resumes(sizes):
+    walked, jumped = stream(sizes), stream(sizes)
     assert walked.steps_per_epoch == 62
     batches = [walked.batch(step) for step in range(4 * 62)]
     for step in (200, 61, 62, 0):
@@ -271,6 +272,17 @@ def test_the_step_alone_resumes(sizes):
         np.testing.assert_array_equal(a.indices, b.indices)
         for x, y in zip(a.geometry, b.geometry, strict=True):
             np.testing.assert_array_equal(x, y)
+
+
+def test_next_canvases_are_those_of_the_next_steps(sizes):
+    """Catches a wrong order of compilation, and a canvas of steps before or after the training."""
+    plan = stream(sizes)
+    end = plan.steps_per_epoch
+    for start, stop in ((0, 3 * end), (end - 3, 3 * end), (end + 5, end + 9), (2 * end, 2 * end)):
+        steps = range(start, min(stop, (start // end + 1) * end))
+        expected = dict.fromkeys(plan.batch(step).canvas for step in steps)
+        assert plan.next_canvases(start, stop) == list(expected)
+    assert plan.next_canvases(9, 5) == []
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4, 16])

@@ -64,8 +64,8 @@ def flat(tree):
 
 def train(name, config, mesh):
     optimizer, _ = make_optimizer(config, shapes, 10, 100, is_trained)
-    step, names = jit_train_step(model=model, optimizer=optimizer, trainable=mask, config=config,
-                                 mesh=mesh)
+    step = jit_train_step(model=model, optimizer=optimizer, trainable=mask, config=config,
+                          mesh=mesh)
     state = start_from(init_state(model, optimizer, config, mesh), jax.device_put(start))
     put = put_batch(batch, mesh)
     compiled = step.lower(abstract_state(model, optimizer, config, mesh), put).compile()
@@ -74,16 +74,16 @@ def train(name, config, mesh):
         state, metrics = compiled(state, put)
         arrays = {f"params/{k}": v for k, v in flat(state.params).items()}
         arrays |= {f"ema/{k}": v for k, v in flat(state.ema or {}).items()}
-        arrays |= {f"metric/{k}": v for k, v in zip(names, np.asarray(metrics))}
+        arrays |= {f"metric/{k}": v for k, v in metrics.as_dict().items()}
         np.savez(folder / f"{name}_{number}.npz", **arrays)
-    return state, compiled, names
+    return state, compiled
 
 train("plain", config, make_mesh(1))
 np.savez(folder / "start.npz", **flat(start))
 config.train.update(accumulate_steps=2, ema_decay=0.2)
 config.mesh.shard_optimizer, config.on_nonfinite = True, "skip"
 mesh = make_mesh(4)
-state, compiled, names = train("split", config, mesh)
+state, compiled = train("split", config, mesh)
 
 def bytes_of(tree, per_device):
     size = lambda x: x.addressable_shards[0].data.nbytes if per_device else x.nbytes
@@ -112,7 +112,7 @@ states, flags = [leaves(copied)], []
 for step_batch in (bad, batch):
     copied, metrics = compiled(copied, put_batch(step_batch, mesh))
     states.append(leaves(copied))
-    flags.append(dict(zip(names, np.asarray(metrics).tolist())))
+    flags.append(metrics.as_dict())
 facts["bad_step_changed"] = changed(states[0], states[1])
 facts["next_step_changed"] = len(changed(states[1], states[2]))
 facts["skipped"] = [metrics["skipped"] for metrics in flags]

@@ -55,17 +55,17 @@ def test_a_toy_detector_trains(config):
     flags = traverse_util.unflatten_dict(flags, sep="/")
     state = init_state(model, optimizer, config, mesh)
     before = traverse_util.flatten_dict(jax.device_get(state.params), sep="/")
-    step, names = jit_train_step(
+    step = jit_train_step(
         model=model, optimizer=optimizer, trainable=flags, config=config, mesh=mesh
     )
     batch = image_batch()
     program = step.lower(state, batch).compile(compiler_options(config, "cpu"))
     rows = []
     for _ in range(2):
-        state, row = program(state, batch)
-        rows.append(dict(zip(names, np.asarray(row), strict=True)))
-    assert {"loss_ce", "dn_loss_bbox", "loss_giou_enc", "class_error_enc"} <= set(names)
-    assert not any(name.endswith("_0") for name in names)  # one layer of decoder and encoder
+        state, metrics = program(state, batch)
+        rows.append(metrics.as_dict())
+    assert {"loss_ce", "dn_loss_bbox", "loss_giou_enc", "class_error_enc"} <= set(rows[0])
+    assert not any(name.endswith("_0") for name in rows[0])  # one layer of decoder and encoder
     assert all(np.isfinite(list(row.values())).all() for row in rows)
     weights = {name: config.loss[f"weight_{name}"] for name in ("class", "bbox", "giou")}
     terms = {"class": "loss_ce", "bbox": "loss_bbox", "giou": "loss_giou"}

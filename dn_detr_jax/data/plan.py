@@ -361,6 +361,20 @@ class TrainPlan:
         epoch, position = divmod(step, self.steps_per_epoch)
         return self.epoch(epoch).batch(position)
 
+    def next_canvases(self, start: int, stop: int) -> list[Canvas]:
+        """The canvases of the steps from `start` to the end of their epoch, by their first use.
+
+        Args:
+          start: steps done.
+          stop: steps of the whole training; from there on there are none.
+        """
+        if start >= stop:
+            return []
+        number, position = divmod(start, self.steps_per_epoch)
+        epoch = self.epoch(number)
+        used = dict.fromkeys(epoch.canvas[position : position + stop - start].tolist())
+        return [epoch.canvases[canvas] for canvas in used]
+
     def augment(self, epoch: int) -> ConfigDict:
         """`config.data.augment` of an epoch: `data.augment.stop_at` ends a part of it."""
         return self._augments[epoch >= self._stop_epoch]

@@ -53,7 +53,7 @@ class Evaluator:
         Args:
           dataset: the split.
           config: whole configuration.
-          detect: from `compile_programs`.
+          detect: (params, batch) -> detections, see `training.programs.Programs.detect`.
           mesh: devices.
         """
         self._dataset, self._config, self._detect, self._mesh = dataset, config, detect, mesh

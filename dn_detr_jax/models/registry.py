@@ -11,7 +11,6 @@ from types import ModuleType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import traverse_util
@@ -37,6 +36,7 @@ from dn_detr_jax.models import (
     dn_detr_plain,
     dn_dino_detr,
 )
+from dn_detr_jax.models.initialization import initializer
 
 
 def focal_loss(config: ConfigDict) -> SigmoidFocalLoss:
@@ -178,11 +178,9 @@ def loss_settings(config: ConfigDict) -> criterion.LossSettings:
     )
 
 
-def abstract_params(model: nn.Module, canvas: tuple[int, int] = (64, 64)) -> dict:
+def abstract_params(model: nn.Module) -> dict:
     """Returns the shapes and dtypes of the parameters, without computing anything."""
-    image = jax.ShapeDtypeStruct((1, *canvas, 3), jnp.float32)
-    size = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    return jax.eval_shape(model.init, jax.random.key(0), image, size)["params"]
+    return jax.eval_shape(initializer(model), jax.random.key(0))
 
 
 def trainable(params: dict, config: ConfigDict, freeze: Sequence[str] = ()) -> dict[str, bool]:

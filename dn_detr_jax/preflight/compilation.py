@@ -84,7 +84,7 @@ def abstract_step(config: ConfigDict, mesh: Mesh) -> AbstractStep:
     is_trained = trainable(shapes, config.model, config.train.freeze)
     # Only the schedule's constants depend on the numbers of steps.
     optimizer, _ = make_optimizer(config, shapes, 1_000, 100_000, is_trained)
-    function, _ = jit_train_step(
+    function = jit_train_step(
         model=model,
         optimizer=optimizer,
         trainable=traverse_util.unflatten_dict(is_trained, sep="/"),

@@ -4,6 +4,7 @@ The order of operations is the contract that makes runs resumable: a checkpoint 
 after a number of steps, and everything else (data, noise, schedule) follows from the number.
 """
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -41,10 +42,10 @@ from dn_detr_jax.training.nonfinite import NonFiniteGuard
 from dn_detr_jax.training.optimizer import describe, make_optimizer
 from dn_detr_jax.training.patience import Patience
 from dn_detr_jax.training.profile import Profile
+from dn_detr_jax.training.programs import Programs
 from dn_detr_jax.training.setup import (
     Plan,
     Setup,
-    compile_programs,
     set_up,
     warn_of_leak,
     warn_of_too_many_objects,
@@ -56,7 +57,7 @@ from dn_detr_jax.training.state import (
     init_state,
     start_from,
 )
-from dn_detr_jax.training.step import jit_train_step
+from dn_detr_jax.training.step import StepMetrics, jit_train_step
 from dn_detr_jax.training.stop import StopRequest
 from dn_detr_jax.training.writers import MetricWriter, Progress
 
@@ -134,12 +135,20 @@ def train(config: ConfigDict, workdir: Path) -> Evaluation | None:
         keep_best=setup.config.checkpoint.keep_best,
         categories=setup.categories,
     )
-    with checkpoints:
+    with checkpoints, contextlib.closing(_programs(setup, optimization)) as programs:
         _announce(setup, training, plan, optimization, workdir)
-        run, batches, state = _start(setup, training, plan, optimization, checkpoints)
+        run, batches, state = _start(setup, training, plan, optimization, checkpoints, programs)
         if not run.train(batches, state):
             return None
         return _finish(run, with_sharding(optimization.params, replicated(setup.mesh)))
+
+
+def _programs(setup: Setup, optimization: _Optimization) -> Programs:
+    """The programs of a training; none is compiled yet."""
+    parts: dict[str, Any] = {"model": setup.model, "optimizer": optimization.optimizer}
+    parts |= {"config": setup.config, "mesh": setup.mesh}
+    trained = traverse_util.unflatten_dict(optimization.is_trained, sep="/")
+    return Programs(setup, jit_train_step(**parts, trainable=trained), abstract_state(**parts))
 
 
 def _start(
@@ -148,46 +157,46 @@ def _start(
     plan: Plan,
     optimization: _Optimization,
     checkpoints: Checkpoints,
+    programs: Programs,
 ) -> tuple["_Run", Generator[Batch, None, None], TrainState]:
-    """Restores or initializes the state, and compiles the programs."""
+    """Restores or initializes the state, and compiles the step of the first batch."""
     config = setup.config
-    step_function, metric_names = jit_train_step(
-        model=setup.model,
-        optimizer=optimization.optimizer,
-        trainable=traverse_util.unflatten_dict(optimization.is_trained, sep="/"),
-        config=config,
-        mesh=setup.mesh,
-    )
-    check_agreement({"the latest checkpoint": checkpoints.latest_step()})
-    shapes = abstract_state(setup.model, optimization.optimizer, config, setup.mesh)
+    latest = checkpoints.latest_step()
+    check_agreement({"the latest checkpoint": latest})
+    canvases = train_plan(training, config).next_canvases(latest or 0, plan.total)
     host_state: dict[str, Any] = {}
-    if checkpoints.latest_step() is None:
-        state = init_state(setup.model, optimization.optimizer, config, setup.mesh)
-        if config.init.checkpoint or config.init.backbone:
-            initial = load_initial(state.params, config, setup.categories)
-            state = start_from(state, initial)
-    else:
-        state, host_state = checkpoints.restore(shapes)
+    if latest is not None:
+        state, host_state = checkpoints.restore(programs.state)
         logger.info("continuing from step %d", int(state.step))
+    elif config.init.checkpoint or config.init.backbone:
+        state = init_state(setup.model, optimization.optimizer, config, setup.mesh)
+        initial = load_initial(state.params, config, setup.categories)
+        state = start_from(state, initial)
+    else:  # nothing more can be wrong: the first step is compiled beside the initialization
+        programs.compile_ahead(canvases)
+        state = init_state(setup.model, optimization.optimizer, config, setup.mesh)
     start = int(state.step)
     batches = train_batches(
         training, config, start, plan.total - start, jax.process_index(), jax.process_count()
     )
     patience = Patience(config.train.stop_after, host_state.get("patience"))
-    trains = start < plan.total and not patience.is_over
-    programs, detect = compile_programs(setup, step_function if trains else None, shapes)
+    if canvases and not patience.is_over:
+        programs.compile_ahead(canvases)
+        programs.train_step(canvases[0])  # until then a signal ends the program at once
+        if plan.profile:
+            programs.finish(canvases)
     evaluator = None
     if setup.validation is not None:
-        evaluator = Evaluator(setup.validation, config, detect, setup.mesh)
+        evaluator = Evaluator(setup.validation, config, programs.detect, setup.mesh)
         if host_state.get("instability") and evaluator.instability is not None:
             evaluator.instability.load_state_dict(host_state["instability"])
 
     def image_ids(step: int) -> np.ndarray:
         return training.image_ids[train_plan(training, config).batch(step - 1).indices]
 
-    guard = NonFiniteGuard(config, metric_names, image_ids, host_state.get("skipped_steps", 0))
+    guard = NonFiniteGuard(config, image_ids, host_state.get("skipped_steps", 0))
     schedule = optimization.schedule
-    run = _Run(setup, plan, programs, detect, guard, schedule, patience, evaluator, checkpoints)
+    run = _Run(setup, plan, programs, guard, schedule, patience, evaluator, checkpoints)
     return run, batches, state
 
 
@@ -204,13 +213,13 @@ def _finish(run: "_Run", shapes: PyTree) -> Evaluation | None:
         if best is not None:
             logger.warning("step %d, which has an AP, stays the best: name --step=latest", best)
     elif run.last_evaluation is None or run.last_evaluation[0] != step:
-        evaluator = Evaluator(validation, run.setup.config, run.detect, run.setup.mesh)
+        evaluator = Evaluator(validation, run.setup.config, run.programs.detect, run.setup.mesh)
         evaluation = evaluator(params)
     else:
         evaluation = run.last_evaluation[1]
     average = run.checkpoints.has_average(step)
     report.print_result(evaluation, run.checkpoints.directory / str(step), average)
-    report.save_run_figures(run.setup, run.detect, params, run.checkpoints.workdir)
+    report.save_run_figures(run.setup, run.programs.detect, params, run.checkpoints.workdir)
     return evaluation
 
 
@@ -270,7 +279,7 @@ class _Run:
 
     Attributes:
       setup: config, devices, model and validation data.
-      detect: the compiled detection of the evaluation.
+      programs: the compiled steps and the detection of the evaluation.
       checkpoints: of the work directory.
       last_evaluation: step and result of the last evaluation of this process.
     """
@@ -279,19 +288,17 @@ class _Run:
         self,
         setup: Setup,
         plan: Plan,
-        programs: dict[tuple[int, int], Callable],
-        detect: Callable,
+        programs: Programs,
         guard: NonFiniteGuard,
         schedule: optax.Schedule,
         patience: Patience,
         evaluator: Evaluator | None,
         checkpoints: Checkpoints,
     ):
-        self.setup, self.detect, self.checkpoints = setup, detect, checkpoints
+        self.setup, self.programs, self.checkpoints = setup, programs, checkpoints
         self.last_evaluation: tuple[int, Evaluation] | None = None
-        self._plan, self._programs = plan, programs
-        self._guard, self._schedule, self._patience = guard, schedule, patience
-        self._evaluator = evaluator
+        self._plan, self._guard, self._schedule = plan, guard, schedule
+        self._patience, self._evaluator = patience, evaluator
         self._window = _Window()
 
     def train(self, batches: Generator[Batch, None, None], state: TrainState) -> bool:
@@ -332,13 +339,13 @@ class _Run:
             window.waiting += time.monotonic() - waited
             window.dropped += batch.pop("dropped_objects")
             window.bad_images += batch.pop("bad_images")
-            program = self._programs[batch["image"].shape[1:3]]
+            program = self._train_step(batch["image"].shape[1:3], state)
             with profile.step(step):
                 rows = put_batch(batch, self.setup.mesh)
                 # The batch is the only transfer: another one would be made in every step.
                 with jax.transfer_guard("disallow"):
                     state, metrics = program(state, rows)
-            profile.end_of_step(step, metrics)
+            profile.end_of_step(step, metrics.values)
             window.add(metrics)
             self._progress.update(step)
 
@@ -357,6 +364,17 @@ class _Run:
                 )
                 return False
         return True
+
+    def _train_step(self, canvas: tuple[int, int], state: TrainState) -> Callable:
+        """Returns the compiled step of a canvas; the time to wait for it is not the training's."""
+        if not self.programs.is_ready(canvas):
+            jax.block_until_ready(state)  # an accelerator's compiler times kernels
+            start = time.monotonic()
+            self.programs.train_step(canvas)
+            seconds = time.monotonic() - start
+            self._window.leave_out(seconds)
+            self._progress.pause(seconds)
+        return self.programs.train_step(canvas)
 
     def _stops(self, received: bool, step: int) -> bool:
         """Whether to stop after this step, the same on all processes."""
@@ -404,10 +422,11 @@ class _Run:
         """Returns the means of the metrics since the last call; raises if one is not finite."""
         if not self._window.metrics:
             return None
-        rows = np.stack(jax.device_get(self._window.metrics))  # [steps, K]
+        metrics = jax.device_get(self._window.metrics)
         self._window.metrics.clear()
+        names, rows = metrics[0].names, np.stack([of_step.values for of_step in metrics])
         try:
-            return self._guard.means(step - len(rows) + 1, rows, self._progress.message)
+            return self._guard.means(step - len(rows) + 1, names, rows, self._progress.message)
         except TrainingError as error:
             saved = self.checkpoints.latest_step()
             raise TrainingError(
@@ -457,7 +476,7 @@ class _Window:
     """Counts and metrics since the last log."""
 
     def __init__(self) -> None:
-        self.metrics: list[jax.Array] = []
+        self.metrics: list[StepMetrics] = []
         self.restart()
 
     def restart(self) -> None:
@@ -465,9 +484,13 @@ class _Window:
         self.count, self.waiting, self.dropped, self.bad_images = 0, 0.0, 0, 0
         self._start = time.monotonic()
 
-    def add(self, metrics: jax.Array) -> None:
+    def add(self, metrics: StepMetrics) -> None:
         self.metrics.append(metrics)
         self.count += 1
+
+    def leave_out(self, seconds: float) -> None:
+        """Makes the window shorter by seconds that were spent on something else."""
+        self._start += seconds
 
     def seconds(self) -> float:
         return max(time.monotonic() - self._start, 1e-9)

@@ -5,6 +5,7 @@ matching cost had to be replaced. With `config.on_nonfinite` of "skip" the compi
 update out. The host reads the metrics of every step before anything is logged, evaluated or saved.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -53,7 +54,6 @@ class NonFiniteGuard:
     def __init__(
         self,
         config: ConfigDict,
-        names: Sequence[str],
         image_ids: Callable[[int], np.ndarray],
         skipped: int = 0,
     ):
@@ -61,21 +61,24 @@ class NonFiniteGuard:
 
         Args:
           config: whole configuration; `max_skipped_steps` is used.
-          names: of the metrics, in their order.
           image_ids: gives the image ids of the whole batch of a step, counted from 1.
           skipped: updates that the run skipped before it was resumed.
         """
         self.skipped = skipped
-        self._limit, self._names, self._image_ids = config.max_skipped_steps, names, image_ids
-        self._column = {name: i for i, name in enumerate(names)}
+        self._limit, self._image_ids = config.max_skipped_steps, image_ids
 
     def means(
-        self, first_step: int, rows: np.ndarray, show: Callable[[str], None]
+        self,
+        first_step: int,
+        names: Sequence[str],
+        rows: np.ndarray,
+        show: Callable[[str], None],
     ) -> dict[str, float]:
         """Returns the means of the metrics over the steps that were not skipped.
 
         Args:
           first_step: step of the first row, counted from 1.
+          names: of the K metrics.
           rows: float32 [steps, K].
           show: is called with a line for each update that was skipped.
 
@@ -85,10 +88,12 @@ class NonFiniteGuard:
         Raises:
           TrainingError: a step was not finite and not skipped, or it was one skipped too many.
         """
-        bad = ~np.isfinite(rows).all(axis=1) | (rows[:, self._column[COSTS]] > 0)
+        costs = rows[:, list(names).index(COSTS)]
+        bad = ~np.isfinite(rows).all(axis=1) | (costs > 0)
         for i in np.flatnonzero(bad).tolist():
-            text = self._describe(first_step + i, rows[i])
-            if "skipped" not in self._column or not rows[i, self._column["skipped"]]:
+            values = dict(zip(names, rows[i].tolist(), strict=True))
+            text = self._describe(first_step + i, values)
+            if not values.get("skipped"):
                 raise TrainingError(text)
             self.skipped += 1
             text += f"; skipped {self.skipped}, config.max_skipped_steps = {self._limit}"
@@ -97,19 +102,18 @@ class NonFiniteGuard:
             show(text)
         if bad.all():
             return {}
-        means = dict(zip(self._names, map(float, rows[~bad].mean(axis=0)), strict=True))
+        means = dict(zip(names, map(float, rows[~bad].mean(axis=0)), strict=True))
         means.pop("skipped", None)
         return means
 
-    def _describe(self, step: int, row: np.ndarray) -> str:
+    def _describe(self, step: int, values: dict[str, float]) -> str:
         """Returns one line: the step, the terms that are not finite, the images of its batch."""
-        terms = [self._names[i] for i in np.flatnonzero(~np.isfinite(row)).tolist()]
+        terms = [name for name, value in values.items() if not math.isfinite(value)]
         # The total and the norms follow from the others.
         terms.sort(key=lambda name: name == "loss" or name.endswith("_norm"))
-        costs = row[self._column[COSTS]]
         found = [_first(terms, _MOST_TERMS)] if terms else []
-        if np.isfinite(costs) and costs > 0:
-            found.append(f"{int(costs)} matching costs")
+        if math.isfinite(values[COSTS]) and values[COSTS] > 0:
+            found.append(f"{int(values[COSTS])} matching costs")
         images = _first(self._image_ids(step).tolist(), _MOST_IMAGES)
         return f"step {step}: not finite: {'; '.join(found)}; batch of images {images}"
 

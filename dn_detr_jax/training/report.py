@@ -29,7 +29,8 @@ from dn_detr_jax.evaluation.evaluator import Evaluation, Evaluator
 from dn_detr_jax.files import write_json_atomically
 from dn_detr_jax.models.registry import abstract_params
 from dn_detr_jax.sharding import replicated, with_sharding
-from dn_detr_jax.training.setup import Setup, compile_programs, resolve, set_up
+from dn_detr_jax.training.programs import Programs
+from dn_detr_jax.training.setup import Setup, resolve, set_up
 from dn_detr_jax.training.step import denoising_queries
 from dn_detr_jax.training.writers import MetricWriter, read_metrics
 from dn_detr_jax.visualize.boxes import render_detections
@@ -60,7 +61,7 @@ def evaluate(config: ConfigDict, workdir: Path, step: str | int = "best") -> Eva
     shapes = with_sharding(abstract_params(setup.model), replicated(setup.mesh))
     found = read_params(workdir, shapes, step, setup.config)
     check_agreement({"the checkpoint to evaluate": found.step})
-    _, detect = compile_programs(setup)
+    detect = Programs(setup).detect
     assert setup.validation is not None  # of an evaluation
     evaluation = Evaluator(setup.validation, setup.config, detect, setup.mesh)(found.params)
     print_result(evaluation, workdir / "checkpoints" / str(found.step), found.is_average)
@@ -94,7 +95,7 @@ def save_run_figures(setup: Setup, detect: Callable, params: PyTree, workdir: Pa
 
     Args:
       setup: of the training.
-      detect: from `compile_programs`.
+      detect: `Programs.detect`.
       params: to detect with.
       workdir: of the training.
     """

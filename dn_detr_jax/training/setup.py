@@ -1,17 +1,13 @@
-"""The common part of training and evaluation: checked config, devices, data, compiled programs."""
+"""The common part of training and evaluation: checked config, devices, data, model."""
 
 import copy
 import dataclasses
 import hashlib
 import itertools
 import logging
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import jax
-import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -19,27 +15,24 @@ from ml_collections import ConfigDict
 from dn_detr_jax.config import check_attention, validate
 from dn_detr_jax.data.coco_classes import Category
 from dn_detr_jax.data.datasets import Dataset, open_dataset
-from dn_detr_jax.data.loader import eval_batches, eval_plan
+from dn_detr_jax.data.loader import eval_batches
 from dn_detr_jax.data.plan import steps_per_epoch
-from dn_detr_jax.distributed.consistency import barrier, check_agreement
+from dn_detr_jax.distributed.consistency import check_agreement
 from dn_detr_jax.errors import ConfigError, DataError
-from dn_detr_jax.evaluation.detect import jit_eval_step, jit_match
+from dn_detr_jax.evaluation.detect import jit_eval_step
 from dn_detr_jax.evaluation.labels import relabeled, with_labels_of_run
-from dn_detr_jax.models.registry import abstract_params, build_model, num_matching_queries
-from dn_detr_jax.sharding import make_mesh, replicated, with_sharding
+from dn_detr_jax.models.registry import build_model, num_matching_queries
+from dn_detr_jax.sharding import make_mesh
 from dn_detr_jax.training import schedules
-from dn_detr_jax.training.compile_cache import compile_and_log, use_compile_cache
+from dn_detr_jax.training.compile_cache import use_compile_cache
 from dn_detr_jax.training.compile_options import accepted_options
-from dn_detr_jax.training.state import TrainState
-from dn_detr_jax.training.step import abstract_batch
 
-PyTree = Any
 logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """Everything up to the compiled programs.
+    """Everything before the compiled programs.
 
     Attributes:
       config: whole configuration, checked.
@@ -265,52 +258,3 @@ class Plan:
             checkpoint_every=steps("checkpoint_every", total),
             profile=steps("profile", total),
         )
-
-
-def compile_programs(
-    setup: Setup, step_function: Callable | None = None, state: TrainState | None = None
-) -> tuple[dict[tuple[int, int], Callable], Callable]:
-    """Compiles every program of the run ahead, one per canvas.
-
-    Returns:
-      Train steps by canvas (none without `step_function`); and for the canvases of the validation
-      images a function (params, batch) -> detections as `eval_step`, with
-      `assignment` int32 [B, M], the query matched to each object, -1 for padding, in place of the
-      costs.
-    """
-    config, mesh = setup.config, setup.mesh
-    params = with_sharding(abstract_params(setup.model), replicated(mesh))
-    canvases = {
-        "train": [] if step_function is None else [tuple(c) for c in config.data.canvases],
-        "eval": [],
-    }
-    if setup.validation is not None:
-        evaluated = eval_plan(setup.validation, config)
-        canvases["eval"] = [evaluated.canvases[c] for c in np.unique(evaluated.canvas)]
-
-    def compile_one(task):
-        purpose, canvas = task
-        batch = abstract_batch(config, purpose, mesh, canvas)
-        if purpose == "train":
-            lowered = step_function.lower(state, batch)
-        else:
-            lowered = setup.detect.lower(params, batch)
-        name = "{} for {} x {}".format(purpose, *canvas)
-        return task, compile_and_log(lowered, name, options)
-
-    tasks = [(purpose, canvas) for purpose in canvases for canvas in canvases[purpose]]
-    platform = mesh.devices.flat[0].platform
-    options = accepted_options(config, mesh.local_devices[0])
-    # Accelerators time candidate kernels while compiling, which must not overlap.
-    workers = os.cpu_count() or 1 if platform == "cpu" else 1
-    with ThreadPoolExecutor(workers) as pool:
-        programs = dict(pool.map(compile_one, tasks))
-    # At their first collective, devices wait for each other for at most 30 seconds (Gloo).
-    barrier("compiled")
-    match = jit_match(mesh)
-
-    def detect(params, batch):
-        found = programs["eval", batch["image"].shape[1:3]](params, batch)
-        return found | {"assignment": match(found.pop("cost"), batch["valid"])}
-
-    return {canvas: programs["train", canvas] for canvas in canvases["train"]}, detect

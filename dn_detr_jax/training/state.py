@@ -17,6 +17,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from dn_detr_jax.models.initialization import initializer
 from dn_detr_jax.sharding import largest_axis_over_data, replicated, with_sharding
 from dn_detr_jax.training.compile_options import known_options
 
@@ -81,10 +82,10 @@ def init_state(
 def _init_function(
     model: nn.Module, optimizer: optax.GradientTransformation, config: ConfigDict
 ) -> Callable[[jax.Array], TrainState]:
+    initial_params = initializer(model)
+
     def init(key):
-        # Parameters do not depend on the size of the image.
-        variables = model.init(key, jnp.zeros((1, 64, 64, 3)), jnp.full((1, 2), 64))
-        params = variables["params"]
+        params = initial_params(key)
         ema = params if config.train.ema_decay else None
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
 

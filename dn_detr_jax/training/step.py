@@ -16,6 +16,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, cast
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
@@ -40,6 +41,28 @@ from dn_detr_jax.training.state import TrainState, abstract_state, moving_averag
 
 PyTree = Any
 Batch = dict[str, jax.Array]
+
+
+class StepMetrics(flax.struct.PyTreeNode):
+    """The metrics of a step in one vector, so that logging is one transfer.
+
+    Attributes:
+      values: float32 [K].
+      names: of the K metrics, sorted. They are a constant of the compiled step.
+    """
+
+    values: jax.Array
+    names: tuple[str, ...] = flax.struct.field(pytree_node=False)
+
+    @classmethod
+    def of(cls, metrics: dict[str, jax.Array]) -> "StepMetrics":
+        """Packs scalars."""
+        names = tuple(sorted(metrics))
+        return cls(jnp.stack([metrics[name].astype(jnp.float32) for name in names]), names)
+
+    def as_dict(self) -> dict[str, float]:
+        """Returns the values by name; waits for the device."""
+        return dict(zip(self.names, jax.device_get(self.values).tolist(), strict=True))
 
 
 def denoising_queries(
@@ -304,8 +327,8 @@ def jit_train_step(
     trainable: PyTree,
     config: ConfigDict,
     mesh: Mesh,
-) -> tuple[Callable[[TrainState, Batch], tuple[TrainState, jax.Array]], list[str]]:
-    """Jits the train step, with its metrics in one vector so that logging is one transfer.
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+    """Jits the train step.
 
     Args:
       model: detector.
@@ -315,12 +338,12 @@ def jit_train_step(
       mesh: devices.
 
     Returns:
-      A function (state, batch) -> (state, float32 [K]) to which the state is donated, and the names
-      of the K metrics. It compiles once for each canvas.
+      A function (state, batch) -> (state, metrics) to which the state is donated. It is traced and
+      compiled once for each canvas.
     """
 
-    def step(state, batch):
-        return train_step(
+    def packed(state, batch):
+        state, metrics = train_step(
             state,
             batch,
             model=model,
@@ -329,22 +352,15 @@ def jit_train_step(
             config=config,
             mesh=mesh,
         )
+        return state, StepMetrics.of(metrics)
 
-    state_shapes = abstract_state(model, optimizer, config, mesh)
-    names = sorted(jax.eval_shape(step, state_shapes, abstract_batch(config, "train", mesh))[1])
-
-    def packed(state, batch):
-        state, metrics = step(state, batch)
-        return state, jnp.stack([metrics[name].astype(jnp.float32) for name in names])
-
-    state_shardings = shardings(state_shapes)
-    jitted = jax.jit(
+    state_shardings = shardings(abstract_state(model, optimizer, config, mesh))
+    return jax.jit(
         packed,
         in_shardings=(state_shardings, over_data(mesh)),
         out_shardings=(state_shardings, replicated(mesh)),
         donate_argnums=0,
     )
-    return jitted, names
 
 
 def abstract_batch(

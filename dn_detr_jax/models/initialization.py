@@ -1,0 +1,23 @@
+"""The initial parameters of a detector."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+
+@functools.lru_cache(maxsize=8)
+def initializer(model: nn.Module) -> Callable[[jax.Array], dict]:
+    """Jits the initialization: a function key -> parameters.
+
+    Every call for an equal model gives the same function, so that one process traces the model
+    once, for shapes and values alike.
+    """
+
+    def initial_params(key: jax.Array) -> dict:
+        # Parameters do not depend on the size of the image.
+        return model.init(key, jnp.zeros((1, 64, 64, 3)), jnp.full((1, 2), 64))["params"]
+
+    return jax.jit(initial_params)

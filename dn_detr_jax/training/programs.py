@@ -1,0 +1,145 @@
+"""The compiled programs of a run: the training step and the detection, one for each canvas.
+
+A program is compiled when it is first needed, so that a training starts with the first canvas. On
+CPUs threads compile ahead while the training steps. Accelerators time candidate kernels while
+compiling, and nothing else may run on them then: there the run waits for each new canvas.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+
+from dn_detr_jax.data.loader import eval_plan
+from dn_detr_jax.distributed.consistency import barrier
+from dn_detr_jax.evaluation.detect import jit_match
+from dn_detr_jax.models.registry import abstract_params
+from dn_detr_jax.sharding import replicated, with_sharding
+from dn_detr_jax.training.compile_cache import compile_and_log
+from dn_detr_jax.training.compile_options import accepted_options
+from dn_detr_jax.training.setup import Setup
+from dn_detr_jax.training.state import TrainState
+from dn_detr_jax.training.step import abstract_batch
+
+PyTree = Any
+Canvas = tuple[int, int]
+_Task = tuple[str, Canvas]  # "train" or "eval"
+
+
+class Programs:
+    """Compiles each program of a run once, and hands it out.
+
+    All processes ask for the same programs in the same order: after each they wait for each other,
+    because devices wait for at most 30 seconds at a collective (Gloo).
+
+    Attributes:
+      state: shapes and shardings of the train state; None: there is only an evaluation.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        step_function: Callable | None = None,
+        state: TrainState | None = None,
+    ):
+        """Compiles nothing yet.
+
+        Args:
+          setup: of the run.
+          step_function: from `jit_train_step`, for a training.
+          state: shapes and shardings of the train state, for a training.
+        """
+        self._setup, self.state = setup, state
+        params = with_sharding(abstract_params(setup.model), replicated(setup.mesh))
+        # By purpose: a jitted function, and its first argument.
+        self._functions: dict[str, Any] = {"train": step_function, "eval": setup.detect}
+        self._arguments = {"train": state, "eval": params}
+        self._options = accepted_options(setup.config, setup.mesh.local_devices[0])
+        self._eval_tasks: list[_Task] = []
+        if setup.validation is not None:
+            plan = eval_plan(setup.validation, setup.config)
+            self._eval_tasks = [("eval", plan.canvases[c]) for c in np.unique(plan.canvas)]
+        self._match = jit_match(setup.mesh)
+        self._on_cpu = setup.mesh.devices.flat[0].platform == "cpu"
+        self._pool = ThreadPoolExecutor(os.cpu_count() or 1 if self._on_cpu else 1, "compile")
+        self._lock = threading.Lock()
+        self._compiling: dict[_Task, Future] = {}
+        self._agreed: set[_Task] = set()  # all processes have them
+        self._ahead: list[_Task] = []
+
+    def compile_ahead(self, canvases: Sequence[Canvas]) -> None:
+        """Starts to compile for a training on CPUs, and returns at once; else does nothing.
+
+        Args:
+          canvases: of the training, in the order of their first use. The first one is compiled
+            alone, as fast as possible; the others follow together with the evaluation's.
+        """
+        if self._on_cpu:
+            first, *others = [("train", canvas) for canvas in canvases]
+            self._ahead = [*others, *self._eval_tasks]
+            self._started(first).add_done_callback(self._start_ahead)
+
+    def is_ready(self, canvas: Canvas) -> bool:
+        """Whether `train_step` of a canvas returns at once."""
+        return ("train", canvas) in self._agreed
+
+    def train_step(self, canvas: Canvas) -> Callable:
+        """Returns the compiled training step of a canvas; waits for it the first time."""
+        return self._ready([("train", canvas)])[0]
+
+    def detect(self, params: PyTree, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Detects objects in a batch of the validation split, or of its canvases.
+
+        The first call waits for the programs of all canvases of the validation images.
+
+        Returns:
+          The detections of `eval_step`, with `assignment` int32 [B, M], the query matched to each
+          object, -1 for padding, in place of the costs.
+        """
+        programs = dict(zip(self._eval_tasks, self._ready(self._eval_tasks), strict=True))
+        height, width = batch["image"].shape[1:3]
+        found = programs["eval", (height, width)](params, batch)
+        return found | {"assignment": self._match(found.pop("cost"), batch["valid"])}
+
+    def finish(self, canvases: Sequence[Canvas]) -> None:
+        """Waits until the training steps of some canvases and the detection are compiled."""
+        self._ready([("train", canvas) for canvas in canvases])
+        self._ready(self._eval_tasks)
+
+    def close(self) -> None:
+        """Starts no further program; those that are being compiled end in the background."""
+        self._ahead = []
+        with self._lock:
+            cancelled = [task for task, future in self._compiling.items() if future.cancel()]
+            for task in cancelled:
+                del self._compiling[task]
+
+    def _start_ahead(self, first: Future) -> None:
+        if not first.exception():
+            for task in self._ahead:
+                self._started(task)
+
+    def _started(self, task: _Task) -> Future:
+        with self._lock:
+            if task not in self._compiling:
+                self._compiling[task] = self._pool.submit(self._compile, task)
+            return self._compiling[task]
+
+    def _ready(self, tasks: Sequence[_Task]) -> list[Callable]:
+        """Returns programs once all processes have them."""
+        futures = [self._started(task) for task in tasks]
+        programs = [future.result() for future in futures]
+        if not self._agreed.issuperset(tasks):
+            self._agreed.update(tasks)
+            barrier(f"compiled {tasks}")
+        return programs
+
+    def _compile(self, task: _Task) -> Callable:
+        purpose, canvas = task
+        batch = abstract_batch(self._setup.config, purpose, self._setup.mesh, canvas)
+        lowered = self._functions[purpose].lower(self._arguments[purpose], batch)
+        return compile_and_log(lowered, "{} for {} x {}".format(purpose, *canvas), self._options)
