@@ -24,7 +24,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from scipy.optimize import linear_sum_assignment
 
 from dn_detr_jax import boxes as box_ops
 from dn_detr_jax.arrays import Array, Bool, Float, Int
@@ -132,6 +131,9 @@ def solve_on_host(
       int32 [B, L, M], the query matched to each object; -1 for padding, and for the objects left
       over if an image has more objects than queries.
     """
+    # Half a second, which a detection without matching does not need.
+    from scipy.optimize import linear_sum_assignment
+
     start = time.perf_counter()
     costs, is_real = np.asarray(cost), np.asarray(valid)
     result = np.full((*costs.shape[:2], costs.shape[3]), -1, np.int32)

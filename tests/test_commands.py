@@ -45,6 +45,30 @@ heavy = {"jax", "flax", "orbax", "matplotlib", "cv2", "pycocotools"} & set(sys.m
 assert not heavy, heavy
 """
 
+# Likewise: each command that has --config, with a key that there is not.
+_ALL_WRONG_KEYS = """
+import sys
+from absl import flags
+from dn_detr_jax.commands import command_line, dispatch
+for name in dispatch.COMMANDS:
+    before, module = set(flags.FLAGS), dispatch.load(name)
+    module.define_flags()
+    own = set(flags.FLAGS) - before
+    for flag in own:
+        delattr(flags.FLAGS, flag)
+    if "config" not in own:
+        continue
+    sys.argv = [name, "--config=digits", "--config.dn.gruops=3"]
+    try:
+        command_line.run_command(module, name)
+    except SystemExit as end:
+        print(name, end)
+    for flag in own:
+        delattr(flags.FLAGS, flag)
+heavy = {"jax", "flax", "orbax", "matplotlib", "cv2", "pycocotools"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
 # A process that a shell has started in the background ignores SIGINT, and hands that on.
 _SLEEPS = """
 import signal, time
@@ -76,6 +100,25 @@ def test_every_command_has_help_without_jax():
     for name in dispatch.COMMANDS:
         (shown,) = (line for line in lines if line.startswith(f"  {name} "))
         assert 20 < len(shown) < 90 and shown.endswith(".")
+
+
+def test_every_command_names_a_wrong_key_without_jax():
+    """Catches seconds of imports before the answer to a slip of the pen."""
+    done = subprocess.run(
+        [sys.executable, "-c", _ALL_WRONG_KEYS],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(_ROOT)},
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert {"train", "eval", "check", "canvases", "preview", "preflight"} <= {
+        line.split()[0] for line in lines
+    }
+    for line in lines:
+        assert "--config.dn.gruops: there is no such key; did you mean dn.groups?" in line
 
 
 def test_a_closed_pipe_is_not_an_error():

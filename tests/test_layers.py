@@ -147,6 +147,17 @@ def test_what_answers_at_once_needs_no_jax(name):
         waiting += [imported for n, imported, inside in EDGES if n == module and not inside]
 
 
+def test_what_a_start_does_not_need_is_imported_later():
+    """Catches a second of start-up for figures and a matching that no detection needs."""
+    found = []
+    for name, path in MODULES.items():
+        for node in ast.parse(path.read_text()).body:
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            found += [name for n in names if n.split(".")[0] in ("matplotlib", "scipy")]
+    assert not found
+
+
 def test_no_file_is_long():
     """Catches long files and outdated exemptions."""
     lengths = {

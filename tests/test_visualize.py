@@ -5,6 +5,7 @@ import json
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib import font_manager
 from matplotlib.colors import to_rgb
 from PIL import Image
 
@@ -314,8 +315,8 @@ def test_an_installed_font_with_the_characters_is_used(monkeypatch):
     fonts._drawable.cache_clear()
     fonts._installed_font.cache_clear()
     found = {"/other.ttf": frozenset(map(ord, "\u732b 0"))}
-    own = fonts._OWN_FONT
-    monkeypatch.setattr(fonts.font_manager, "findSystemFonts", lambda: [*found, own])
+    own = fonts._own_font()
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [*found, own])
     monkeypatch.setattr(
         fonts, "_characters", lambda path: found.get(path, frozenset(map(ord, "ab")))
     )

@@ -1,19 +1,16 @@
-"""Text that can be drawn: a font that has its characters, or escapes in their place."""
+"""Text that can be drawn: a font that has its characters, or escapes in their place.
+
+matplotlib is imported when the first text is drawn: a training starts without it.
+"""
 
 import functools
 import logging
 import os
 import unicodedata
 
-import matplotlib
-from matplotlib import font_manager
 from PIL import ImageFont
 
 logger = logging.getLogger(__name__)
-
-# matplotlib's own font is installed wherever this module can be imported. It has Latin, Greek,
-# Cyrillic, Arabic and more, but not Chinese, Japanese, Korean, Thai or the scripts of India.
-_OWN_FONT = os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
 
 
 def drawable(text: str, size: int) -> tuple[str, ImageFont.FreeTypeFont]:
@@ -36,23 +33,35 @@ def drawable(text: str, size: int) -> tuple[str, ImageFont.FreeTypeFont]:
 
 
 @functools.cache
-def font(size: int, path: str = _OWN_FONT) -> ImageFont.FreeTypeFont:
+def font(size: int, path: str | None = None) -> ImageFont.FreeTypeFont:
     """Opens a font, by default matplotlib's, in a size in pixels."""
-    return ImageFont.truetype(path, size)
+    return ImageFont.truetype(path or _own_font(), size)
+
+
+@functools.cache
+def _own_font() -> str:
+    """Returns the path of matplotlib's own font, which is installed with this package.
+
+    It has Latin, Greek, Cyrillic, Arabic and more, but not Chinese, Japanese, Korean, Thai or the
+    scripts of India.
+    """
+    import matplotlib
+
+    return os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
 
 
 @functools.lru_cache(4096)
 def _drawable(text: str) -> tuple[str, str]:
     kept = [char for char in text if unicodedata.category(char) != "Cf"]
     text = "".join(char if char.isprintable() else _escaped(char) for char in kept)
-    missing = frozenset(map(ord, text)) - _characters(_OWN_FONT)
+    missing = frozenset(map(ord, text)) - _characters(_own_font())
     if not missing:
-        return text, _OWN_FONT
+        return text, _own_font()
     path = _installed_font(frozenset(map(ord, text)))
     if path is not None:
         return text, path
     _warn_of_script(unicodedata.name(chr(min(missing)), "UNKNOWN").split()[0])
-    return "".join(_escaped(char) if ord(char) in missing else char for char in text), _OWN_FONT
+    return "".join(_escaped(char) if ord(char) in missing else char for char in text), _own_font()
 
 
 def _escaped(char: str) -> str:
@@ -71,6 +80,8 @@ def _warn_of_script(script: str) -> None:
 @functools.cache
 def _characters(path: str) -> frozenset[int]:
     """Returns the code points of a font; none if it can't be read."""
+    from matplotlib import font_manager
+
     try:
         return frozenset(font_manager.get_font(path).get_charmap())
     except (OSError, RuntimeError, ValueError):
@@ -80,6 +91,8 @@ def _characters(path: str) -> frozenset[int]:
 @functools.cache
 def _installed_font(characters: frozenset[int]) -> str | None:
     """Finds an installed font that has all the characters and that Pillow opens."""
+    from matplotlib import font_manager
+
     for path in sorted(font_manager.findSystemFonts()):
         if characters <= _characters(path):
             try:

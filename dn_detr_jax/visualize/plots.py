@@ -2,25 +2,24 @@
 
 Every `render_...` function returns RGB uint8 [height, width, 3], which TensorBoard takes as it is
 and `save_png` writes. matplotlib's figure objects draw; there is no display, no pyplot and no
-global state.
+global state. matplotlib is imported by the first diagram: a training starts without it.
 """
 
 import math
 import os
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import ListedColormap
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
 from dn_detr_jax.files import read_json_lines
 from dn_detr_jax.visualize.colors import BLACK, BLUE, BY_RUN, VERMILLION
 from dn_detr_jax.visualize.fonts import drawable
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Of the curves: title of the panel, axis label, (key in the metrics file, name, line style) ...
 _CURVES = (
@@ -52,6 +51,10 @@ def render_attention_mask(mask: np.ndarray, group: np.ndarray, valid: np.ndarray
     Raises:
       ValueError: shapes that don't fit.
     """
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
     mask, group, valid = np.asarray(mask), np.asarray(group), np.asarray(valid)
     if mask.ndim == 2:
         mask, group, valid = mask[None], group[None], valid[None]
@@ -108,6 +111,8 @@ def render_curves(runs: Mapping[str, str | os.PathLike]) -> np.ndarray:
     Raises:
       ValueError: none of the runs has any of these.
     """
+    from matplotlib.figure import Figure
+
     curves = {drawable(name, 9)[0]: read_curves(path) for name, path in runs.items()}
     panels = []
     for title, unit, series in _CURVES:
@@ -178,7 +183,7 @@ def read_curves(path: str | os.PathLike) -> dict[str, tuple[np.ndarray, np.ndarr
     }
 
 
-def _plot(axes: Axes, steps: np.ndarray, values: np.ndarray, **style: Any) -> None:
+def _plot(axes: "Axes", steps: np.ndarray, values: np.ndarray, **style: Any) -> None:
     """One curve; a long one as means of as many neighboring values as needed."""
     width = math.ceil(len(steps) / _MOST_POINTS)
     starts = np.arange(0, len(steps), width)
@@ -193,7 +198,7 @@ def _plot(axes: Axes, steps: np.ndarray, values: np.ndarray, **style: Any) -> No
     )
 
 
-def _label_blocks(axes: Axes, group: np.ndarray, num_all: int) -> None:
+def _label_blocks(axes: "Axes", group: np.ndarray, num_all: int) -> None:
     """Borders around the denoising groups and the matching queries, their names as ticks."""
     changes = np.flatnonzero(np.diff(group)) + 1
     starts = [0, *changes.tolist()] if group.size else []
@@ -221,7 +226,9 @@ def _label_blocks(axes: Axes, group: np.ndarray, num_all: int) -> None:
     axes.set_ylabel("attending (queries)")
 
 
-def _rasterize(figure: Figure) -> np.ndarray:
+def _rasterize(figure: "Figure") -> np.ndarray:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
