@@ -19,7 +19,7 @@ from data import tiny as tiny_config
 from fast_jit import XLA_FLAGS, fast_jit
 from tiny_detector import denoising_queries, image_batch, object_noise
 
-from benchmarks import common, gpu_plan, matching, peer, step_parts, train_step
+from benchmarks import common, gpu_plan, matching, peer, start, step_parts, train_step
 from dn_detr_jax import denoising
 from dn_detr_jax.config import base_config
 from dn_detr_jax.models.registry import abstract_params, build_model
@@ -280,6 +280,18 @@ def test_flops_are_counted_where_jax_counts_none(monkeypatch):
     assert counted == step.lowered.cost_analysis()["flops"] > 1e6
     step.lowered = SimpleNamespace(cost_analysis=lambda: None)
     assert step.flops() == counted
+
+
+# --- start ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks at the process in /proc")
+def test_a_start_is_measured_by_its_own_seconds_and_log():
+    """Catches CPU seconds of another unit, and programs of the log that are not found."""
+    before = time.process_time()
+    assert before - 0.1 <= start.cpu_seconds(os.getpid()) <= time.process_time() + 0.1
+    log = "10:00:01 compiled train for 8 x 9 in 2.0 s, from the cache\n10:00:02 other\n"
+    assert start.compiled(log) == ["train for 8 x 9 in 2.0 s, from the cache"]
 
 
 # --- what the compiler plans for a GPU ------------------------------------------------------------
