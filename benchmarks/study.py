@@ -5,7 +5,8 @@
     python -m benchmarks.study --report docs/evidence.md        # no training
 
 A row is one setting; it differs from the row `dn` in the named config keys alone. Every row is
-trained with every seed, for the same number of steps. A finished training leaves its metrics in
+trained with every seed, for the same number of steps. The rows of `CONFIGS` are whole configs with
+their own schedules. A finished training leaves its metrics in
 `benchmarks/study/ROW/seed_N.jsonl`: the settings in the first line, then a line for each
 evaluation. The command can be interrupted at any time: finished trainings are skipped, and the
 others resume from their checkpoints.
@@ -68,6 +69,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "paper_layout": {"dn.layout": "paper"},
     "few_slots": {"dn.slots": 12},
 }
+# Configs that are compared as they are.
+CONFIGS = ("digits", "digits_deformable")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,11 +99,14 @@ TABLES = {
         )
     ),
     "layouts": Table(("dn", "paper_layout", "few_slots")),
+    "variants": Table(CONFIGS, figure=True),
 }
 
 
 def settings(row: str) -> dict[str, Any]:
     """Returns the config values of a row by key, without the seed."""
+    if row in CONFIGS:
+        return {"train.eval_every": COMMON["train.eval_every"]}
     return COMMON | DN | ROWS[row]
 
 
@@ -115,7 +121,7 @@ def train(row: str, seed: int, config: str, runs: Path, results: Path | None = N
     Args:
       row: name.
       seed: of the training.
-      config: experiment that the row changes.
+      config: experiment that the row changes, if it is none of `CONFIGS`.
       runs: folder of the work directories.
       results: folder of the kept metrics.
 
@@ -123,7 +129,7 @@ def train(row: str, seed: int, config: str, runs: Path, results: Path | None = N
       DataError: the metrics are of other settings, or the training failed.
     """
     kept = result_file(row, seed, results)
-    values = settings(row) | {"seed": seed}
+    values, config = settings(row) | {"seed": seed}, row if row in CONFIGS else config
     head = {"row": row, "config": config, "settings": values}
     head = json.loads(json.dumps(head))  # tuples become lists, as in the file
     if kept.exists():
@@ -309,11 +315,11 @@ def chosen_rows(only: str) -> list[str]:
       ConfigError: it is malformed, or matches none.
     """
     try:
-        rows = [row for row in ROWS if re.search(only, row)]
+        rows = [row for row in (*ROWS, *CONFIGS) if re.search(only, row)]
     except re.error as error:
         raise ConfigError("--only", only, f"a regular expression: {error}") from None
     if not rows:
-        raise ConfigError("--only", only, f"a pattern of one of {', '.join(ROWS)}")
+        raise ConfigError("--only", only, f"a pattern of one of {', '.join((*ROWS, *CONFIGS))}")
     return rows
 
 

@@ -2,11 +2,12 @@
 
     python train.py --config configs/digits_deformable.py --workdir runs/digits_deformable
 
-Data, schedule and losses are those of `digits.py`, so that the two can be compared. Here an encoder
-of two layers works on strides 4, 8 and 16, and each decoder layer has its own heads. No AP is
-claimed.
+Data and losses are those of `digits.py`, so that the two can be compared; the schedule is half as
+long. Here an encoder of two layers works on strides 4, 8 and 16, and each decoder layer has its own
+heads. AP 0.63 to 0.65 on unseen digits in three runs of 1,500 steps, and 0.76 in one run of 3,000;
+`docs/models.md` has the curves.
 
-To vary: `--config.dn.groups=0` (DAB-Deformable-DETR), `--config.train.duration="8 epochs"`.
+To vary: `--config.dn.groups=0` (DAB-Deformable-DETR), `--config.train.duration="4 epochs"`.
 """
 
 from dn_detr_jax.config import base_config, load_config
@@ -17,6 +18,7 @@ def get_config():
     plain, config = load_config("digits"), base_config("dn_deformable_detr")
     for section in ("data", "dn", "loss", "optimizer", "train", "eval"):
         config[section] = plain[section]
+    config.train.duration = "2 epochs"
     config.model.update(
         num_classes=10,
         hidden_dim=96,
