@@ -11,6 +11,7 @@ from PIL import Image
 from benchmarks import study
 from dn_detr_jax.config import load_config, validate
 from dn_detr_jax.errors import ConfigError, DataError
+from dn_detr_jax.files import read_json_lines
 
 STEPS = (250, 500, 750)
 
@@ -110,17 +111,27 @@ def test_a_training_is_kept_and_not_repeated(tmp_path, monkeypatch):
         study.train(*arguments)
 
 
-@pytest.mark.parametrize("row", study.ROWS)
+@pytest.mark.parametrize("row", [*study.ROWS, *study.CONFIGS])
 def test_every_row_is_a_right_config(row):
     """Catches a misspelled key hours into a study; `update` refuses unknown keys."""
-    config = load_config("digits")
+    config = load_config(row if row in study.CONFIGS else "digits")
     config.update_from_flattened_dict(study.settings(row))
     validate(config)
 
 
+def test_kept_metrics_are_of_the_settings_of_their_rows():
+    """Catches settings that changed after the trainings whose metrics the documents show."""
+    kept = sorted(study.RESULTS.glob("*/seed_*.jsonl"))
+    assert kept
+    for path in kept:
+        head = next(iter(read_json_lines(path)))
+        values = study.settings(path.parent.name) | {"seed": int(path.stem.removeprefix("seed_"))}
+        assert head["settings"] == json.loads(json.dumps(values))
+
+
 def test_every_table_has_known_rows_and_every_row_a_table():
     named = {row for table in study.TABLES.values() for row in table.rows}
-    assert named == set(study.ROWS)
+    assert named == {*study.ROWS, *study.CONFIGS}
     assert study.chosen_rows("^groups") == ["groups_1", "groups_3", "groups_10"]
     with pytest.raises(ConfigError, match="--only"):
         study.chosen_rows("nothing")
