@@ -17,6 +17,7 @@ from dn_detr_jax.models.initializers import (
     torch_default_kernel,
     xavier_uniform,
 )
+from dn_detr_jax.models.products import matmul
 
 LAYER_NORM_EPS = 1e-5
 
@@ -94,8 +95,7 @@ class Linear(nn.Module):
         bias_init = self.bias_init or torch_default_bias(fan_in)
         bias = self.param("bias", bias_init, (self.features,))
         out_dtype = self.out_dtype or self.dtype
-        operands = x.astype(self.dtype), kernel.astype(self.dtype)
-        y = jnp.matmul(*operands, preferred_element_type=out_dtype)
+        y = matmul(x.astype(self.dtype), kernel.astype(self.dtype), out_dtype)
         # In float32, since the gradient is a sum over all tokens.
         return (y.astype(jnp.float32) + bias).astype(out_dtype)
 

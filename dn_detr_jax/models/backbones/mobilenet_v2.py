@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 
 from dn_detr_jax.arrays import Array, Bool, Float, Int
 from dn_detr_jax.models.backbones.resnet import FrozenBatchNorm, Masks, kaiming_normal
+from dn_detr_jax.models.products import PointwiseConv
 
 # (expansion, channels, blocks, stride of the first) of each group of blocks.
 GROUPS = (
@@ -46,17 +47,24 @@ class _Convolution(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B h w _"]) -> Float[jax.Array, "B h2 w2 {self.features}"]:
         """Convolves and normalizes."""
-        x = nn.Conv(
-            self.features,
-            (self.size, self.size),
-            strides=self.stride,
-            padding=self.size // 2,
-            feature_group_count=self.groups,
-            use_bias=False,
-            kernel_init=kaiming_normal,
-            dtype=self.dtype,
-            name="conv",
-        )(x)
+        conv: nn.Module
+        if self.size == 1:
+            conv = PointwiseConv(
+                self.features, kaiming_normal, self.stride, self.dtype, name="conv"
+            )
+        else:
+            conv = nn.Conv(
+                self.features,
+                (self.size, self.size),
+                strides=self.stride,
+                padding=self.size // 2,
+                feature_group_count=self.groups,
+                use_bias=False,
+                kernel_init=kaiming_normal,
+                dtype=self.dtype,
+                name="conv",
+            )
+        x = conv(x)
         valid = jnp.ones((1, *x.shape[1:3], 1), bool)
         return FrozenBatchNorm(dtype=self.dtype, name="norm")(x, valid)
 

@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 
 from dn_detr_jax.arrays import Array, Bool, Float, Int
 from dn_detr_jax.models.images import valid_tokens
+from dn_detr_jax.models.products import PointwiseConv
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 BOTTLENECK_DEPTHS = (50, 101)
@@ -122,7 +123,9 @@ class _Block(nn.Module):
             return valid if x.shape[1:3] == valid.shape[1:3] else valid_out
 
         def conv(x, features, size, name, stride=1, dilation=1):
-            if size > 1 and self.mask_padding:
+            if size == 1:
+                return PointwiseConv(features, kaiming_normal, stride, self.dtype, name=name)(x)
+            if self.mask_padding:
                 x = jnp.where(masks(x), x, 0)
             padding = dilation * (size // 2)
             return nn.Conv(

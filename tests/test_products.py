@@ -1,0 +1,62 @@
+"""Layers with their own derivatives against the plain forms, gradients included."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fast_jit import fast_jit
+from flax import linen as nn
+
+from dn_detr_jax.models.products import PointwiseConv, matmul
+
+INIT = nn.initializers.normal(0.1)
+# Relative error of an array: sums in another order, and some roundings to bfloat16.
+TOLERANCE = {jnp.float32: 1e-6, jnp.bfloat16: 2**-7}
+
+
+def assert_same(got, want, dtype):
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert one.dtype == other.dtype and one.shape == other.shape
+        one, other = np.float32(one), np.float32(other)
+        assert np.linalg.norm(one - other) <= TOLERANCE[dtype] * np.linalg.norm(other)
+
+
+def results(function, *arguments):
+    """Returns values and gradients, those of the values' sines so that no two are equal."""
+
+    def run(*arguments):
+        value, backward = jax.vjp(function, *arguments)
+        return value, backward(jnp.sin(value))
+
+    return fast_jit(run)(*arguments)
+
+
+@pytest.mark.parametrize(
+    "dtype, out_dtype",
+    [(jnp.float32, jnp.float32), (jnp.bfloat16, jnp.bfloat16), (jnp.bfloat16, jnp.float32)],
+)
+def test_product_equals_the_plain_one(dtype, out_dtype):
+    """Catches a transposed gradient, and one that is added or returned in another dtype."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 3, 5, 8)), dtype)
+    kernel = jnp.asarray(rng.normal(size=(8, 6)), dtype)
+
+    def plain(x, kernel):
+        return jnp.matmul(x, kernel, preferred_element_type=out_dtype)
+
+    got = results(lambda x, kernel: matmul(x, kernel, out_dtype), x, kernel)
+    assert_same(got, results(plain, x, kernel), dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_pointwise_convolution_equals_the_general_one(dtype, stride):
+    """Catches strides that begin elsewhere at odd sizes, and a parameter of another name, shape or
+    start, with which checkpoints and seeds would lose their meaning.
+    """
+    x = np.random.default_rng(0).normal(size=(2, 5, 7, 8)).astype(np.float32)
+    ours = PointwiseConv(6, INIT, stride, dtype)
+    general = nn.Conv(6, (1, 1), stride, padding=0, use_bias=False, kernel_init=INIT, dtype=dtype)
+    params = ours.init(jax.random.key(1), x)
+    jax.tree.map(np.testing.assert_array_equal, params, general.init(jax.random.key(1), x))
+    assert_same(results(ours.apply, params, x), results(general.apply, params, x), dtype)
