@@ -7,6 +7,7 @@ import pytest
 from fast_jit import fast_jit
 from flax import linen as nn
 
+from dn_detr_jax.models.attention import attention
 from dn_detr_jax.models.products import PointwiseConv, matmul
 
 INIT = nn.initializers.normal(0.1)
@@ -60,3 +61,29 @@ def test_pointwise_convolution_equals_the_general_one(dtype, stride):
     params = ours.init(jax.random.key(1), x)
     jax.tree.map(np.testing.assert_array_equal, params, general.init(jax.random.key(1), x))
     assert_same(results(ours.apply, params, x), results(general.apply, params, x), dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("mask_shape", [(2, 1, 7), (1, 5, 7)])
+def test_attention_equals_the_plain_one(dtype, remat, mask_shape):
+    """Catches a weight that is divided by its sum twice or never, a gradient that masked keys
+    get, and one that lacks the part of the sum.
+    """
+    rng = np.random.default_rng(0)
+    sizes = (5, 12), (7, 12), (7, 8)
+    arrays = [jnp.asarray(rng.normal(size=(2, *size)), dtype) for size in sizes]
+    mask = rng.random(mask_shape) < 0.6
+    mask[..., 3] = True
+
+    def plain(query, key, value):
+        query, key, value = (x.reshape(*x.shape[:2], 2, -1) for x in (query, key, value))
+        scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
+        scores = jnp.where(mask[:, None], scores / 6**0.5, -1e30)
+        weights = jax.nn.softmax(scores).astype(dtype)
+        return jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(2, 5, 8)
+
+    def ours(query, key, value):
+        return attention(query, key, value, mask, 2, remat=remat)
+
+    assert_same(results(ours, *arrays), results(plain, *arrays), dtype)
