@@ -114,7 +114,8 @@ def _torch_file(path: Path, content: Any, entry: str | None) -> TorchFile:
     args = content.get("args") if found.entry else None
     args = vars(args) if isinstance(args, torch_pickle.Attributes) else args
     args = dict(args) if isinstance(args, Mapping) else {}
-    beside, classes = transformers_config.read_beside(path)
+    hub = path.suffix.lower() in (".safetensors", ".bin")
+    beside, classes = transformers_config.read_beside(path) if hub else ({}, ())
     rest = found.entry, found.stripped, found.others, classes
     return TorchFile(str(path), state, beside | args, *rest)
 

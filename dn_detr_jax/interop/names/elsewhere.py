@@ -256,18 +256,13 @@ def _denoising(state: State) -> dict[str, np.ndarray]:
     """The label table and the encoding of boxes of a new model."""
     if "class_embed.weight" not in state:
         return {}
-    outputs, hidden_dim = state["class_embed.weight"].shape
+    outputs, width = state["class_embed.weight"].shape
     rng = np.random.default_rng(0)
-    shapes = {name: (hidden_dim,) for name in dn_detr_plain.DENOISING}
-    shapes["label_enc.weight"] = (outputs, hidden_dim - 1)
-    shapes["box_enc.layers.0.weight"] = (hidden_dim, 2 * hidden_dim)
-    shapes["box_enc.layers.1.weight"] = (hidden_dim, hidden_dim)
-    found: dict[str, np.ndarray] = {}
-    for name, shape in shapes.items():
-        values = rng.uniform(-1, 1, shape) / np.sqrt(shapes[name.replace("bias", "weight")][1])
-        if name == "label_enc.weight":
-            values = rng.standard_normal(shape)
-        found[name] = values.astype(np.float32)
+    found = {"label_enc.weight": rng.standard_normal((outputs, width - 1), np.float32)}
+    for layer, inputs in enumerate((2 * width, width)):
+        for leaf, shape in (("weight", (width, inputs)), ("bias", (width,))):
+            values = rng.uniform(-1, 1, shape) / np.sqrt(inputs)
+            found[f"box_enc.layers.{layer}.{leaf}"] = values.astype(np.float32)
     return found
 
 
