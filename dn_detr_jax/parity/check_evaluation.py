@@ -6,10 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
 from dn_detr_jax.evaluation.postprocess import select_detections
 from dn_detr_jax.models.images import valid_tokens
 from dn_detr_jax.parity.comparison import Report
+from dn_detr_jax.parity.interceptors import selecting
 from dn_detr_jax.parity.prepared import (
     BFLOAT16_LOSS_RTOL,
     BOX_ATOL,
@@ -19,6 +21,8 @@ from dn_detr_jax.parity.prepared import (
     TERM_RTOL,
     TOTAL_RTOL,
     PreparedCase,
+    compare_proposals,
+    compare_selection,
     compare_terms,
     reference_terms,
     sequence_as_stored,
@@ -36,17 +40,19 @@ def run(prepared: PreparedCase) -> tuple[dict[str, Any], dict[str, Any]]:
     mesh = make_mesh(1)
     config = prepared.config
 
-    def forward(params, batch):
-        outputs, collected = prepared.model.apply(
-            {"params": params}, batch["image"], batch["size"], mutable=["intermediates"]
-        )
+    def forward(params, batch, selected):
+        with nn.intercept_methods(selecting(selected)):
+            outputs, collected = prepared.model.apply(
+                {"params": params}, batch["image"], batch["size"], mutable=["intermediates"]
+            )
         total, terms, _ = criterion(outputs, None, batch, config=config, mesh=mesh)
         last = (outputs["pred_logits"][-1], outputs["pred_boxes"][-1])
         detections = select_detections(*last, config.eval.num_select)
         return outputs | {"total": total, "terms": terms} | detections, collected
 
     compiled = jax.jit(forward, compiler_options=prepared.compiler_options)
-    outputs, collected = jax.device_get(compiled(prepared.params, prepared.batch))
+    selected = prepared.case.whole("eval.topk_idx")
+    outputs, collected = jax.device_get(compiled(prepared.params, prepared.batch, selected))
     return outputs, collected["intermediates"]
 
 
@@ -112,9 +118,8 @@ def check_references(
     if "encoder_scores" in collected:
         atol = prepared.limit(LOGIT_ATOL)
         report.array("eval.enc_scores", collected["encoder_scores"][0], atol=atol)
-        report.array("eval.enc_logits", outputs["objectness_logits"][0], atol=atol)
-        report.array("eval.enc_boxes", outputs["encoder_boxes"][0], atol=prepared.limit(BOX_ATOL))
-        report.equal("eval.topk_idx", collected["selected"][0], required=prepared.exact)
+        compare_proposals(report, "eval", prepared, outputs)
+        compare_selection(report, "eval", collected, required=prepared.exact)
 
 
 def _states(prepared: PreparedCase, collected: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
@@ -133,13 +138,13 @@ def check_losses(report: Report, prepared: PreparedCase, outputs: dict[str, Any]
     if "eval.losses" in case:
         names = case.setting("eval_loss_names")
         ours = reference_terms(outputs["terms"], names)
-        stored = dict(zip(names, case["eval.losses"], strict=True))
+        stored = case.by_name("eval.losses", names)
         if exact:
             report.scalars("eval.losses", ours, stored, rtol=TERM_RTOL)
         else:
             compare_terms(report, "eval.losses", ours, stored)
     if "eval.total_loss" in case:
-        expected = {"total": float(case["eval.total_loss"][0])}
+        expected = case.by_name("eval.total_loss", ["total"])
         rtol = TOTAL_RTOL[0] if exact else BFLOAT16_LOSS_RTOL
         report.scalars("eval.total_loss", {"total": outputs["total"]}, expected, rtol=rtol)
 

@@ -4,7 +4,6 @@ A case has two images: `a` is the first alone, `b` the second alone, and `batch`
 size. detrex evaluates a batch without masks: padding counts as image there, and so it does here.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,22 +20,20 @@ from dn_detr_jax.interop.names.elsewhere import source_of
 from dn_detr_jax.interop.sources import Source
 from dn_detr_jax.models.images import normalize_images, valid_tokens
 from dn_detr_jax.models.registry import build_model
-from dn_detr_jax.parity import reference
+from dn_detr_jax.parity import check_imported_training, reference
 from dn_detr_jax.parity.check_evaluation import to_pixels
-from dn_detr_jax.parity.comparison import Report
+from dn_detr_jax.parity.comparison import Report, Tolerance, clear_ranks, largest_error
+from dn_detr_jax.parity.interceptors import selecting
 from dn_detr_jax.parity.prepared import (
-    BOX_ATOL,
     ENCODER_ATOL,
     LOGIT_ATOL,
     POSITION_ATOL,
+    DecoderLimits,
+    compare_selection,
     sequence_as_stored,
 )
 
 _RUNS = {"a": (0,), "b": (1,), "batch": (0, 1)}  # images of each run
-_NOT_TRAINED = (
-    "the training of other code is not checked: its denoising loss counts empty slots, and the "
-    "decoder of some models attends to padding"
-)
 
 
 def state_dict(case: reference.Case) -> tuple[dict[str, np.ndarray], Source]:
@@ -81,12 +78,16 @@ def check(case: reference.Case, dtype: str = "float32") -> Report:
     found = convert(state, config)
     validate(found.config)
     report = Report(case)
-    report.reasons = {name: _NOT_TRAINED for name in case.names() if name.startswith("train.")}
     runner = _Runner(case, found.config, found.params, masked=source.name != "detrex")
     with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
         for run in _RUNS:
             if case.has_outputs(f"{run}."):
                 _compare(report, run, runner)
+        if case.has_outputs("train.") and source.name == "detrex":
+            prepared = check_imported_training.prepare(
+                case, found.config, runner.params, *runner.images("batch")
+            )
+            check_imported_training.compare(report, prepared, source)
     return report
 
 
@@ -96,17 +97,20 @@ class _Runner:
     Attributes:
       case: the data.
       config: whole configuration.
+      params: of the model.
       masked: padding of a batch is masked.
+      limits: tolerances of the decoder's outputs.
     """
 
     def __init__(self, case: reference.Case, config: Any, params: Any, *, masked: bool):
         self.case, self.config, self.masked = case, config, masked
-        self._params = jax.tree.map(jnp.asarray, params)
+        self.params = jax.tree.map(jnp.asarray, params)
+        self.limits = DecoderLimits.of(config.model)
         model = build_model(config.model)
 
         @jax.jit
         def forward(params, image, size, selected):
-            with nn.intercept_methods(_selecting(selected)):
+            with nn.intercept_methods(selecting(selected)):
                 outputs, collected = model.apply(
                     {"params": params}, image, size, mutable=["intermediates"]
                 )
@@ -116,9 +120,14 @@ class _Runner:
 
         self._forward = forward
 
-    def limit(self, tolerance: float) -> float | None:
+    @property
+    def exact(self) -> bool:
+        """Whether the tolerances for float32 apply."""
+        return self.config.model.dtype == "float32"
+
+    def limit(self, tolerance: Tolerance) -> Tolerance | None:
         """The tolerance for float32 compute, None (report only) for lower precision."""
-        return tolerance if self.config.model.dtype == "float32" else None
+        return tolerance if self.exact else None
 
     def images(self, run: str) -> tuple[np.ndarray, np.ndarray]:
         """The standardized images of a run, padded with zeros, and their sizes."""
@@ -132,34 +141,16 @@ class _Runner:
     def __call__(
         self, images: np.ndarray, sizes: np.ndarray, selected: np.ndarray | None
     ) -> tuple[dict, dict]:
-        """Outputs with detections, and intermediate results; `selected`: see `_selecting`."""
+        """Outputs with detections, and intermediate results; `selected`: see `selecting`."""
         if not self.masked:
             sizes = np.broadcast_to(np.array(images.shape[1:3], np.int32), sizes.shape)
-        return jax.device_get(self._forward(self._params, images, sizes, selected))
-
-
-def _selecting(selected: jax.Array | None) -> Callable[..., Any]:
-    """An interceptor that puts stored proposals in place of those that a model selects.
-
-    Rounding swaps proposals of nearly equal scores, and the content of a query belongs to its rank:
-    two swapped proposals change the outputs. The model's own selection is stored as `own_selected`.
-    """
-
-    def intercept(method, args, kwargs, context):
-        own = method(*args, **kwargs)
-        if selected is None or context.method_name != "select":
-            return own
-        context.module.sow("intermediates", "own_selected", own)
-        return selected
-
-    return intercept
+        return jax.device_get(self._forward(self.params, images, sizes, selected))
 
 
 def _compare(report: Report, run: str, runner: _Runner) -> None:
     images, sizes = runner.images(run)
     case = runner.case
-    stored = f"{run}.topk_idx"
-    outputs, collected = runner(images, sizes, case[stored] if case.has_outputs(stored) else None)
+    outputs, collected = runner(images, sizes, case.whole(f"{run}.topk_idx"))
     report.array(f"{run}.images", images.transpose(0, 3, 1, 2), atol=POSITION_ATOL)
     canvas = images.shape[1:3]
     report.equal(f"{run}.pixel_mask", np.asarray(valid_tokens(jnp.asarray(sizes), canvas, canvas)))
@@ -183,13 +174,16 @@ def _compare(report: Report, run: str, runner: _Runner) -> None:
     _array(report, f"{run}.memory", memory, runner, where=tokens)
     if "encoder_scores" in collected:
         _compare_proposals(report, run, runner, outputs, collected)
-    for i in range(runner.config.model.decoder_layers):
+    limits = runner.limits
+    for i, tolerance in enumerate(limits.logits):
         state = collected["decoder"][f"dec{i}"][0]
-        _array(report, f"{run}.dec{i}", state, runner, LOGIT_ATOL)
-    _array(report, f"{run}.hs", collected["hs"][0], runner, LOGIT_ATOL)
+        _array(report, f"{run}.dec{i}", state, runner, float(tolerance.item()))
+    _array(report, f"{run}.hs", collected["hs"][0], runner, limits.logits)
     _compare_references(report, run, runner, outputs, collected)
-    _array(report, f"{run}.logits", outputs["pred_logits"], runner, LOGIT_ATOL)
-    _array(report, f"{run}.boxes", outputs["pred_boxes"], runner, BOX_ATOL)
+    bulk = None if limits.bulk is None else runner.limit(limits.bulk)
+    tolerance = runner.limit(limits.logits)
+    report.array(f"{run}.logits", outputs["pred_logits"], atol=tolerance, bulk=bulk)
+    _array(report, f"{run}.boxes", outputs["pred_boxes"], runner, limits.boxes)
     if f"{run}.post_scores" in case:
         _compare_detections(report, run, runner, outputs, sizes)
 
@@ -198,29 +192,16 @@ def _compare_proposals(
     report: Report, run: str, runner: _Runner, outputs: dict[str, Any], collected: dict[str, Any]
 ) -> None:
     """Compares scores and classes of proposals, and which are selected where no score is close."""
-    case, scores = runner.case, collected["encoder_scores"][0]
-    own, stored = collected["own_selected"][0], case[f"{run}.topk_idx"]
+    scores, exact = collected["encoder_scores"][0], runner.exact
     _array(report, f"{run}.enc_scores", scores, runner, LOGIT_ATOL)
-    error = np.abs(scores - case[f"{run}.enc_scores"]).max()
-    clear = _clear(-np.sort(-scores, axis=1)[:, : own.shape[1] + 1], error)
-    exact = runner.limit(1.0) is not None
-    report.equal(f"{run}.topk_idx", own, where=clear, required=exact)
+    compare_selection(report, run, collected, required=exact)
     # The model returns the classes of those that are selected.
+    used = collected["selected"][0]
     logits = np.zeros((*scores.shape, outputs["encoder_logits"].shape[-1]), np.float32)
-    np.put_along_axis(logits, stored[..., None], outputs["encoder_logits"][0], axis=1)
+    np.put_along_axis(logits, used[..., None], outputs["encoder_logits"][0], axis=1)
     selected = np.zeros((*scores.shape, 1), bool)
-    np.put_along_axis(selected, stored[..., None], True, axis=1)
+    np.put_along_axis(selected, used[..., None], True, axis=1)
     _array(report, f"{run}.enc_logits", logits, runner, LOGIT_ATOL, where=selected)
-
-
-def _clear(ranked: np.ndarray, error: float) -> np.ndarray:
-    """Whether scores [B, K + 1] in descending order are too far from both neighbors to swap, of K.
-
-    The last one of them is the best that is not kept.
-    """
-    gaps = -np.diff(ranked, axis=1)
-    before = np.concatenate([np.full((len(gaps), 1), np.inf), gaps[:, :-1]], axis=1)
-    return np.minimum(gaps, before) > 4 * error
 
 
 def _compare_references(
@@ -229,13 +210,13 @@ def _compare_references(
     """Compares the boxes that enter the layers, of deformable decoders those that leave them."""
     references, compared = collected["references"][0], None
     if "decoder_points" in runner.config.model:
-        _array(report, f"{run}.init_ref", references[0], runner, BOX_ATOL)
+        _array(report, f"{run}.init_ref", references[0], runner, runner.limits.boxes[0])
         # Those that leave the last layer are its predictions. With a norm in front of the heads
         # they are not, nothing is computed from them, and they have no counterpart here.
         references = np.concatenate([references[1:], outputs["pred_boxes"][-1:]])
         if runner.config.model.get("decoder_norm", False):
             compared = np.arange(len(references)).reshape(-1, 1, 1, 1) < len(references) - 1
-    _array(report, f"{run}.ref", references, runner, BOX_ATOL, where=compared)
+    _array(report, f"{run}.ref", references, runner, runner.limits.boxes, where=compared)
 
 
 def _array(
@@ -243,7 +224,7 @@ def _array(
     name: str,
     ours: np.ndarray,
     runner: _Runner,
-    tolerance: float = ENCODER_ATOL,
+    tolerance: float | np.ndarray = ENCODER_ATOL,
     where: np.ndarray | None = None,
 ) -> None:
     """Compares an array [batch, tokens, ...], which may be stored as [tokens, batch, ...]."""
@@ -251,28 +232,29 @@ def _array(
         return
     ours = sequence_as_stored(report.case, name, ours)
     where = None if where is None else sequence_as_stored(report.case, name, where)
-    report.array(name, ours, atol=runner.limit(tolerance), where=where)
+    report.array(name, ours, atol=tolerance if runner.exact else None, where=where)
 
 
 def _compare_detections(
     report: Report, run: str, runner: _Runner, outputs: dict[str, Any], sizes: np.ndarray
 ) -> None:
     """Compares scores, and the rest of the detections where no other score is close."""
-    case = runner.case
-    stored = case[f"{run}.post_scores"]
-    scores = outputs["scores"]
-    report.array(f"{run}.post_scores", scores, atol=runner.limit(LOGIT_ATOL / 4))
+    case, scores = runner.case, outputs["scores"]
+    score_atol, box_atol = (
+        float(x[-1].item()) for x in (runner.limits.scores, runner.limits.boxes)
+    )
+    report.array(f"{run}.post_scores", scores, atol=runner.limit(score_atol))
     probabilities = 1 / (1 + np.exp(-outputs["pred_logits"][-1].astype(np.float64)))
     flat = probabilities.reshape(len(probabilities), -1)
     order = np.argsort(-flat, axis=1, kind="stable")[:, : scores.shape[1] + 1]
-    error = np.abs(scores - stored).max(initial=0.0)
-    clear = _clear(np.take_along_axis(flat, order, axis=1), error)
-    exact = runner.limit(1.0) is not None
+    error = largest_error(case, f"{run}.post_scores", scores)
+    clear = clear_ranks(np.take_along_axis(flat, order, axis=1), error)
+    exact = runner.exact
     report.equal(f"{run}.post_labels", outputs["labels"], where=clear, required=exact)
     queries = order[:, :-1] // probabilities.shape[-1]
     report.equal(f"{run}.post_queries", queries, where=clear, required=exact)
     boxes = to_pixels(outputs["boxes"], sizes)
-    limit = runner.limit(BOX_ATOL * float(sizes.max()))
+    limit = runner.limit(box_atol * float(sizes.max()))
     report.array(f"{run}.post_boxes", boxes, atol=limit, where=clear[..., None])
     for i, image in enumerate(_RUNS[run]):
         if f"{run}.final_scores_{i}" not in case:
@@ -282,8 +264,8 @@ def _compare_detections(
         final = final.clip(0, original[[1, 0, 1, 0]])
         kept = (final[:, 2:] > final[:, :2]).all(axis=1)
         certain = clear[i, kept]
-        report.array(f"{run}.final_scores_{i}", scores[i, kept], atol=runner.limit(LOGIT_ATOL / 4))
+        report.array(f"{run}.final_scores_{i}", scores[i, kept], atol=runner.limit(score_atol))
         labels = outputs["labels"][i, kept]
         report.equal(f"{run}.final_labels_{i}", labels, where=certain, required=exact)
-        limit = runner.limit(BOX_ATOL * float(original.max()))
+        limit = runner.limit(box_atol * float(original.max()))
         report.array(f"{run}.final_boxes_{i}", final[kept], atol=limit, where=certain[:, None])

@@ -11,8 +11,18 @@ from dn_detr_jax.parity.comparison import Report
 from dn_detr_jax.parity.prepared import POSITION_ATOL, PreparedCase, sequence_as_stored
 
 
-def check_queries(report: Report, prepared: PreparedCase) -> None:
-    """Denoising queries, their targets and the attention mask, from the stored noise."""
+def check_queries(
+    report: Report,
+    prepared: PreparedCase,
+    names: tuple[str, str] = ("train.input_query_label", "train.input_query_bbox"),
+) -> None:
+    """Denoising queries, their targets and the attention mask, from the stored noise.
+
+    Args:
+      report: gets the comparisons.
+      prepared: the case.
+      names: of the stored contents and anchors.
+    """
     count, images = num_matching_queries(prepared.config.model), len(prepared.batch["image"])
     # The case of DINO has denoising queries alone: its matching queries are proposals.
     queries = [_matching_queries(prepared, count)] if "anchors" in prepared.params else []
@@ -21,9 +31,8 @@ def check_queries(report: Report, prepared: PreparedCase) -> None:
         queries.insert(0, _denoising_queries(prepared, prepared.dn))
         allowed = _mask(prepared, prepared.dn, count)
         _check_targets(report, prepared, prepared.dn)
-    for name, parts in zip(("label", "bbox"), zip(*queries, strict=True), strict=False):
-        name, values = f"train.input_query_{name}", np.concatenate(parts, axis=1)
-        values = sequence_as_stored(prepared.case, name, values)
+    for name, parts in zip(names, zip(*queries, strict=True), strict=False):
+        values = sequence_as_stored(prepared.case, name, np.concatenate(parts, axis=1))
         report.array(name, values, atol=POSITION_ATOL)
     report.equal("train.attn_mask", ~allowed)
 

@@ -27,12 +27,11 @@ from dn_detr_jax.parity.check_queries import check_queries, in_official_order
 from dn_detr_jax.parity.comparison import Report
 from dn_detr_jax.parity.prepared import (
     BFLOAT16_LOSS_RTOL,
-    BOX_ATOL,
-    LOGIT_ATOL,
     TERM_RTOL,
     TOTAL_RTOL,
     PreparedCase,
     PyTree,
+    compare_proposals,
     compare_terms,
     is_minimized,
     reference_terms,
@@ -52,9 +51,12 @@ def compare(report: Report, prepared: PreparedCase, steps: list[dict[str, Any]])
     check_queries(report, prepared)
     check_outputs(report, prepared, steps[0])
     check_matching(report, prepared, steps[0]["assignment"])
+    compare_proposals(report, "train", prepared, steps[0])
     check_proposals(report, prepared, steps[0])
     check_losses(report, prepared, steps)
-    check_gradients(report, prepared, steps[0]["grads"])
+    if "train.grad_norm" in prepared.case:
+        names = prepared.case.setting("param_names")
+        compare_gradients(report, prepared, _official(prepared, steps[0]["grads"], names))
     check_updates(report, prepared, steps)
 
 
@@ -115,7 +117,8 @@ def _class_error(outputs: dict[str, jax.Array], dn: denoising.Denoising) -> jax.
 
 def check_outputs(report: Report, prepared: PreparedCase, first: dict[str, Any]) -> None:
     """Logits and boxes of step 1, of the matching and of the denoising queries."""
-    for name, tolerance in (("logits", LOGIT_ATOL), ("boxes", BOX_ATOL)):
+    limits = prepared.limits
+    for name, tolerance in (("logits", limits.logits), ("boxes", limits.boxes)):
         queries, matched = denoising.split(first[f"pred_{name}"], prepared.dn)
         report.array(f"train.{name}", matched, atol=prepared.limit(tolerance))
         if prepared.dn is not None:
@@ -131,12 +134,12 @@ def check_losses(report: Report, prepared: PreparedCase, steps: list[dict[str, A
         check_losses_as_matched(report, prepared, steps[0])
         for i, result in enumerate(steps):
             ours = reference_terms(result["terms"], names)
-            stored = dict(zip(names, case["steps.losses"][i], strict=True))
+            stored = case.by_name("steps.losses", names, row=i)
             noise = None
             if "f64.losses" in case:
-                noise = dict(zip(names, case["f64.losses"][i], strict=True))
+                noise = case.by_name("f64.losses", names, row=i)
                 # Counts jump: one query more or less is many times the noise of the losses.
-                noise = {name: value for name, value in noise.items() if is_minimized(name)}
+                noise = {k: x for k, x in noise.items() if is_minimized(k) and k in stored}
             if exact:
                 rtol = TERM_RTOL if i == 0 else None
                 report.scalars(f"steps.losses[{i}]", ours, stored, rtol=rtol, exact=noise)
@@ -162,14 +165,10 @@ def _check_total(
     array = name.split("[")[0]
     if array not in case:
         return
-    exact = array.replace("steps.", "f64.")
-    report.scalars(
-        name,
-        {name: ours},
-        {name: float(case[array][i])},
-        rtol=rtol,
-        exact={name: float(case[exact][i])} if exact in case else None,
-    )
+    exact, steps = array.replace("steps.", "f64."), list("012")
+    stored = _kept(case.by_name(array, steps), steps[i])
+    in_float64 = _kept(case.by_name(exact, steps), stored) if exact in case else None
+    report.scalars(name, {steps[i]: ours}, stored, rtol=rtol, exact=in_float64)
 
 
 def check_matching(report: Report, prepared: PreparedCase, assignment: np.ndarray) -> None:
@@ -235,7 +234,7 @@ def check_losses_as_matched(
     more than the precision. This is the error of the losses by itself.
     """
     names, exact = prepared.case.setting("loss_names"), prepared.exact
-    if any(match not in prepared.case for match in _matches(prepared)):
+    if any(prepared.case.whole(match) is None for match in _matches(prepared)):
         return
 
     def losses_of(outputs, assignment):
@@ -247,12 +246,12 @@ def check_losses_as_matched(
     kept = ("pred_logits", "pred_boxes", "objectness_logits", "encoder_boxes")
     outputs = {name: outputs[name] for name in kept if name in outputs}
     total, terms = jax.device_get(losses_of(outputs, stored_assignment(prepared)))
-    stored = dict(zip(names, prepared.case["steps.losses"][0], strict=True))
+    stored = prepared.case.by_name("steps.losses", names, row=0)
     ours = reference_terms(terms, names)
     compare_terms(report, "as_matched.losses", ours, stored, rtol=TERM_RTOL if exact else None)
     if "steps.total_loss" in prepared.case:
         rtol = TOTAL_RTOL[0] if exact else BFLOAT16_LOSS_RTOL
-        expected = {"total": float(prepared.case["steps.total_loss"][0])}
+        expected = {"total": float(prepared.case.stored("steps.total_loss")[0])}
         report.scalars("as_matched.total_loss", {"total": total}, expected, rtol=rtol)
 
 
@@ -272,12 +271,6 @@ def _parameter_names(prepared: PreparedCase) -> tuple[list[str], dict[str, float
         if name not in left_out
     }
     return names, limits
-
-
-def _rows(case: reference.Case, array: str, names: list[str]) -> dict[str, Any]:
-    """The rows of a stored array with one row for each parameter, by the parameter's name."""
-    step = case.step(array)
-    return dict(zip(names[:: step[0]] if step else names, case.stored(array), strict=True))
 
 
 def _official(prepared: PreparedCase, tree: PyTree, names: list[str]) -> dict[str, np.ndarray]:
@@ -300,35 +293,35 @@ def _compare_norms(
 ) -> None:
     """Compares the norms of `ours`, an array for each parameter, with the stored ones."""
     case, names = prepared.case, prepared.case.setting("param_names")
-    stored = {name: row for name, row in _rows(case, array, names).items() if name in ours}
+    stored = {name: row for name, row in case.by_name(array, names).items() if name in ours}
     exact = "f64." + array.removeprefix("train.").replace(".", "_")
     report.scalars(
         array,
         {name: float(np.linalg.norm(ours[name].astype(np.float64))) for name in stored},
         stored,
-        exact=_kept(_rows(case, exact, names), stored) if exact in case else None,
+        exact=_kept(case.by_name(exact, names), stored) if exact in case else None,
         **(limits if prepared.exact else {"rtol": None}),
     )
 
 
-def check_gradients(report: Report, prepared: PreparedCase, grads: PyTree) -> None:
-    """Norm and samples of the gradient of every parameter."""
+def compare_gradients(report: Report, prepared: PreparedCase, ours: dict[str, np.ndarray]) -> None:
+    """Norm and samples of the gradient of every parameter, `ours` by the names of the case."""
     case = prepared.case
     if "train.grad_norm" not in case:
         return
     names, limits = _parameter_names(prepared)
-    ours = _official(prepared, grads, names)
     with_gradient = {name: ours[name] for name in limits}
     _compare_norms(
         report, prepared, "train.grad_norm", with_gradient, rtol=limits, median=GRADIENT_MEDIAN
     )
-    if "train.grad_sample" not in case:
+    index = case.whole("train.sample_idx")
+    if "train.grad_sample" not in case or index is None:
         return
     # A sample's error in units of its parameter's gradient norm.
-    norms = _rows(case, "train.grad_norm", names)
-    samples = case.part("train.grad_sample", samples_of(ours, case["train.sample_idx"], names))
+    norms = case.by_name("train.grad_norm", names)
+    samples = case.part("train.grad_sample", samples_of(ours, index, names))
     errors = np.abs(samples - case.stored("train.grad_sample")).max(axis=1)
-    kept = _rows(case, "train.grad_sample", names)
+    kept = case.by_name("train.grad_sample", names)
     relative = {
         name: error / norms[name]
         for name, error in zip(kept, errors, strict=True)
@@ -364,11 +357,11 @@ def samples_of(tensors: dict[str, np.ndarray], index: np.ndarray, names: list[st
 def check_updates(report: Report, prepared: PreparedCase, steps: list[dict[str, Any]]) -> None:
     """Sampled values before and after the steps, and the norm of what changed."""
     case = prepared.case
-    if "train.sample_idx" not in case:
+    index = case.whole("train.sample_idx")
+    if index is None:
         return
     names, limits = _parameter_names(prepared)
     start = _official(prepared, jax.device_get(prepared.params), names)
-    index = case["train.sample_idx"]
     real = _has_gradient(prepared, names, limits, index)
     report.array("init.param_sample", samples_of(start, index, names), atol=0.0)
     for number, rtol in ((1, UPDATE_RTOL), (3, None)):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -12,6 +12,7 @@ from dn_detr_jax.parity.reference import Case
 # Of single components.
 ATOL = 1e-5  # encodings, queries, boxes
 RTOL = 1e-4  # losses and gradients, relative to the largest value
+Tolerance = TypeVar("Tolerance", float, np.ndarray)
 
 
 class Report:
@@ -59,20 +60,23 @@ class Report:
         name: str,
         ours: ArrayLike,
         *,
-        atol: float | None = None,
+        atol: float | np.ndarray | None = None,
         rtol: float | None = None,
         where: np.ndarray | None = None,
         each: bool = False,
+        bulk: float | None = None,
     ) -> None:
         """Compares an array, or the strided part of it that is stored; nothing if none is.
 
         Args:
           name: in the case.
           ours: the full array.
-          atol: largest absolute error allowed; with neither tolerance the error is only reported.
+          atol: largest absolute error allowed, one or an array that broadcasts to the full array;
+            with neither tolerance the error is only reported.
           rtol: largest absolute error allowed, in units of the largest expected magnitude.
           where: bool, broadcasting to the full array, False: not compared.
           each: errors are in units of the expected value itself, where that is not 0.
+          bulk: largest absolute error allowed for 99.9% of the values.
         """
         if (pair := self._pair(name, ours, where)) is None:
             return
@@ -90,11 +94,15 @@ class Report:
         }
         ok = math.isfinite(largest)
         if atol is not None:
-            entry["tolerance_abs"] = atol
-            ok &= largest <= atol
+            limits = self.case.part(name, np.broadcast_to(atol, np.shape(ours)))[kept]
+            entry["tolerance_abs"] = float(limits.max(initial=0.0))
+            ok &= bool(np.all(error <= limits))
         if rtol is not None:
             entry["tolerance_rel"] = rtol
             ok &= largest <= rtol * magnitude
+        if bulk is not None and error.size:
+            entry["tolerance_bulk"], entry["bulk"] = bulk, float(np.quantile(error, 0.999))
+            ok &= entry["bulk"] <= bulk
         if noise := self.case.float32_noise(name):
             entry["noise_ratio"] = largest / noise
         self._add(name, ok=bool(ok), **entry)
@@ -159,16 +167,20 @@ class Report:
     ) -> None:
         """Compares named numbers by their relative errors, absolute ones where 0 is expected.
 
+        Nothing if no number is expected.
+
         Args:
           name: of the comparison.
           ours: by name.
-          expected: by name, the same names.
+          expected: by name, those of `ours` or some of them.
           rtol: largest relative error allowed, one for all or by name; None: reported only.
           median: largest median of the relative errors allowed.
           exact: from a float64 run of the PyTorch code, for some or all of the numbers: gives their
             float32 noise.
           covers: arrays of the case that the numbers sum up, if not the one of that name.
         """
+        if not expected:
+            return
         absolute = {key: abs(float(ours[key]) - float(value)) for key, value in expected.items()}
         errors = {k: error / (abs(float(expected[k])) or 1.0) for k, error in absolute.items()}
         worst = max(errors, key=errors.__getitem__)
@@ -190,7 +202,7 @@ class Report:
         if median is not None:
             entry["tolerance_rel_median"] = median
             ok &= entry["rel_median"] <= median
-        if exact is not None:
+        if exact:
             noise = max(abs(float(value) - float(expected[key])) for key, value in exact.items())
             error = max(absolute[key] for key in exact)
             entry["noise_ratio"] = error / noise if noise else None
@@ -213,3 +225,23 @@ class Report:
             "compared": len(self.entries),
             "results": self.entries,
         }
+
+
+def clear_ranks(ranked: np.ndarray, error: float) -> np.ndarray:
+    """Tells which scores are too far from both neighbors to swap with one of them.
+
+    Args:
+      ranked: float [B, K + 1] in descending order; the last one is the best that is not kept.
+      error: largest error of a score.
+
+    Returns:
+      bool [B, K].
+    """
+    gaps = -np.diff(ranked, axis=1)
+    before = np.concatenate([np.full((len(gaps), 1), np.inf), gaps[:, :-1]], axis=1)
+    return np.minimum(gaps, before) > 4 * error
+
+
+def largest_error(case: Case, name: str, ours: np.ndarray) -> float:
+    """Returns the largest difference between a full array and what is stored of it."""
+    return float(np.abs(case.part(name, ours) - case.stored(name)).max(initial=0.0))

@@ -17,7 +17,7 @@ from dn_detr_jax.interop.convert import flat, params_from_torch
 from dn_detr_jax.models.registry import abstract_params, build_model, torch_names
 from dn_detr_jax.parity import reference
 from dn_detr_jax.parity.case_config import case_config
-from dn_detr_jax.parity.comparison import Report
+from dn_detr_jax.parity.comparison import Report, Tolerance, clear_ranks, largest_error
 from dn_detr_jax.parity.contrastive import with_halves_of_the_batch
 from dn_detr_jax.training.step import denoising_queries
 
@@ -30,6 +30,48 @@ BOX_ATOL = 5e-5
 TERM_RTOL = 1e-4
 TOTAL_RTOL = (1e-5, 5e-3, 1e-2)  # of the loss in step 1, 2, 3
 BFLOAT16_LOSS_RTOL = 2e-2
+# Of DINO in its first and its last layer, see `DecoderLimits`.
+DINO_LOGIT_ATOL = (1e-4, 1e-2)
+DINO_BOX_ATOL = (5e-6, 5e-4)
+DINO_BULK_ATOL = 2e-3
+SCORE_ATOL = 5e-5  # of the encoder's proposals, for their ranks
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderLimits:
+    """Tolerances of a decoder's outputs, by layer.
+
+    Those of DINO grow from layer to layer by the same factor; in its first two layers they are
+    tighter than those of the other models. With the weights of the cases its decoder doubles an
+    error in every layer: the PyTorch code's own float32 run differs from its float64 run by 3e-5 in
+    the logits of the first and 1.4e-3 in those of the last layer (boxes: 2e-6 and 8e-5), in a few
+    queries. A float64 run of this package differs from it by as much.
+
+    Attributes:
+      logits: float [L, 1, 1, 1], also of the states, which are of the same size.
+      boxes: float [L, 1, 1, 1].
+      bulk: for 99.9% of the logits; None: no such tolerance.
+    """
+
+    logits: np.ndarray
+    boxes: np.ndarray
+    bulk: float | None = None
+
+    @classmethod
+    def of(cls, model: ConfigDict) -> "DecoderLimits":
+        """The tolerances for float32 of `config.model`."""
+        dino = model.get("proposal_score") == "class"
+        ends = (
+            DINO_LOGIT_ATOL if dino else (LOGIT_ATOL, LOGIT_ATOL),
+            DINO_BOX_ATOL if dino else (BOX_ATOL, BOX_ATOL),
+        )
+        logits, boxes = (np.geomspace(*x, model.decoder_layers).reshape(-1, 1, 1, 1) for x in ends)
+        return cls(logits, boxes, DINO_BULK_ATOL if dino else None)
+
+    @property
+    def scores(self) -> np.ndarray:
+        """Of probabilities: the slope of a sigmoid is at most 1/4."""
+        return self.logits / 4
 
 
 @dataclasses.dataclass
@@ -61,7 +103,12 @@ class PreparedCase:
         """Whether the tolerances for float32 apply."""
         return self.config.model.dtype == "float32"
 
-    def limit(self, tolerance: float) -> float | None:
+    @property
+    def limits(self) -> DecoderLimits:
+        """Tolerances of the decoder's outputs in float32."""
+        return DecoderLimits.of(self.config.model)
+
+    def limit(self, tolerance: Tolerance) -> Tolerance | None:
         """The tolerance for float32 compute, None (report only) for lower precision."""
         return tolerance if self.exact else None
 
@@ -126,6 +173,45 @@ def sequence_as_stored(case: reference.Case, name: str, values: np.ndarray) -> n
     if name not in case or case.full_shape(name)[:1] == values.shape[:1]:
         return values
     return values.swapaxes(0, 1)
+
+
+def compare_proposals(
+    report: Report, run: str, prepared: PreparedCase, outputs: Mapping[str, Any]
+) -> None:
+    """Compares logits and boxes of all proposals of the official DINO.
+
+    Args:
+      report: gets the comparisons.
+      run: beginning of the names: "eval" or "train".
+      prepared: the case.
+      outputs: of the model.
+    """
+    for ours, names, tolerance in (
+        ("objectness_logits", ("enc_logits", "enc_outputs_class"), LOGIT_ATOL),
+        ("encoder_boxes", ("enc_boxes", "enc_outputs_coord"), BOX_ATOL),
+    ):
+        for name in names:  # ours, and that of the official code
+            if ours in outputs:
+                report.array(f"{run}.{name}", outputs[ours][0], atol=prepared.limit(tolerance))
+
+
+def compare_selection(
+    report: Report, run: str, collected: Mapping[str, Any], *, required: bool
+) -> None:
+    """Compares which proposals a model selects, where no other score is close.
+
+    Args:
+      report: gets the comparison.
+      run: beginning of the names.
+      collected: intermediate results of the model.
+      required: a difference is out of tolerance.
+    """
+    scores, stored = collected["encoder_scores"][0], f"{run}.enc_scores"
+    own = collected.get("own_selected", collected["selected"])[0]
+    error = largest_error(report.case, stored, scores) if stored in report.case else SCORE_ATOL
+    ranked = -np.sort(-scores, axis=1)[:, : own.shape[1] + 1]
+    where = clear_ranks(ranked, error)
+    report.equal(f"{run}.topk_idx", own, where=where, required=required)
 
 
 def reference_terms(terms: dict[str, Any], names: list[str]) -> dict[str, float]:

@@ -11,7 +11,7 @@ import math
 import re
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,10 @@ class Case:
             raise UnsupportedCase(f"{self.name}: {name} is stored in part, but needed whole")
         return self._arrays[name]
 
+    def whole(self, name: str) -> np.ndarray | None:
+        """The array `name`, None if it is missing or stored in part."""
+        return None if name not in self or self.step(name) else self._arrays[name]
+
     def __contains__(self, name: str) -> bool:
         """Whether the case has the array `name`."""
         return name in self._arrays
@@ -101,6 +105,26 @@ class Case:
         """The array `name` as it is stored, which may be a strided part of the full one."""
         require(self.name, self._arrays, name)
         return self._arrays[name]
+
+    def by_name(self, name: str, keys: Iterable[str], row: int | None = None) -> dict[str, Any]:
+        """The rows or numbers of an array that has one for each key, those that are stored.
+
+        Args:
+          name: of the array.
+          keys: of the full array, in its order.
+          row: of the full array's first axis, which the keys belong to; None: they belong to the
+            first axis itself.
+        """
+        values, keys = self.stored(name), list(keys)
+        steps = self.step(name) or (1,) * values.ndim
+        if row is not None:
+            if row % steps[0]:
+                return {}
+            values, steps = values[row // steps[0]], steps[1:]
+        kept = keys[:: steps[0]]
+        if len(kept) != len(values):
+            raise UnsupportedCase(f"{self.name}: {name} has {len(values)} rows, not {len(kept)}")
+        return dict(zip(kept, values, strict=True))
 
     def step(self, name: str) -> tuple[int, ...] | None:
         """The steps with which the array `name` is stored, None if it is stored whole."""
