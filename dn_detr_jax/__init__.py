@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
     from dn_detr_jax.evaluation.evaluator import Evaluation
-    from dn_detr_jax.inference.predictor import Detections as Detections
+    from dn_detr_jax.inference.detections import Detections as Detections
     from dn_detr_jax.inference.predictor import Predictor as Predictor
     from dn_detr_jax.inference.predictor import load as load
 

@@ -61,6 +61,13 @@ class PreflightError(Error, ValueError):
     """A preflight that can't be made. The message names the flag and what would be right."""
 
 
+class MissingPackageError(Error, ImportError):
+    """An optional package is not installed. The message names what needs it and the command."""
+
+    def __init__(self, feature: str, packages: str):
+        super().__init__(f"{feature} needs another package: pip install {packages}")
+
+
 def one_line(error: BaseException | str) -> str:
     """Returns the text of an error without line breaks, or its type if it has none.
 

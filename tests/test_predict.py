@@ -79,8 +79,7 @@ def test_a_split_gives_what_its_evaluation_sees(digits_run, predictor, validatio
         expected = evaluator._detections[image_id]
         assert 0 < len(found) == len(expected) <= run.config.eval.num_select
         assert found.size == tuple(validation.sizes[i])
-        results = image_files.coco_results(found, image_id, "x.png")
-        for ours, theirs in zip(results, expected, strict=True):
+        for ours, theirs in zip(found.to_coco(image_id), expected, strict=True):
             assert ours["category_id"] == theirs["category_id"]
             assert ours["score"] == pytest.approx(theirs["score"], abs=1e-5)
             assert ours["bbox"] == pytest.approx(theirs["bbox"], abs=0.05)

@@ -20,7 +20,7 @@ from dn_detr_jax.data.findings import Findings
 from dn_detr_jax.data.images import SUFFIXES, Exif, PixelRange, decode, read_header, size_of_boxes
 from dn_detr_jax.errors import DataError
 from dn_detr_jax.files import write_text_atomically
-from dn_detr_jax.inference.predictor import Detections, Predictor, Run, read_image
+from dn_detr_jax.inference.predictor import Predictor, Run, read_image
 from dn_detr_jax.visualize.boxes import draw_detections
 from dn_detr_jax.visualize.save import save_jpeg
 
@@ -211,27 +211,6 @@ def _parts(path: str) -> list[str]:
     return [part for part in normalized.split("/") if part not in ("", ".")] or [""]
 
 
-def coco_results(found: Detections, image_id: int, file_name: str) -> list[dict]:
-    """Detections of an image in COCO's format of results, with the name of its file."""
-    corners = found.boxes
-    bboxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
-    return [
-        {
-            "image_id": image_id,
-            "category_id": int(category_id),
-            "bbox": [_shortest(value) for value in bbox],
-            "score": _shortest(score),
-            "file_name": file_name,
-        }
-        for category_id, bbox, score in zip(found.category_ids, bboxes, found.scores, strict=True)
-    ]
-
-
-def _shortest(value: np.float32) -> float:
-    """The number whose text is the shortest that stands for this float32."""
-    return float(str(value))
-
-
 def predict_files(
     predictor: Predictor,
     files: Sequence[ImageFile],
@@ -276,7 +255,7 @@ def predict_files(
 
     for (index, pixels), found in predictor.stream(readable(), threshold):
         file_name, image_id = str(files[index].path), files[index].image_id
-        results[index] = coco_results(found, image_id, file_name)
+        results[index] = [line | {"file_name": file_name} for line in found.to_coco(image_id)]
         height, width = found.size
         images[index] = {
             "id": image_id, "file_name": file_name, "width": width, "height": height

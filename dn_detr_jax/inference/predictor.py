@@ -35,6 +35,7 @@ from dn_detr_jax.data.images import PixelRange, decode_upright
 from dn_detr_jax.data.placement import assign_canvases
 from dn_detr_jax.errors import CheckpointError, DataError
 from dn_detr_jax.evaluation.detect import detect
+from dn_detr_jax.inference.detections import Detections
 from dn_detr_jax.models.registry import abstract_params, build_model
 from dn_detr_jax.training.compile_cache import compile_and_log, use_compile_cache
 from dn_detr_jax.training.compile_options import accepted_options
@@ -42,31 +43,6 @@ from dn_detr_jax.training.compile_options import accepted_options
 ImageLike = str | os.PathLike | bytes | Image.Image | np.ndarray
 _SINGLE = (str, os.PathLike, bytes, Image.Image, np.ndarray)
 _Key = TypeVar("_Key")
-
-
-@dataclasses.dataclass(frozen=True)
-class Detections:
-    """The objects found in an image, in descending order of their scores.
-
-    Attributes:
-      boxes: float32 [n, 4], left, top, right, bottom in pixels of the upright image. They may
-        reach beyond its edges.
-      scores: float32 [n], 0 to 1, descending.
-      labels: int32 [n], class outputs of the model.
-      category_ids: int64 [n], the classes' ids in the data that the model was trained on.
-      class_names: n of them.
-      size: height and width of the upright image.
-    """
-
-    boxes: np.ndarray
-    scores: np.ndarray
-    labels: np.ndarray
-    category_ids: np.ndarray
-    class_names: tuple[str, ...]
-    size: tuple[int, int]
-
-    def __len__(self) -> int:
-        return len(self.scores)
 
 
 @dataclasses.dataclass(frozen=True)
