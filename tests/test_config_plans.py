@@ -131,10 +131,18 @@ def test_the_tables_of_a_document_are_replaced(tmp_path):
 
 
 def test_wrong_arguments_are_named():
+    """Catches a traceback in place of one line, and a pattern that compiles nothing."""
     with pytest.raises(ConfigError, match=r"--set.*KEY=VALUE"):
         config_plans.parse_changes(["model.remat"])
-    config = load_config("digits")
-    config.train.batch_size = 12
-    assert config_plans.fingerprint(config, {}) != config_plans.fingerprint(
-        load_config("digits"), {}
-    )
+    for only, expected in (("[", "a regular expression"), ("coco_r49", "the name of a config")):
+        with pytest.raises(ConfigError, match=rf"--only.*{expected}"):
+            config_plans.chosen_configs(only)
+
+
+def test_a_change_of_the_model_has_a_plan_of_its_own():
+    """Catches a plan that is taken over from a config of another size."""
+    plain, config = load_config("digits"), load_config("digits")
+    config.train.duration = "9 epochs"
+    assert config_plans.fingerprint(config, {}) == config_plans.fingerprint(plain, {})
+    config.train.batch_size = 16
+    assert config_plans.fingerprint(config, {}) != config_plans.fingerprint(plain, {})
