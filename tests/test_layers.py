@@ -26,7 +26,7 @@ LAYERS = (
     ("interop",),
     ("training",),
     ("inference",),
-    ("parity", "preflight"),
+    ("parity", "preflight", "serving"),
     ("commands",),
     ("__main__",),
 )

@@ -19,6 +19,7 @@ COMMANDS = {
     "eval": "evaluate",
     "predict": "predict",
     "export": "export",
+    "serve": "serve",
     "check": "check",
     "canvases": "canvases",
     "preview": "preview",
