@@ -33,6 +33,7 @@ LAYERS = (
 # Imports inside functions, (importing module, imported module); every other one is an error.
 LAZY = {
     ("distributed.launch", "distributed.consistency"),  # wrong flags are reported without jax
+    ("data.datasets", "data.digit_scenes"),  # imports TFDS, which other data does without
 }
 # The public API, and the commands: help and wrong flags need no jax.
 LAZY_FOLDERS = ("", "commands")

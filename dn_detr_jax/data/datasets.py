@@ -21,12 +21,18 @@ from dn_detr_jax.config import expand_user
 from dn_detr_jax.data import coco, packing
 from dn_detr_jax.data.annotations import Annotations, label_categories
 from dn_detr_jax.data.coco_classes import COCO_CATEGORIES, Category
-from dn_detr_jax.data.digit_scenes import prepare
 from dn_detr_jax.data.division import Part, divide
 from dn_detr_jax.data.findings import Findings
 from dn_detr_jax.data.layout import find_annotations, find_any_split, find_split
 from dn_detr_jax.data.mixing import Mixture, concatenated, match_classes
-from dn_detr_jax.data.records import Example, RandomAccess, RecordSource, read_table
+from dn_detr_jax.data.records import (
+    EncodedImages,
+    Example,
+    RandomAccess,
+    RecordSource,
+    read_table,
+)
+from dn_detr_jax.data.shards import PackedImages
 from dn_detr_jax.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -246,7 +252,8 @@ def _open_coco(data_config: ConfigDict, split: str, directory: Path, pack: bool)
             packed_dir = expand_user(data_config.packed_dir, "data.packed_dir")
         packed = packing.open_packed(files, directory, packed_dir, data_config.exif, pack)
         annotations, categories = packed.annotations, packed.categories
-        return _dataset(data_config, split, packed.folder, packing.SPLIT, annotations, categories)
+        images = PackedImages(packed.folder, len(annotations.image_ids))
+        return _dataset(data_config, split, packed.folder, images, annotations, categories)
     if data_config.exif == "as_shown":
         raise DataError(
             f"data.exif is 'as_shown', but {prepared} is prepared by TFDS, which has the boxes of "
@@ -258,6 +265,8 @@ def _open_coco(data_config: ConfigDict, split: str, directory: Path, pack: bool)
 
 
 def _open_digits(data_config: ConfigDict, split: str, directory: Path, pack: bool) -> Dataset:
+    from dn_detr_jax.data.digit_scenes import prepare  # imports TFDS
+
     del pack  # scenes of both splits are drawn at once
     scenes = {"digits": "full", "digits_tiny": "tiny"}[data_config.name]
     try:
@@ -291,14 +300,15 @@ def _open_tfds(data_config: ConfigDict, split: str, folder: Path) -> Dataset:
         ids = np.array([coco_ids[name] for name in names])
         annotations = dataclasses.replace(annotations, category_ids=ids[annotations.category_ids])
     categories = tuple(map(Category, ids.tolist(), names))
-    return _dataset(data_config, split, folder, split, annotations, categories)
+    images = EncodedImages(folder, split)
+    return _dataset(data_config, split, folder, images, annotations, categories)
 
 
 def _dataset(
     data_config: ConfigDict,
     split: str,
     folder: Path,
-    record_split: str,
+    images: RandomAccess[bytes],
     annotations: Annotations,
     categories: Sequence[Category],
 ) -> Dataset:
@@ -312,7 +322,7 @@ def _dataset(
         )
     by_label = label_categories(categories, data_config.labels)
     label_of = {category.id: label for label, category in enumerate(by_label)}
-    source = RecordSource(folder, record_split, annotations, label_of)
+    source = RecordSource(images, annotations, label_of)
     return Dataset(data_config.name, split, source, annotations, by_label, folder=folder)
 
 

@@ -3,7 +3,7 @@
 A data set of many small files is slow to read at random; packed once, it is a few hundred large
 ones. The records are a folder of TFDS (`array_record`, features of `coco/2017`) that
 `tfds.builder_from_directory` opens. TFDS' own builders start again from nothing after a kill, so
-this module writes the shards, and TFDS writes its metadata around them:
+this module writes shards and metadata:
 
 - Each shard is written under another name, flushed, and renamed when complete. A packing that was
   killed is continued: complete shards stay.
@@ -30,15 +30,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import tensorflow_datasets as tfds
 
 from dn_detr_jax.data import images, shards
 from dn_detr_jax.data.annotations import Annotations, load_table, save_table
 from dn_detr_jax.data.coco_classes import Category
 from dn_detr_jax.data.directory import ImageFolder, SplitFiles
 from dn_detr_jax.data.formats import checksum, load_split
-from dn_detr_jax.data.records import EncodedImages
-from dn_detr_jax.data.shards import SPLIT, ShardWriter, packed_features, progress_bar, read_file
+from dn_detr_jax.data.shards import (
+    SPLIT,
+    PackedImages,
+    ShardWriter,
+    class_names,
+    progress_bar,
+    read_file,
+)
+from dn_detr_jax.data.tfds_files import write_metadata
 from dn_detr_jax.errors import DataError
 from dn_detr_jax.files import replace_atomically
 
@@ -147,22 +153,17 @@ def _pack(files: SplitFiles, folder: Path, source: dict[str, Any], exif: images.
         annotations = _with_sizes_of_boxes(annotations, paths, range(len(paths)), exif)
     partial.mkdir(exist_ok=True)
     (partial / _SOURCE).write_text(json.dumps(source, indent=1), encoding="utf-8")
-    features = packed_features(categories)
-    write = ShardWriter(lambda i: read_file(paths[i]), annotations, categories, features)
+    write = ShardWriter(lambda i: read_file(paths[i]), annotations, categories)
     num_bytes = _write_shards(partial, files, paths, write, exif)
     save_table(partial / _TABLE, annotations, categories)
     _save_stamps(partial, stamps)
-    split = tfds.core.SplitInfo(
-        name=SPLIT,
-        shard_lengths=[len(positions) for positions in shards.ranges(len(paths))],
-        num_bytes=num_bytes,
-    )
-    tfds.folder_dataset.write_metadata(
-        data_dir=partial,
-        features=features,
-        split_infos=[split],
-        check_data=False,
-        description=f"Images of {source['images']}, objects of {source['annotations']}.",
+    write_metadata(
+        partial,
+        SPLIT,
+        class_names(categories),
+        [len(positions) for positions in shards.ranges(len(paths))],
+        num_bytes,
+        f"Images of {source['images']}, objects of {source['annotations']}.",
     )
     partial.rename(folder)
     for other in replaced:
@@ -318,7 +319,7 @@ def _suspects(folder: Path, stamps: np.ndarray) -> np.ndarray:
 
 def _changed(folder: Path, paths: Sequence[Path], suspects: np.ndarray) -> list[int]:
     """Returns those of some positions whose file has other content than what is packed."""
-    packed = EncodedImages(folder, SPLIT)
+    packed = PackedImages(folder, len(paths))
 
     def differs(position: int) -> bool:
         content = read_file(paths[position])
@@ -374,14 +375,14 @@ def _replace_shards(
     categories: Sequence[Category],
 ) -> None:
     """Rewrites the shards that hold changed images; an image without a file stays as packed."""
-    packed = EncodedImages(folder, SPLIT)
+    packed = PackedImages(folder, len(paths))
 
     def read(index: int) -> bytes:
         if stamps[index, 0] < 0:
             return packed[index]
         return read_file(paths[index])
 
-    write = ShardWriter(read, annotations, categories, packed_features(categories))
+    write = ShardWriter(read, annotations, categories)
     ranges = shards.ranges(len(paths))
     todo = [number for number, positions in enumerate(ranges) if set(changed) & set(positions)]
     with progress_bar(sum(len(ranges[number]) for number in todo)) as progress:

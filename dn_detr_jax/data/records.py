@@ -1,6 +1,7 @@
 """Folders that TensorFlow Datasets has prepared with the features of `coco/2017`.
 
 Read without TensorFlow, by position, in TFDS' formats `array_record` and `tfrecord`, its default.
+TFDS is imported when such a folder is opened: data in other formats needs none of it.
 """
 
 import dataclasses
@@ -9,10 +10,9 @@ import json
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
-import tensorflow_datasets as tfds
 from PIL import Image
 from tqdm import tqdm
 
@@ -20,6 +20,9 @@ from dn_detr_jax.data.annotations import Annotations, load_table, save_table
 from dn_detr_jax.data.coco_classes import Category
 from dn_detr_jax.data.tfrecord import TFRecords
 from dn_detr_jax.errors import DataError, short_reason
+
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +79,8 @@ class EncodedImages:
         self._open()
 
     def _open(self) -> None:
+        import tensorflow_datasets as tfds
+
         self._records, features = open_records(self._folder, self._split)
         # Of a record's features only the image is parsed: half the time.
         self._features = tfds.features.FeaturesDict({"image": features["image"]})
@@ -107,16 +112,15 @@ class RecordSource:
     Can be pickled; reading is safe for threads.
     """
 
-    def __init__(self, folder: Path, split: str, annotations: Annotations, label_of: dict):
-        """Opens the records.
+    def __init__(self, images: RandomAccess[bytes], annotations: Annotations, label_of: dict):
+        """Combines images and objects.
 
         Args:
-          folder: prepared by TFDS.
-          split: name of the split there.
+          images: the files of the images.
           annotations: the table of the split.
           label_of: label of each category id.
         """
-        self._images = EncodedImages(folder, split)
+        self._images = images
         self._annotations, self._label_of = annotations, label_of
 
     def __len__(self) -> int:
@@ -137,7 +141,7 @@ class RecordSource:
 
 def open_records(
     folder: Path, split: str
-) -> tuple[RandomAccess[bytes], tfds.features.FeaturesDict]:
+) -> tuple[RandomAccess[bytes], "tfds.features.FeaturesDict"]:
     """Opens the serialized records of a split, and the features to parse them with.
 
     Raises:
@@ -157,7 +161,9 @@ def open_records(
 
 def _open_records(
     folder: Path, split: str
-) -> tuple[RandomAccess[bytes], tfds.features.FeaturesDict]:
+) -> tuple[RandomAccess[bytes], "tfds.features.FeaturesDict"]:
+    import tensorflow_datasets as tfds
+
     builder = tfds.builder_from_directory(folder)
     info = builder.info
     missing = {"image", "image/id", "objects"} - set(info.features)
@@ -237,8 +243,10 @@ def read_table(folder: Path, split: str) -> tuple[Annotations, tuple[str, ...]]:
     return annotations, names
 
 
-def _parse(features: tfds.features.FeaturesDict, record: bytes) -> dict[str, Any]:
+def _parse(features: "tfds.features.FeaturesDict", record: bytes) -> dict[str, Any]:
     """Parses a record, without decoding its image."""
+    import tensorflow_datasets as tfds
+
     return features.deserialize_example_np(record, decoders={"image": tfds.decode.SkipDecoding()})
 
 

@@ -8,17 +8,17 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
+from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from tqdm import tqdm
 
 from dn_detr_jax.data import images
 from dn_detr_jax.data.annotations import Annotations
 from dn_detr_jax.data.coco_classes import Category
-from dn_detr_jax.errors import DataError
+from dn_detr_jax.data.tfds_files import bytes_feature, encode
+from dn_detr_jax.errors import DataError, short_reason
 
 SPLIT = "images"  # the only split of a packed folder; several splits of a run may share one
 IMAGES_PER_SHARD = 512  # what a killed packing may have to repeat; COCO has 232 such shards
@@ -27,26 +27,12 @@ _READERS = 8  # threads that read files ahead of the writer
 _AHEAD = 32  # files that they may hold: the memory of packing
 
 
-def packed_features(categories: Sequence[Category]) -> tfds.features.FeaturesDict:
-    """Returns the features of TFDS' `coco/2017`, with areas as numbers that need not be whole."""
+def class_names(categories: Sequence[Category]) -> list[str]:
+    """Returns distinct names of classes, as TFDS wants them."""
     names = [category.name for category in categories]
-    if len(set(names)) < len(names):  # which TFDS does not allow
+    if len(set(names)) < len(names):
         names = [f"{category.name} ({category.id})" for category in categories]
-    objects = {
-        "id": np.int64,
-        "area": np.float32,
-        "bbox": tfds.features.BBoxFeature(),
-        "label": tfds.features.ClassLabel(names=names),
-        "is_crowd": np.bool_,
-    }
-    return tfds.features.FeaturesDict(
-        {
-            "image": tfds.features.Image(),
-            "image/filename": tfds.features.Text(),
-            "image/id": np.int64,
-            "objects": tfds.features.Sequence(objects),
-        }
-    )
+    return names
 
 
 def ranges(count: int) -> list[range]:
@@ -67,6 +53,49 @@ def progress_bar(total: int, done: int = 0) -> tqdm:
     return tqdm(total=total, initial=done, desc="packing", unit=" images", disable=None)
 
 
+class PackedImages:
+    """The bytes of the image files in a packed folder, by position.
+
+    Can be pickled; reading is safe for threads.
+    """
+
+    def __init__(self, folder: Path, count: int):
+        """Opens the shards.
+
+        Args:
+          folder: packed by `packing`.
+          count: number of images.
+
+        Raises:
+          DataError: a shard is missing.
+        """
+        self._folder, self._count = folder, count
+        parts = ranges(count)
+        paths = [folder / name for name in names(len(parts))]
+        for path in paths:
+            if not path.is_file():
+                raise DataError(f"{path} is missing; delete the folder, and it is packed again")
+        # With their numbers of records, shards are opened when they are read.
+        sized = [f"{path}[0:{len(part)}]" for path, part in zip(paths, parts, strict=True)]
+        self._records = ArrayRecordDataSource(sized)
+
+    def __reduce__(self) -> tuple[type, tuple[Path, int]]:
+        return PackedImages, (self._folder, self._count)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> bytes:
+        try:
+            return bytes_feature(self._records[index], "image")
+        except OSError:
+            raise
+        except Exception as error:  # damaged records lead their readers to many kinds of errors
+            raise DataError(
+                f"{self._folder}: a damaged record at {index} ({short_reason(error)})"
+            ) from error
+
+
 class ShardWriter:
     """Writes shards of images and their objects.
 
@@ -79,7 +108,6 @@ class ShardWriter:
         read: Callable[[int], bytes],
         annotations: Annotations,
         categories: Sequence[Category],
-        features: tfds.features.FeaturesDict,
     ):
         """Prepares writing.
 
@@ -87,13 +115,9 @@ class ShardWriter:
           read: gives the file of the image at a position; called by several threads.
           annotations: of the split.
           categories: of the data set.
-          features: `packed_features`.
         """
         self._read, self._annotations = read, annotations
         self._label_of = {category.id: label for label, category in enumerate(categories)}
-        # What FeaturesDict.serialize_example does besides takes longer, object by object.
-        info = features.get_serialized_info()
-        self._serializer = tfds.core.example_serializer.ExampleSerializer(info)
         self.open_orientations = 0
 
     def __call__(self, path: Path, positions: range, progress: tqdm) -> None:
@@ -112,8 +136,7 @@ class ShardWriter:
                 header = images.read_header(io.BytesIO(image))
                 size = tuple(self._annotations.sizes[index].tolist())
                 self.open_orientations += images.orientation_is_open(header, size)
-            example = _example(image, index, self._annotations, self._label_of)
-            yield self._serializer.serialize_example(example)
+            yield encode(_example(image, index, self._annotations, self._label_of))
 
 
 def _read_ahead(
@@ -140,8 +163,8 @@ def read_file(path: Path) -> bytes:
 
 def _example(
     image: bytes, index: int, annotations: Annotations, label_of: dict[int, int]
-) -> dict[str, Any]:
-    """Returns the features of an image, encoded as TFDS serializes them.
+) -> dict[str, bytes | np.ndarray]:
+    """Returns the features of an image, as TFDS serializes them.
 
     TFDS has no room for boxes beyond the image: these are clipped, and degenerate ones are left
     out. The numbers of the annotation file are in the table.
@@ -152,15 +175,15 @@ def _example(
     shares = annotations.corners(rows) / (width, height, width, height)
     return {
         "image": image,
-        "image/filename": annotations.file_names[index],
+        "image/filename": annotations.file_names[index].encode(),
         "image/id": annotations.image_ids[index],
-        "objects": {
-            "id": annotations.ids[rows],
-            "area": annotations.areas[rows].astype(np.float32),
-            "bbox": np.clip(shares, 0.0, 1.0)[:, [1, 0, 3, 2]].astype(np.float32),
-            "label": np.array([label_of[i] for i in annotations.category_ids[rows].tolist()], int),
-            "is_crowd": annotations.crowd[rows],
-        },
+        "objects/id": annotations.ids[rows],
+        "objects/area": annotations.areas[rows].astype(np.float32),
+        "objects/bbox": np.clip(shares, 0.0, 1.0)[:, [1, 0, 3, 2]].astype(np.float32),
+        "objects/label": np.array(
+            [label_of[i] for i in annotations.category_ids[rows].tolist()], int
+        ),
+        "objects/is_crowd": annotations.crowd[rows].astype(int),
     }
 
 
