@@ -4,14 +4,15 @@ import contextlib
 import io
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from dn_detr_jax.errors import EvaluationError
-from dn_detr_jax.evaluation.coco_ap import CocoEvaluator, format_table
+from dn_detr_jax.errors import ConfigError, EvaluationError
+from dn_detr_jax.evaluation.coco_ap import CocoEvaluator, coco_classes, format_table
 
 KEYS = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
 CATEGORY_IDS = (7, 3, 90, 12)  # with holes, not sorted
@@ -138,6 +139,28 @@ def test_equals_pycocotools_to_the_last_digit(tmp_path, kind, crowd):
         assert metrics["AP"] == pytest.approx(1.0)
     if kind == "random":
         assert 0.02 < metrics["AP"] < 0.98  # a trivial value would compare nothing
+
+
+@pytest.mark.parametrize("crowd", [0.0, 0.3])
+@pytest.mark.parametrize("kind", ["perfect", "shifted", "random", "empty"])
+def test_the_faster_backend_equals_pycocotools(kind, crowd):
+    """Covers crowd regions, images and classes without objects, and no detections."""
+    pytest.importorskip("faster_coco_eval")
+    ground_truth = make_ground_truth(crowd=crowd)
+    ids = np.array([image["id"] for image in ground_truth["images"]])
+    found = {}
+    for backend in ("pycocotools", "faster-coco-eval"):
+        evaluator = CocoEvaluator(ground_truth, CATEGORY_IDS, backend)
+        evaluator.add(ids, *predictions(ground_truth, kind))
+        found[backend] = evaluator.metrics() | evaluator.per_class()
+    expected = pytest.approx(found["pycocotools"], abs=1e-12, rel=0, nan_ok=True)
+    assert found["faster-coco-eval"] == expected
+
+
+def test_a_backend_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    with pytest.raises(ConfigError, match=r"eval\.backend = 'faster.*pip install faster-coco-eval"):
+        coco_classes("faster-coco-eval")
 
 
 @pytest.mark.parametrize("seed", range(4))

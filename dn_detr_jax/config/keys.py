@@ -345,6 +345,13 @@ _EVALUATION = (
         whole(0),
     ),
     Key(
+        "eval.backend",
+        "pycocotools",
+        "package that computes AP: pycocotools, or the optional faster-coco-eval",
+        one_of("pycocotools", "faster-coco-eval"),
+        resume="free",
+    ),
+    Key(
         "eval.pictures",
         12,
         "validation images in the drawn grid of detections; 0: none",

@@ -1,7 +1,8 @@
 """Average precision and recall of detections, as the COCO benchmark defines them.
 
 The numbers are those of pycocotools, to the last digit: its `COCOeval` does the matching, the
-accumulation and the summary, this module turns a network's batches into what it reads. Areas
+accumulation and the summary, this module turns a network's batches into what it reads. The optional
+faster-coco-eval does the same in C++. Areas
 (small below 32 x 32 pixels, large above 96 x 96) are in pixels of the original image.
 
 Source: https://cocodataset.org/#detection-eval
@@ -11,12 +12,13 @@ import contextlib
 import io
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from dn_detr_jax.errors import EvaluationError
+from dn_detr_jax.errors import ConfigError, EvaluationError
 
 # In the order of COCOeval.stats: key, IoU thresholds, object sizes, detections per image and class
 _SUMMARY = (
@@ -35,6 +37,25 @@ _SUMMARY = (
 )
 
 
+def coco_classes(backend: str) -> tuple[Any, Any]:
+    """Returns the classes of a data set and of an evaluation, `COCO` and `COCOeval`.
+
+    Args:
+      backend: `config.eval.backend`, "pycocotools" or "faster-coco-eval".
+
+    Raises:
+      ConfigError: it is not installed.
+    """
+    if backend == "pycocotools":
+        return COCO, COCOeval
+    try:
+        import faster_coco_eval
+    except ImportError:
+        expected = "'pycocotools', or pip install faster-coco-eval"
+        raise ConfigError("eval.backend", backend, expected) from None
+    return faster_coco_eval.COCO, faster_coco_eval.COCOeval_faster
+
+
 class CocoEvaluator:
     """Collects detections image by image, then computes the COCO metrics over all of them.
 
@@ -48,15 +69,22 @@ class CocoEvaluator:
         that is no category of the ground truth means that the label stands for nothing (class
         0 of the 91 outputs of the official checkpoints).
 
+      backend: `config.eval.backend`.
+
     Raises:
       ValueError: the ground truth lacks a part, or an image has no positive size or comes twice.
+      ConfigError: the backend is not installed.
     """
 
     METRICS = tuple(key for key, *_ in _SUMMARY)
 
     def __init__(
-        self, ground_truth: Mapping, label_to_category: Sequence[int] | None = None
+        self,
+        ground_truth: Mapping,
+        label_to_category: Sequence[int] | None = None,
+        backend: str = "pycocotools",
     ) -> None:
+        self._coco, self._coco_eval = coco_classes(backend)
         self._images = _image_sizes(ground_truth)
         categories = [dict(category) for category in ground_truth["categories"]]
         if label_to_category is None:
@@ -176,12 +204,12 @@ class CocoEvaluator:
         ]
 
     def _evaluate(self) -> COCOeval:
-        """Runs pycocotools once over everything added so far."""
+        """Runs the backend once over everything added so far."""
         if self._result is None:
             every = (d for of_image in self._detections.values() for d in of_image)
             detections = [{**detection, "id": n} for n, detection in enumerate(every, start=1)]
             with contextlib.redirect_stdout(io.StringIO()):
-                result = COCOeval(
+                result = self._coco_eval(
                     self._indexed(self._ground_truth), self._indexed(detections), "bbox"
                 )
                 result.evaluate()
@@ -191,7 +219,7 @@ class CocoEvaluator:
         return self._result
 
     def _indexed(self, annotations: list[dict]) -> COCO:
-        coco = COCO()
+        coco = self._coco()
         coco.dataset = {**self._header, "annotations": annotations}
         coco.createIndex()
         return coco

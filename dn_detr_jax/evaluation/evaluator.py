@@ -74,7 +74,7 @@ class Evaluator:
         """
         instability = self.instability if compare else None
         category_ids = [category.id for category in self._dataset.categories]
-        coco = CocoEvaluator(self._ground_truth, category_ids)
+        coco = CocoEvaluator(self._ground_truth, category_ids, self._config.eval.backend)
         # The devices compute a batch while the host processes the previous one.
         pending = None
         batches = eval_batches(

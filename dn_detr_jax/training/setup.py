@@ -1,11 +1,13 @@
 """The common part of training and evaluation: checked config, devices, data, model."""
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
 import itertools
 import logging
 from collections.abc import Callable, Sequence
+from importlib import metadata
 
 import jax
 from flax import linen as nn
@@ -19,6 +21,7 @@ from dn_detr_jax.data.loader import eval_batches
 from dn_detr_jax.data.plan import steps_per_epoch
 from dn_detr_jax.distributed.consistency import check_agreement
 from dn_detr_jax.errors import ConfigError, DataError
+from dn_detr_jax.evaluation.coco_ap import coco_classes
 from dn_detr_jax.evaluation.detect import jit_eval_step
 from dn_detr_jax.evaluation.labels import relabeled, with_labels_of_run
 from dn_detr_jax.models.registry import build_model, num_matching_queries
@@ -76,6 +79,8 @@ def set_up(
       ConfigError, DataError: something does not fit.
       CheckpointError: the validation data has other classes than the run.
     """
+    warn_of_several_opencvs()
+    coco_classes(config.eval.backend)  # raises for one that is not installed
     use_compile_cache(config.compile.cache_dir)
     mesh = make_mesh(config.mesh.data)
     accepted_options(config, mesh.local_devices[0])  # raises for one that is refused
@@ -114,6 +119,21 @@ def _check_batch_sizes(config: ConfigDict, mesh: Mesh, trains: bool) -> None:
             "train.accumulate_steps",
             config.train.accumulate_steps,
             f"a divisor of the {rows} images per device: train.batch_size / {mesh.size} devices",
+        )
+
+
+def warn_of_several_opencvs() -> None:
+    """Logs a warning if several packages have installed the module cv2 over each other."""
+    names = ("opencv-python", "opencv-contrib-python")
+    found = []
+    for name in (*names, *(f"{name}-headless" for name in names)):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found.append(f"{name} {metadata.version(name)}")
+    if len(found) > 1:
+        logger.warning(
+            "%s are installed, and overwrite each other's files: pip uninstall all of them, then "
+            "pip install opencv-python-headless",
+            ", ".join(found),
         )
 
 
