@@ -15,6 +15,7 @@ from dn_detr_jax.training.optimizer import (
     describe,
     global_norm,
     make_optimizer,
+    norm_together,
     parameter_paths,
 )
 
@@ -72,6 +73,7 @@ def test_norm_of_small_and_large_arrays_together(split):
     for part in arrays, arrays[:1], arrays[2:3], arrays[4:]:
         want = np.sqrt(sum(np.sum(np.square(array, dtype=np.float64)) for array in part))
         np.testing.assert_allclose(global_norm(part, split=split), want, rtol=1e-5)
+        np.testing.assert_allclose(norm_together(*part), want, rtol=1e-5)
     assert global_norm({}, split=split) == 0
 
 

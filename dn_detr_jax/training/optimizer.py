@@ -80,12 +80,24 @@ def _assign_rates(
     return _Rates(rules, factors)
 
 
+def _norm(*arrays: jax.Array) -> jax.Array:
+    squares = [jnp.sum(jnp.square(array)) for array in arrays]
+    return jnp.sqrt(sum(squares, start=jnp.float32(0)))
+
+
+def norm_together(*arrays: jax.Array) -> jax.Array:
+    """Returns the norm of all numbers; sums the small arrays as one, see `global_norm`."""
+    small = [jnp.ravel(array) for array in arrays if array.size <= _SMALL]
+    large = [array for array in arrays if array.size > _SMALL]
+    return _norm(*large, jnp.concatenate(small)) if small else _norm(*large)
+
+
 def global_norm(tree: PyTree, *, split: bool = False) -> jax.Array:
     """Returns the root of the sum of the squares of all numbers in a tree of arrays, a scalar.
 
     Small arrays are concatenated before they are summed. With one sum for each array, as
     `optax.tree.norm` has, these sums are a third of all the kernels of a training step on a GPU. On
-    a TPU, which stores arrays in tiles, concatenation costs more than it saves
+    a CPU, and on a TPU, which stores arrays in tiles, concatenation costs more than it saves
     (docs/performance.md).
 
     Args:
@@ -94,19 +106,10 @@ def global_norm(tree: PyTree, *, split: bool = False) -> jax.Array:
         them: each is summed alone.
     """
 
-    def norm(*arrays):
-        squares = [jnp.sum(jnp.square(array)) for array in arrays]
-        return jnp.sqrt(sum(squares, start=jnp.float32(0)))
-
-    def norm_together(*arrays):
-        small = [jnp.ravel(array) for array in arrays if array.size <= _SMALL]
-        large = [array for array in arrays if array.size > _SMALL]
-        return norm(*large, jnp.concatenate(small)) if small else norm(*large)
-
     arrays = jax.tree.leaves(tree)
     if split or not arrays:
-        return norm(*arrays)
-    return jax.lax.platform_dependent(*arrays, tpu=norm, default=norm_together)
+        return _norm(*arrays)
+    return jax.lax.platform_dependent(*arrays, cpu=_norm, tpu=_norm, default=norm_together)
 
 
 def clip_by_global_norm(max_norm: float, *, split: bool = False) -> optax.GradientTransformation:
