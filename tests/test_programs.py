@@ -1,5 +1,6 @@
 """Programs of a run: traced and compiled once each, when they are needed, and not before."""
 
+import dataclasses
 import threading
 from types import SimpleNamespace
 
@@ -108,6 +109,17 @@ def test_closed_programs_start_no_other(setup, compiler):
     assert programs.train_step(A) == A
     assert compiler.started == [A]
     assert programs.train_step(B) == B
+
+
+def test_without_validation_only_training_steps_are_compiled(setup, compiler):
+    """Catches a run without evaluation that waits for a detection."""
+    for event in compiler.allowed.values():
+        event.set()
+    programs = Programs(dataclasses.replace(setup, validation=None), compiler, state=())
+    programs.compile_ahead([A, B])
+    programs.finish([A, B])
+    assert compiler.started == [A, B]
+    programs.close()
 
 
 def test_an_accelerator_compiles_what_is_asked_for(setup, compiler):
