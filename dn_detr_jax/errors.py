@@ -61,6 +61,10 @@ class PreflightError(Error, ValueError):
     """A preflight that can't be made. The message names the flag and what would be right."""
 
 
+class ExportError(Error, RuntimeError):
+    """A detector that can't be exported. The message names the file or flag, and the cause."""
+
+
 class MissingPackageError(Error, ImportError):
     """An optional package is not installed. The message names what needs it and the command."""
 

@@ -20,6 +20,7 @@ from dn_detr_jax.inference import exported
 from dn_detr_jax.inference.export import export
 from dn_detr_jax.inference.exported import ExportedDetector, ExportedError, load_exported
 from dn_detr_jax.inference.predictor import Predictor, choose_canvas, read_run
+from dn_detr_jax.inference.weights import restore_weights, store_weights
 
 _ROOT = Path(__file__).parent.parent
 CANVAS = (96, 128)
@@ -224,8 +225,8 @@ def test_files_that_are_no_exported_detectors(exported_file, tmp_path):
 
 def test_another_format_version_or_platform(exported_file, tmp_path, monkeypatch):
     path = tmp_path / "other.zip"
-    _rewritten(exported_file, path, lambda metadata: metadata.update(format=2))
-    assert "has format 2, this loader reads format 1" in _error_of(path)
+    _rewritten(exported_file, path, lambda metadata: metadata.update(format=3))
+    assert "has format 3, this loader reads formats 1 and 2" in _error_of(path)
     _rewritten(exported_file, path, lambda metadata: metadata.update(platforms=["tpu"]))
     assert "is for tpu, but jax runs on cpu here" in _error_of(path)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
@@ -257,6 +258,46 @@ def test_another_canvas_and_nothing_left_behind(digits_run, tmp_path):
     export(read_run(digits_run), tmp_path / "b.zip", platforms=("cpu",), canvas=(64, 96))
     assert load_exported(tmp_path / "b.zip").canvas == (64, 96)
     assert list(tmp_path.iterdir()) == [tmp_path / "b.zip"]
+
+
+def test_any_number_of_images_and_small_weights(digits_run, detector, images, tmp_path):
+    """Catches a batch that is fixed, and kernels whose scales belong to other channels."""
+    run = read_run(digits_run)
+    inputs = [np.stack(p) for p in zip(*map(detector.prepare, images[:3]), strict=True)]
+    expected, sizes = detector(*inputs), {}
+    for weights, most in (("float32", 1e-5), ("bfloat16", 0.02), ("int8", 0.05)):
+        path = tmp_path / f"{weights}.zip"
+        export(run, path, platforms=("cpu",), batch_size=None, weights=weights)
+        sizes[weights] = sum(
+            info.file_size
+            for info in zipfile.ZipFile(path).infolist()
+            if info.filename.endswith("/kernel.npy")
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(jax, "jit", fast_jit)
+            dynamic = load_exported(path)
+        assert dynamic.batch_size is None
+        found = dynamic(*inputs)
+        np.testing.assert_allclose(found["scores"], expected["scores"], atol=most)
+        if weights != "float32":
+            assert np.abs(found["scores"] - expected["scores"]).max() > 1e-6
+    assert sizes["bfloat16"] < 0.7 * sizes["float32"]
+    assert sizes["int8"] < 0.7 * sizes["bfloat16"]
+
+
+def test_kernels_are_rounded_by_channel():
+    """Catches one scale for all channels, and bits that are read in another order."""
+    rng = np.random.default_rng(0)
+    kernel = (rng.normal(size=(3, 5, 4)) * [1e-3, 1, 30, 0]).astype(np.float32)
+    params = {"a/kernel": kernel, "a/bias": kernel[0, 0], "anchors": kernel}
+    for weights, error in (("float32", 0), ("bfloat16", 2**-8), ("int8", 1 / 254)):
+        stored = store_weights(params, weights)
+        restored = restore_weights({k: jax.numpy.asarray(v) for k, v in stored.items()})
+        assert restored.keys() == params.keys()
+        most = error * np.abs(kernel).max((0, 1)) * 1.001
+        assert (np.abs(restored["a/kernel"] - kernel) <= most).all()
+        for name in ("a/bias", "anchors"):
+            np.testing.assert_array_equal(restored[name], params[name])
 
 
 def test_a_canvas_is_height_and_width():

@@ -30,6 +30,6 @@ def select_detections(
     """
     scores = class_loss.scores(pred_logits.astype(jnp.float32))
     num_classes = scores.shape[-1]
-    best, pair = jax.lax.top_k(scores.reshape(len(scores), -1), num_select)
+    best, pair = jax.lax.top_k(scores.reshape(scores.shape[0], -1), num_select)
     boxes = jnp.take_along_axis(pred_boxes, (pair // num_classes)[..., None], axis=1)
     return {"scores": best, "labels": pair % num_classes, "boxes": boxes.astype(jnp.float32)}

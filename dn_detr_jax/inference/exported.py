@@ -33,9 +33,10 @@ import jax
 import jax.export
 import numpy as np
 
-FORMAT = 1  # of the file
+FORMAT = 2  # of the file; one of format 1 has a batch size
 # For these StableHLO has no operation. Other calls could be of addresses that the file names.
-_HARMLESS_CALLS = {"mhlo.topk", "Sharding"}
+# jax itself replaces assertions on a symbolic batch before it compiles.
+_HARMLESS_CALLS = {"mhlo.topk", "Sharding", "shape_assertion"}
 METADATA, PROGRAM, PARAMS = "metadata.json", "program.stablehlo", "params/"
 
 
@@ -96,10 +97,10 @@ def _metadata(path: str, archive: zipfile.ZipFile) -> dict[str, Any]:
     """Reads the metadata and checks format and platform."""
     metadata = json.loads(archive.read(METADATA))
     found = metadata["format"]
-    if found != FORMAT:
+    if found not in (1, FORMAT):
         raise ExportedError(
-            f"{path}: has format {found}, this loader reads format {FORMAT}; take the exported.py "
-            f"of dn_detr_jax {metadata['versions']['dn_detr_jax']}, or export it again"
+            f"{path}: has format {found}, this loader reads formats 1 and {FORMAT}; take the "
+            f"exported.py of dn_detr_jax {metadata['versions']['dn_detr_jax']}, or export it again"
         )
     here = jax.default_backend()
     here = {"gpu": "cuda or rocm"}.get(here, here)
@@ -108,7 +109,9 @@ def _metadata(path: str, archive: zipfile.ZipFile) -> dict[str, Any]:
             f"{path}: is for {', '.join(metadata['platforms'])}, but jax runs on {here} here; "
             "export it with --platforms for that"
         )
-    sizes = [metadata[key] for key in ("batch_size", "num_select", "short_side", "max_long_side")]
+    sizes = [metadata[key] for key in ("num_select", "short_side", "max_long_side")]
+    if metadata["batch_size"] is not None or found == 1:
+        sizes.append(metadata["batch_size"])
     height, width = metadata["canvas"]
     if not all(type(size) is int and size > 0 for size in (*sizes, height, width)):
         raise ValueError(f"{METADATA}: sizes {[*sizes, height, width]}, expected numbers above 0")
@@ -129,8 +132,12 @@ def _check_program(
     batch, canvas = metadata["batch_size"], metadata["canvas"]
     images = np.empty((0, *canvas, 3), np.uint8), np.empty((0, 2), np.int32)
     described = [(value.shape, value.dtype) for value in jax.tree.leaves(params)]
-    described += [((batch, *value.shape[1:]), value.dtype) for value in images]
     wanted = [(aval.shape, aval.dtype) for aval in exported.in_avals]
+    if batch is None and wanted:  # any number has a name
+        batch = wanted[-1][0][0]
+        if isinstance(batch, int):
+            raise ExportedError(f"{path}: damaged: its program is for {batch} images")
+    described += [((batch, *value.shape[1:]), value.dtype) for value in images]
     structure: Any = jax.tree.structure(((params, *images), {}))
     found = [aval.shape for aval in exported.out_avals]  # boxes, labels, scores
     rows = (batch, metadata["num_select"])
@@ -161,6 +168,7 @@ class ExportedDetector:
     Attributes:
       canvas: height and width.
       batch_size: images per call of the program; a call with another number is split and filled.
+        None: any number, and the program is compiled for each.
       num_select: K, detections per image.
       classes: {"id", "name"} of every label; the name of an unused label is "".
       metadata: the above, platforms, versions and checkpoint.
@@ -172,7 +180,7 @@ class ExportedDetector:
         """See `load_exported`."""
         self.metadata = metadata
         self.canvas: tuple[int, int] = tuple(metadata["canvas"])
-        self.batch_size: int = metadata["batch_size"]
+        self.batch_size: int | None = metadata["batch_size"]
         self.num_select: int = metadata["num_select"]
         self.classes: list[dict[str, Any]] = metadata["classes"]
         self._params = jax.device_put(params)
@@ -208,13 +216,14 @@ class ExportedDetector:
         if ((sizes < 1) | (sizes > self.canvas)).any():
             raise ValueError(f"sizes of {sizes.tolist()}, expected 1 to {self.canvas}")
         parts = []
-        for start in range(0, count, self.batch_size):
-            rows = slice(start, start + self.batch_size)
-            filled = self.batch_size - len(images[rows])
+        size = self.batch_size or max(count, 1)
+        for start in range(0, count, size):
+            rows = slice(start, start + size)
+            filled = size - len(images[rows])
             batch = np.pad(images[rows], [(0, filled), (0, 0), (0, 0), (0, 0)])
             extents = np.pad(sizes[rows], [(0, filled), (0, 0)], constant_values=1)
             found = self._program(self._params, batch, extents.astype(np.int32))
-            parts.append((found, self.batch_size - filled))
+            parts.append((found, size - filled))
         empty = {
             "scores": np.zeros((0, self.num_select), np.float32),
             "labels": np.zeros((0, self.num_select), np.int32),

@@ -69,7 +69,7 @@ class VectorQueries(nn.Module):
         self, levels: Levels, dn: Denoising | None, *, attend_padding: bool = False
     ) -> Queries:
         """Makes the queries of a batch, see `with_denoising`; their anchors have no meaning."""
-        shape = (len(levels.tokens), self.num_queries, self.hidden_dim)
+        shape = (levels.tokens.shape[0], self.num_queries, self.hidden_dim)
         found = with_denoising(
             jnp.zeros(shape),
             jnp.zeros((*shape[:2], 4)),

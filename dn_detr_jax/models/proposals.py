@@ -127,6 +127,6 @@ class SelectedProposals(nn.Module):
         normal, width = nn.initializers.normal(1.0), self.hidden_dim - self.indicator
         table = self.param("label_embedding", normal, (self.num_classes + 1, width))
         content = self.param("content", normal, (self.num_queries, self.hidden_dim))
-        content = jnp.broadcast_to(content, (len(anchors), *content.shape))
+        content = jnp.broadcast_to(content, (anchors.shape[0], *content.shape))
         options = {"indicator": self.indicator, "attend_padding": attend_padding}
         return with_denoising(content, anchors, table, dn, **options)

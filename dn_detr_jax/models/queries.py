@@ -117,7 +117,7 @@ class LabelQueries(nn.Module):
             patterns = self.param("patterns", self.pattern_init, shape)
             content = (content + patterns[:, None]).reshape(-1, self.hidden_dim)
             anchors = jnp.tile(anchors, (self.num_patterns, 1))
-        batch = len(levels.tokens)
+        batch = levels.tokens.shape[0]
         content = jnp.broadcast_to(content, (batch, *content.shape))
         anchors = jnp.broadcast_to(anchors, (batch, *anchors.shape))
         return with_denoising(
@@ -155,7 +155,7 @@ class LearnedQueries(nn.Module):
         anchors = self.param("anchors", _anchor_init(False), (self.num_queries, 4))
         content = self.param("content", normal, (self.num_queries, width))
         content = jnp.pad(content, ((0, 0), (0, int(self.indicator))))
-        batch = len(levels.tokens)
+        batch = levels.tokens.shape[0]
         content = jnp.broadcast_to(content, (batch, *content.shape))
         anchors = jnp.broadcast_to(anchors, (batch, *anchors.shape))
         return with_denoising(

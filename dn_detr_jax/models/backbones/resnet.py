@@ -71,7 +71,7 @@ class GroupNorm(nn.Module):
         count = jnp.sum(valid, axis=(1, 2), dtype=jnp.float32) * (channels // groups)
 
         def group_mean(channel_sums):  # [B, C] -> [B, C]
-            sums = channel_sums.reshape(len(x), groups, -1).sum(axis=-1)
+            sums = channel_sums.reshape(x.shape[0], groups, -1).sum(axis=-1)
             return jnp.repeat(sums / count, channels // groups, axis=-1)
 
         mean = group_mean(jnp.sum(masked, axis=(1, 2)))

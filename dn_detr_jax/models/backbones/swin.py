@@ -54,8 +54,8 @@ def _merge(
     x: Float[Array, "B n t C"], window: int, height: int, width: int
 ) -> Float[Array, "B {height} {width} C"]:
     """Reverses `partition`."""
-    x = x.reshape(len(x), height // window, width // window, window, window, x.shape[-1])
-    return x.swapaxes(2, 3).reshape(len(x), height, width, -1)
+    x = x.reshape(x.shape[0], height // window, width // window, window, window, x.shape[-1])
+    return x.swapaxes(2, 3).reshape(x.shape[0], height, width, -1)
 
 
 def relative_index(window: int) -> np.ndarray:
@@ -184,9 +184,9 @@ class Merging(nn.Module):
         if extent is not None:
             x = jnp.where(_within(extent, height, width)[..., None], x, 0)
         x = jnp.pad(x, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))
-        x = x.reshape(len(x), -(-height // 2), 2, -(-width // 2), 2, channels)
+        x = x.reshape(x.shape[0], -(-height // 2), 2, -(-width // 2), 2, channels)
         # The row varies fastest among the four.
-        x = x.transpose(0, 1, 3, 4, 2, 5).reshape(len(x), x.shape[1], x.shape[3], -1)
+        x = x.transpose(0, 1, 3, 4, 2, 5).reshape(x.shape[0], x.shape[1], x.shape[3], -1)
         reduction = nn.Dense(
             2 * channels,
             use_bias=False,
