@@ -8,7 +8,10 @@ holds
 - `detections.json`: a list of {"image_id", "category_id", "bbox": [left, top, width, height],
   "score", "file_name"}, as pycocotools' `loadRes` reads it, boxes in pixels of the upright image;
 - `images.json`: a list of {"id", "file_name", "width", "height"};
-- `pictures/`: the images with boxes; not with `--nodraw`.
+- `pictures/`: the images with boxes; not with `--nodraw`;
+- `labels/` with `--save_txt`: a text file for each image in YOLO's form, "class x y width height
+  score", with the numbers of the classes in `data.yaml`;
+- `crops/` with `--save_crops`: each object, in a folder of its class.
 
 With `--annotations FILE` image ids and category ids are those of a COCO annotation file, found by
 the names of files and classes, and boxes are in pixels of the annotated image. Without it image ids
@@ -50,6 +53,8 @@ def define_flags() -> None:
     flags.DEFINE_float("threshold", 0.5, "Lowest score.", lower_bound=0.0, upper_bound=1.0)
     flags.DEFINE_integer("batch_size", 8, "Images at a time.", lower_bound=1)
     flags.DEFINE_bool("draw", True, "Write images with boxes.")
+    flags.DEFINE_bool("save_txt", False, "Write text files in YOLO's form.")
+    flags.DEFINE_bool("save_crops", False, "Write each object as an image.")
     define_step_flag("best")
 
 
@@ -74,6 +79,8 @@ def main(argv: Sequence[str]) -> None:
         Path(FLAGS.out),
         FLAGS.threshold,
         draw=FLAGS.draw,
+        save_txt=FLAGS.save_txt,
+        save_crops=FLAGS.save_crops,
         exif=run.config.data.exif,
     )
     for failure in failures:
