@@ -40,8 +40,8 @@ def write_yolo(found: Detections, numbers: dict[int, int], path: Path) -> None:
         left, top, right, bottom = box.clip(0, [width, height, width, height]).tolist()
         if right <= left or bottom <= top:
             continue
-        values = (left + right) / 2 / width, (top + bottom) / 2 / height
-        values += (right - left) / width, (bottom - top) / height, float(score)
+        center = (left + right) / 2 / width, (top + bottom) / 2 / height
+        values = (*center, (right - left) / width, (bottom - top) / height, float(score))
         lines.append(f"{numbers[int(label)]} " + " ".join(f"{value:.6f}" for value in values))
     write_text_atomically(path, "".join(f"{line}\n" for line in lines))
 

@@ -67,9 +67,11 @@ class Batches:
     async def run(self) -> None:
         """Serves the images until it is cancelled."""
         loop = asyncio.get_running_loop()
+        # A program for any number of images is compiled for each number that it is called with.
+        together = self._detector.batch_size or 1
         while True:
             rows = [await self._queue.get()]
-            while len(rows) < self._detector.batch_size and not self._queue.empty():
+            while len(rows) < together and not self._queue.empty():
                 rows.append(self._queue.get_nowait())
             rows = [row for row in rows if not row.found.done()]  # without requests that gave up
             if not rows:
