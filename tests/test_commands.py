@@ -81,10 +81,9 @@ run_main(main)
 """
 
 
-def test_every_command_has_help_without_jax():
-    """Catches a heavy import at the top of a command, which delays every usage error."""
+def _lines_printed_by(program: str) -> list[str]:
     done = subprocess.run(
-        [sys.executable, "-c", _ALL_HELP],
+        [sys.executable, "-c", program],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": str(_ROOT)},
@@ -92,7 +91,12 @@ def test_every_command_has_help_without_jax():
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    return done.stdout.splitlines()
+
+
+def test_every_command_has_help_without_jax():
+    """Catches a heavy import at the top of a command, which delays every usage error."""
+    lines = _lines_printed_by(_ALL_HELP)
     table = dict(line.split(" ", 1) for line in lines[: len(dispatch.COMMANDS)])
     assert set(table) == set(dispatch.COMMANDS)
     assert {"config", "workdir", "step", "eval_only"} <= set(table["train"].split(","))
@@ -104,16 +108,7 @@ def test_every_command_has_help_without_jax():
 
 def test_every_command_names_a_wrong_key_without_jax():
     """Catches seconds of imports before the answer to a slip of the pen."""
-    done = subprocess.run(
-        [sys.executable, "-c", _ALL_WRONG_KEYS],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(_ROOT)},
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    lines = _lines_printed_by(_ALL_WRONG_KEYS)
     assert {"train", "eval", "check", "canvases", "preview", "preflight"} <= {
         line.split()[0] for line in lines
     }

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from dn_detr_jax.data.annotations import Annotations, load_table, save_table
 from dn_detr_jax.data.coco_classes import Category
+from dn_detr_jax.data.tfds_files import damage_named
 from dn_detr_jax.data.tfrecord import TFRecords
 from dn_detr_jax.errors import DataError, short_reason
 
@@ -96,14 +97,8 @@ class EncodedImages:
         return len(self._records)
 
     def __getitem__(self, index: int) -> bytes:
-        try:
+        with damage_named(f"{self._folder}: a damaged record at {index}"):
             return _parse(self._features, self._records[index])["image"]
-        except OSError:
-            raise
-        except Exception as error:  # damaged records lead their readers to many kinds of errors
-            raise DataError(
-                f"{self._folder}: a damaged record at {index} ({short_reason(error)})"
-            ) from error
 
 
 class RecordSource:

@@ -17,8 +17,8 @@ from tqdm import tqdm
 from dn_detr_jax.data import images
 from dn_detr_jax.data.annotations import Annotations
 from dn_detr_jax.data.coco_classes import Category
-from dn_detr_jax.data.tfds_files import bytes_feature, encode
-from dn_detr_jax.errors import DataError, short_reason
+from dn_detr_jax.data.tfds_files import bytes_feature, damage_named, encode
+from dn_detr_jax.errors import DataError
 
 SPLIT = "images"  # the only split of a packed folder; several splits of a run may share one
 IMAGES_PER_SHARD = 512  # what a killed packing may have to repeat; COCO has 232 such shards
@@ -86,14 +86,8 @@ class PackedImages:
         return self._count
 
     def __getitem__(self, index: int) -> bytes:
-        try:
+        with damage_named(f"{self._folder}: a damaged record at {index}"):
             return bytes_feature(self._records[index], "image")
-        except OSError:
-            raise
-        except Exception as error:  # damaged records lead their readers to many kinds of errors
-            raise DataError(
-                f"{self._folder}: a damaged record at {index} ({short_reason(error)})"
-            ) from error
 
 
 class ShardWriter:

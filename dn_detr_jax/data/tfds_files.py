@@ -6,12 +6,15 @@ field 1 is a map from names to features, and a feature is a list of bytes (field
 int64 (3).
 """
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from dn_detr_jax.errors import DataError, short_reason
 
 # Tags of fields: their number times 8, and how they are encoded, here always with their length.
 _FIELD_1, _FIELD_2, _FIELD_3 = b"\x0a", b"\x12", b"\x1a"
@@ -57,6 +60,20 @@ def bytes_feature(record: bytes, name: str) -> bytes:
                 (value,) = _fields(values)
                 return bytes(value)
     raise ValueError(f"a record without {name!r}")
+
+
+@contextlib.contextmanager
+def damage_named(what: str) -> Iterator[None]:
+    """Makes any error of reading a record a `DataError` that begins with `what`.
+
+    Damaged records lead their readers to many kinds of errors. `OSError` stays what it is.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise DataError(f"{what} ({short_reason(error)})") from error
 
 
 def _sized(tag: bytes, content: bytes) -> bytes:
