@@ -1,19 +1,22 @@
 """Official weights and reference cases of the variants with feature levels."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
 
+import fast_jit
 import numpy as np
 import pytest
 from tiny_detector import random_params
 
+from dn_detr_jax.commands import check_reference
 from dn_detr_jax.config import base_config
 from dn_detr_jax.errors import ConversionError
 from dn_detr_jax.interop.architecture import check_config, official_config
 from dn_detr_jax.interop.convert import flat, params_from_torch, params_to_torch
 from dn_detr_jax.models.registry import abstract_params, build_model, torch_names
-from dn_detr_jax.parity import reference
+from dn_detr_jax.parity import check, check_evaluation, reference
 from dn_detr_jax.parity.case_config import case_config
 from dn_detr_jax.parity.check_queries import check_queries
 from dn_detr_jax.parity.comparison import Report
@@ -209,6 +212,46 @@ def test_cases_are_set_up(tmp_path, small, counts):
     assert report.failures == [] and len(report.entries) == 2
     slots = np.asarray(prepared.dn.valid).sum(axis=1)
     assert slots.tolist() == [3 * count * (1 + dino) for count in counts]
+
+
+def test_a_case_is_checked(tmp_path, small, monkeypatch, capsys):
+    """Catches outputs of a variant that the check can't compare, and one whose error is lost.
+
+    What the package computes stands in for what PyTorch stores.
+    """
+    case = small_case(tmp_path, small, (2, 1), {"scalar": 3})
+    rng, images = np.random.default_rng(1), case["in.images"]
+    stored = {name: case.stored(name) for name in case.names() if name.startswith("in.")}
+    stored["in.images"] = rng.normal(size=images.shape).astype(np.float32)
+    np.savez(tmp_path / "case.npz", **stored)
+    prepared = prepare(reference.Case(tmp_path / "case.npz"))
+    prepared.compiler_options = fast_jit.OPTIONS
+    outputs, collected = check_evaluation.run(prepared)
+    found = {"eval.logits": outputs["pred_logits"], "eval.boxes": outputs["pred_boxes"]}
+    found |= {"eval.hs": collected["hs"][0], "eval.post_scores": outputs["scores"]}
+    found |= {"eval.post_labels": outputs["labels"]}
+    if "selected" in collected:
+        found |= {"eval.topk_idx": collected["selected"][0]}
+        found |= {"eval.enc_logits": outputs["objectness_logits"][0]}
+
+    def run(changed):
+        np.savez(tmp_path / "case.npz", **stored | found | changed)
+        status = check_reference.run(tmp_path / "case.npz")
+        return status, json.loads(capsys.readouterr().out)
+
+    with monkeypatch.context() as patch:  # it compiles once
+        patch.setattr(check, "prepare", lambda c, *_: dataclasses.replace(prepared, case=c))
+        patch.setattr(check_evaluation, "run", lambda _: (outputs, collected))
+        status, printed = run({})
+        assert (status, printed["ok"], printed["left_out"]) == (0, True, {})
+        assert set(printed["results"]) == set(found)
+        boxes = found["eval.boxes"].copy()
+        boxes[-1, 1, 2] += 1e-3
+        status, printed = run({"eval.boxes": boxes})
+        wrong = {name for name, result in printed["results"].items() if not result["ok"]}
+        assert (status, wrong) == (1, {"eval.boxes"})
+        status, printed = run({"eval.unknown": boxes})
+        assert status == 2 and list(printed["left_out"]) == ["eval.unknown"]
 
 
 def test_arguments_without_counterpart(tmp_path, small):
