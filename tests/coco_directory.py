@@ -1,6 +1,7 @@
 """Small directories in the format of COCO, made of drawn images, for tests."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ def photograph(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.clip(np.asarray(smooth) + grain, 0, 255).astype(np.uint8)
 
 
-def document(count: int = 6, seed: int = 0) -> dict[str, Any]:
+def document(
+    count: int = 6, seed: int = 0, categories: Sequence[dict[str, Any]] = CATEGORIES
+) -> dict[str, Any]:
     """Returns an annotation file of `count` images; the last one has no objects."""
     rng = np.random.default_rng([seed, count])
     images, annotations = [], []
@@ -35,14 +38,14 @@ def document(count: int = 6, seed: int = 0) -> dict[str, Any]:
                 {
                     "id": 1000 + len(annotations),
                     "image_id": image_id,
-                    "category_id": int(rng.choice([category["id"] for category in CATEGORIES])),
+                    "category_id": int(rng.choice([category["id"] for category in categories])),
                     "bbox": [round(value, 2) for value in box],
                     "area": round(box[2] * box[3] * 0.7, 4),
                     "iscrowd": int(rng.random() < 0.2),
                 }
             )
     rng.shuffle(annotations)
-    return {"images": images, "annotations": annotations, "categories": list(CATEGORIES)}
+    return {"images": images, "annotations": annotations, "categories": list(categories)}
 
 
 def write_split(annotations: Path, images: Path, content: dict[str, Any], seed: int = 0) -> None:
@@ -57,9 +60,14 @@ def write_split(annotations: Path, images: Path, content: dict[str, Any], seed: 
         Image.fromarray(pixels).save(path)
 
 
-def write_coco(directory: Path, train: int = 6, validation: int = 4) -> Path:
+def write_coco(
+    directory: Path,
+    train: int = 6,
+    validation: int = 4,
+    categories: Sequence[dict[str, Any]] = CATEGORIES,
+) -> Path:
     """Writes a directory in the layout of COCO 2017."""
     for number, (name, count) in enumerate({"train2017": train, "val2017": validation}.items()):
         path = directory / "annotations" / f"instances_{name}.json"
-        write_split(path, directory / name, document(count, number), number)
+        write_split(path, directory / name, document(count, number, categories), number)
     return directory
