@@ -31,6 +31,7 @@ from dn_detr_jax.data.datasets import open_dataset
 from dn_detr_jax.data.formats import load_split
 from dn_detr_jax.data.layout import find_split
 from dn_detr_jax.data.plan import TrainPlan, plan_eval
+from dn_detr_jax.data.shards import SPLIT
 from dn_detr_jax.errors import DataError
 from dn_detr_jax.evaluation.coco_ap import CocoEvaluator
 
@@ -297,13 +298,13 @@ def test_no_code_beside_records_is_imported(packed, monkeypatch):
         for text in (named, named.replace("pythonClassName", "python_class_name"), legacy, inner):
             path.write_text(text)
             with pytest.raises(DataError, match=r"hostile_features.* no feature of TFDS"):
-                open_dataset(data_config(directory), "train")
+                records.open_records(path.parent, SPLIT)
             assert not marker.exists()
         path.write_bytes(contents[path])
         monkeypatch.setattr(records, "_check_features", lambda path: None)
         path.write_text(named)
         with pytest.raises(DataError):
-            open_dataset(data_config(directory), "train")
+            records.open_records(path.parent, SPLIT)
         assert marker.exists()  # what the check is for
     finally:
         path.write_bytes(contents[path])
@@ -322,7 +323,12 @@ def test_no_pickle_beside_records_is_read(packed, name):
             lambda: path.write_bytes(pickle.dumps(hostile)),
         ):
             write()
-            if name != "source.json":  # which is for people
+            if name == "features.json":  # which TFDS reads, and this project's folders do without
+                with pytest.raises(DataError):
+                    records.open_records(path.parent, SPLIT)
+            elif name == "source.json":  # which is for people
+                open_dataset(data_config(directory), "train")
+            else:
                 with pytest.raises(DataError):
                     open_dataset(data_config(directory), "train")
         index = directory / "index.npy"
