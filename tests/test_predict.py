@@ -289,7 +289,10 @@ def test_images_of_the_same_name_do_not_overwrite_each_other():
 def test_command_writes_results_and_goes_on_after_a_broken_file(
     digits_run, predictor, validation, tmp_path
 ):
-    """Compares the output of the real command, as pycocotools reads it, with the predictor."""
+    """Compares the output of the real command, as pycocotools reads it, with the predictor.
+
+    The images fit into one tile, and so have the detections of a prediction without tiles.
+    """
     folder = tmp_path / "photos"
     folder.mkdir()
     for i in range(3):
@@ -308,7 +311,7 @@ def test_command_writes_results_and_goes_on_after_a_broken_file(
         str(folder),
     ]
     done = subprocess.run(
-        [*command, f"--out={tmp_path / 'found'}", "--threshold=0.4"],
+        [*command, f"--out={tmp_path / 'found'}", "--threshold=0.4", "--tile=2000"],
         cwd=_ROOT,
         env=environment,
         capture_output=True,

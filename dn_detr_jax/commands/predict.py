@@ -18,6 +18,9 @@ the names of files and classes, and boxes are in pixels of the annotated image. 
 are the numbers in the file names if all names are different numbers, such as 000000000139.jpg, or
 else 0, 1, 2, ...
 
+With `--tile 800` each image is predicted for in overlapping tiles of 800 pixels, and objects that
+several tiles see are merged: for objects that are small beside their image.
+
 A file that can't be read is named, the others are predicted for, and the exit status is 1. With
 `--threshold=0` all detections are written that `config.eval.num_select` of the run allows: those
 that the COCO metrics are computed from.
@@ -52,6 +55,8 @@ def define_flags() -> None:
     define_path_flag("annotations", "COCO file with the ids of images and classes.")
     flags.DEFINE_float("threshold", 0.5, "Lowest score.", lower_bound=0.0, upper_bound=1.0)
     flags.DEFINE_integer("batch_size", 8, "Images at a time.", lower_bound=1)
+    flags.DEFINE_integer("tile", 0, "Side of tiles in pixels; 0: whole images.", lower_bound=0)
+    flags.DEFINE_float("overlap", 0.2, "Share of a tile's side.", lower_bound=0.0, upper_bound=0.9)
     flags.DEFINE_bool("draw", True, "Write images with boxes.")
     flags.DEFINE_bool("save_txt", False, "Write text files in YOLO's form.")
     flags.DEFINE_bool("save_crops", False, "Write each object as an image.")
@@ -64,6 +69,7 @@ def main(argv: Sequence[str]) -> None:
     log_to_terminal()
     from dn_detr_jax.inference import image_files
     from dn_detr_jax.inference.predictor import predictor_of, read_run
+    from dn_detr_jax.inference.tiles import TiledPredictor
 
     paths = image_files.find_images(map(local_path, argv[1:]))
     run = read_run(FLAGS.workdir, FLAGS.step)
@@ -72,9 +78,10 @@ def main(argv: Sequence[str]) -> None:
     else:
         files, run = image_files.match_annotations(paths, FLAGS.annotations, run)
     # A batch that is not full takes as long as a full one.
-    predictor = predictor_of(run, batch_size=min(FLAGS.batch_size, len(files)))
+    most = FLAGS.batch_size if FLAGS.tile else min(FLAGS.batch_size, len(files))
+    predictor = predictor_of(run, batch_size=most)
     failures = image_files.predict_files(
-        predictor,
+        TiledPredictor(predictor, FLAGS.tile, FLAGS.overlap) if FLAGS.tile else predictor,
         files,
         Path(FLAGS.out),
         FLAGS.threshold,

@@ -22,6 +22,7 @@ from dn_detr_jax.errors import DataError
 from dn_detr_jax.files import write_text_atomically
 from dn_detr_jax.inference.other_outputs import save_cropped, write_class_names, write_yolo
 from dn_detr_jax.inference.predictor import Predictor, Run, read_image
+from dn_detr_jax.inference.tiles import TiledPredictor
 from dn_detr_jax.visualize.boxes import draw_detections
 from dn_detr_jax.visualize.save import save_jpeg
 
@@ -213,7 +214,7 @@ def _parts(path: str) -> list[str]:
 
 
 def predict_files(
-    predictor: Predictor,
+    predictor: Predictor | TiledPredictor,
     files: Sequence[ImageFile],
     out: Path,
     threshold: float,
