@@ -162,14 +162,8 @@ def _run(prepared: PreparedCase) -> tuple[dict[str, Any], dict[str, Any], PyTree
         with contextlib.ExitStack() as stack:
             stack.enter_context(nn.intercept_methods(selecting(selected)))
             stack.enter_context(nn.intercept_methods(attending_to_padding()))
-            outputs, collected = prepared.model.apply(
-                {"params": params},
-                batch["image"],
-                batch["size"],
-                dn,
-                attend_padding=config.dn.attend_padding,
-                train=True,
-                mutable=["intermediates"],
+            outputs, collected = prepared.apply_in_training(
+                params, batch, dn, mutable=["intermediates"]
             )
         total, terms, assignment = criterion(outputs, counted, batch, config=config, mesh=mesh)
         outputs |= {"total": total, "terms": terms, "assignment": assignment}

@@ -77,14 +77,7 @@ def run_steps(prepared: PreparedCase, count: int = 3) -> list[dict[str, Any]]:
         params = jax.tree.map(
             lambda p, train: p if train else jax.lax.stop_gradient(p), params, flags
         )
-        outputs = prepared.model.apply(
-            {"params": params},
-            batch["image"],
-            batch["size"],
-            dn,
-            attend_padding=config.dn.attend_padding,
-            train=True,
-        )
+        outputs = prepared.apply_in_training(params, batch, dn)
         total, terms, assignment = criterion(outputs, dn, batch, config=config, mesh=mesh)
         if dn is not None and config.dn.contrastive:
             terms["dn_class_error"] = _class_error(outputs, dn)

@@ -112,6 +112,20 @@ class PreparedCase:
         """The tolerance for float32 compute, None (report only) for lower precision."""
         return tolerance if self.exact else None
 
+    def apply_in_training(
+        self, params: PyTree, batch: PyTree, dn: denoising.Denoising | None, **options: Any
+    ) -> Any:
+        """Calls the model as a training does, with further options of `nn.Module.apply`."""
+        return self.model.apply(
+            {"params": params},
+            batch["image"],
+            batch["size"],
+            dn,
+            attend_padding=self.config.dn.attend_padding,
+            train=True,
+            **options,
+        )
+
 
 def prepare(
     case: reference.Case, dtype: str = "float32", overrides: dict[str, str] | None = None
