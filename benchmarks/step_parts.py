@@ -5,7 +5,7 @@
 - decoder: queries, denoising ones too, decoder and heads, forward and backward to the memory;
 - matching: costs on the device, their way to the host, the assignments, and the way back;
 - losses: all losses with their gradients to the outputs, for a given assignment;
-- optimizer: clipping, AdamW, the new parameters, and the norms that are logged.
+- optimizer: clipping, AdamW, the new parameters, and the norms of every step.
 
 Inputs and gradients of outputs have the right shapes and random values. In the whole step, XLA may
 overlap and fuse operations of different parts, so the sum of the parts is close to the time of the
@@ -158,7 +158,7 @@ def programs(step: Any) -> dict[str, Callable[[], Any]]:
     def update(params, opt_state, grads):
         updates, opt_state = step.optimizer.update(grads, opt_state, params)
         new = optax.apply_updates(params, updates)
-        norms = [global_norm(tree) for tree in (grads, updates, new)]
+        norms = [global_norm(tree) for tree in (grads, new)]
         return new, opt_state, norms
 
     grads = jax.tree.map(jnp.ones_like, params)

@@ -15,6 +15,7 @@ from dn_detr_jax.training.optimizer import (
     describe,
     global_norm,
     make_optimizer,
+    make_update_norm,
     norm_together,
     parameter_paths,
 )
@@ -80,20 +81,24 @@ def test_norm_of_small_and_large_arrays_together(split):
 @pytest.mark.parametrize("clip_norm", [0.1, 1e3, 0.0])
 def test_three_steps_against_numpy(clip_norm):
     """Catches optax's other clipping, eps inside the root, decay without the factor, moments or
-    norms that frozen parameters take part in, and a drop one step early or late."""
+    norms that frozen parameters take part in, a drop one step early or late, and a norm of the
+    update that is not that of the update."""
     params, gradients = _params(), [_params(seed) for seed in (1, 2, 3)]
     config = _config(clip_norm=clip_norm)
     trainable = {path: path != "backbone/stem/kernel" for path in parameter_paths(params)}
-    optimizer, _ = make_optimizer(config, params, 10, 100, trainable)
+    optimizer, schedule = make_optimizer(config, params, 10, 100, trainable)
+    update_norm = make_update_norm(config, params, schedule, trainable)
 
     @jax.jit
     def step(params, state, grads):
         updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
+        params = optax.apply_updates(params, updates)
+        return params, state, optax.tree.norm(updates), update_norm(params, state)
 
     result, state = params, optimizer.init(params)
     for grads in gradients:
-        result, state = step(result, state, grads)
+        result, state, expected, found = step(result, state, grads)
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
     expected = _numpy_adamw(
         _flat(params),
         [_flat(grads) for grads in gradients],

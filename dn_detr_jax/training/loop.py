@@ -38,8 +38,9 @@ from dn_detr_jax.models.registry import abstract_params, parameter_table, traina
 from dn_detr_jax.sharding import put_batch, replicated, with_sharding
 from dn_detr_jax.training import report
 from dn_detr_jax.training.loggers import check_installed
+from dn_detr_jax.training.metrics import Window
 from dn_detr_jax.training.nonfinite import NonFiniteGuard
-from dn_detr_jax.training.optimizer import describe, make_optimizer
+from dn_detr_jax.training.optimizer import describe, make_optimizer, make_update_norm
 from dn_detr_jax.training.patience import Patience
 from dn_detr_jax.training.profile import Profile
 from dn_detr_jax.training.programs import Programs
@@ -57,7 +58,7 @@ from dn_detr_jax.training.state import (
     init_state,
     start_from,
 )
-from dn_detr_jax.training.step import StepMetrics, jit_train_step
+from dn_detr_jax.training.step import jit_train_step
 from dn_detr_jax.training.stop import StopRequest
 from dn_detr_jax.training.writers import MetricWriter, Progress
 
@@ -74,12 +75,14 @@ class _Optimization:
       is_trained: whether a parameter is trained, by its path.
       optimizer: transformation of the gradients.
       schedule: learning rate by update.
+      update_norm: from `make_update_norm`.
     """
 
     params: PyTree
     is_trained: dict[str, bool]
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
+    update_norm: Callable[[PyTree, PyTree], jax.Array]
 
     @classmethod
     def of(cls, setup: Setup, plan: Plan) -> "_Optimization":
@@ -89,7 +92,8 @@ class _Optimization:
         optimizer, schedule = make_optimizer(
             setup.config, params, plan.per_epoch, plan.total, is_trained
         )
-        return cls(params, is_trained, optimizer, schedule)
+        update_norm = make_update_norm(setup.config, params, schedule, is_trained)
+        return cls(params, is_trained, optimizer, schedule, update_norm)
 
 
 def train(config: ConfigDict, workdir: Path) -> Evaluation | None:
@@ -148,7 +152,8 @@ def _programs(setup: Setup, optimization: _Optimization) -> Programs:
     parts: dict[str, Any] = {"model": setup.model, "optimizer": optimization.optimizer}
     parts |= {"config": setup.config, "mesh": setup.mesh}
     trained = traverse_util.unflatten_dict(optimization.is_trained, sep="/")
-    return Programs(setup, jit_train_step(**parts, trainable=trained), abstract_state(**parts))
+    step = jit_train_step(**parts, trainable=trained)
+    return Programs(setup, step, abstract_state(**parts), optimization.update_norm)
 
 
 def _start(
@@ -299,7 +304,7 @@ class _Run:
         self.last_evaluation: tuple[int, Evaluation] | None = None
         self._plan, self._guard, self._schedule = plan, guard, schedule
         self._patience, self._evaluator = patience, evaluator
-        self._window = _Window()
+        self._window = Window()
 
     def train(self, batches: Generator[Batch, None, None], state: TrainState) -> bool:
         """Trains to the end of the plan or of the patience; False if a signal ended it before."""
@@ -351,7 +356,7 @@ class _Run:
 
             last = step == plan.total
             if step % plan.log_every == 0 or last:
-                self._log(step)
+                self._log(step, state)
             evaluates = plan.eval_every and (step % plan.eval_every == 0 or last)
             metrics_of_step = self._evaluate(step, state) if evaluates else None
             stopped = self._stops(stop.received, step)
@@ -383,13 +388,18 @@ class _Run:
         # After a signal to one of them, they agree on a step that none has reached yet.
         return multihost_utils.reached_preemption_sync_point(step)
 
-    def _log(self, step: int) -> None:
-        """Writes the means since the last log; waits for the device."""
+    def _log(self, step: int, state: TrainState) -> None:
+        """Writes the means since the last log; waits for the device.
+
+        The norm of the update is that of the last one.
+        """
         values = self._checked(step)
         if values is None:
             return
         window, config = self._window, self.setup.config
         seconds = window.seconds()
+        if values:  # else every update was skipped
+            values["update_norm"] = float(self.programs.update_norm(state))
         # Each process counts its own rows; the slowest one determines the times.
         here = [window.waiting, host_timer.take(), window.dropped, window.bad_images]
         everywhere = all_gather(np.array(here))
@@ -437,7 +447,7 @@ class _Run:
     def _evaluate(self, step: int, state: TrainState) -> dict[str, float]:
         """Evaluates and logs; returns the metrics that the checkpoint keeps."""
         assert self._evaluator is not None  # with train.eval_every
-        self._log(step)  # raises for values that are not finite, before they are evaluated
+        self._log(step, state)  # raises for values that are not finite, before they are evaluated
         start = time.monotonic()
         evaluation = self._evaluator(evaluation_params(state, self.setup.mesh))
         both = state.ema is not None and self.setup.config.eval.raw
@@ -462,7 +472,7 @@ class _Run:
         return evaluation.metrics | ({RAW_AP: raw["AP"]} if both else {})
 
     def _save(self, step: int, state: TrainState, metrics: dict[str, float] | None) -> None:
-        self._log(step)
+        self._log(step, state)
         host_state: dict[str, Any] = {
             "skipped_steps": self._guard.skipped,
             "patience": self._patience.state_dict(),
@@ -470,27 +480,3 @@ class _Run:
         if self._evaluator is not None and self._evaluator.instability is not None:
             host_state["instability"] = self._evaluator.instability.state_dict()
         self.checkpoints.save(step, state, host_state, metrics)
-
-
-class _Window:
-    """Counts and metrics since the last log."""
-
-    def __init__(self) -> None:
-        self.metrics: list[StepMetrics] = []
-        self.restart()
-
-    def restart(self) -> None:
-        """Sets counts and clock to zero; metrics that were not read yet stay."""
-        self.count, self.waiting, self.dropped, self.bad_images = 0, 0.0, 0, 0
-        self._start = time.monotonic()
-
-    def add(self, metrics: StepMetrics) -> None:
-        self.metrics.append(metrics)
-        self.count += 1
-
-    def leave_out(self, seconds: float) -> None:
-        """Makes the window shorter by seconds that were spent on something else."""
-        self._start += seconds
-
-    def seconds(self) -> float:
-        return max(time.monotonic() - self._start, 1e-9)

@@ -1,8 +1,9 @@
 """The compiled programs of a run: the training step and the detection, one for each canvas.
 
-A program is compiled when it is first needed, so that a training starts with the first canvas. On
-CPUs threads compile ahead while the training steps. Accelerators time candidate kernels while
-compiling, and nothing else may run on them then: there the run waits for each new canvas.
+There is one more, the norm of the last update for the log. A program is compiled when it is first
+needed, so that a training starts with the first canvas. On CPUs threads compile ahead while the
+training steps. Accelerators time candidate kernels while compiling, and nothing else may run on
+them then: there the run waits for each new program.
 """
 
 import os
@@ -27,7 +28,8 @@ from dn_detr_jax.training.step import abstract_batch
 
 PyTree = Any
 Canvas = tuple[int, int]
-_Task = tuple[str, Canvas]  # "train" or "eval"
+_Task = tuple[str, Canvas | None]  # "train" or "eval" and a canvas, or "norm"
+_NORM: _Task = ("norm", None)
 
 
 class Programs:
@@ -45,6 +47,7 @@ class Programs:
         setup: Setup,
         step_function: Callable | None = None,
         state: TrainState | None = None,
+        update_norm: Callable | None = None,
     ):
         """Compiles nothing yet.
 
@@ -52,12 +55,16 @@ class Programs:
           setup: of the run.
           step_function: from `jit_train_step`, for a training.
           state: shapes and shardings of the train state, for a training.
+          update_norm: from `make_update_norm`, for a training.
         """
         self._setup, self.state = setup, state
         params = with_sharding(abstract_params(setup.model), replicated(setup.mesh))
         # By purpose: a jitted function, and its first argument.
         self._functions: dict[str, Any] = {"train": step_function, "eval": setup.detect}
-        self._arguments = {"train": state, "eval": params}
+        self._arguments: dict[str, PyTree] = {"train": state, "eval": params}
+        if state is not None and update_norm is not None:
+            self._functions["norm"] = jax.jit(lambda parts: update_norm(*parts))
+            self._arguments["norm"] = (state.params, state.opt_state)
         self._options = accepted_options(setup.config, setup.mesh.local_devices[0])
         self._eval_tasks: list[_Task] = []
         if setup.validation is not None:
@@ -80,7 +87,7 @@ class Programs:
         """
         if self._on_cpu:
             first, *others = [("train", canvas) for canvas in canvases]
-            self._ahead = [*others, *self._eval_tasks]
+            self._ahead = [_NORM, *others, *self._eval_tasks]
             self._started(first).add_done_callback(self._start_ahead)
 
     def is_ready(self, canvas: Canvas) -> bool:
@@ -90,6 +97,10 @@ class Programs:
     def train_step(self, canvas: Canvas) -> Callable:
         """Returns the compiled training step of a canvas; waits for it the first time."""
         return self._ready([("train", canvas)])[0]
+
+    def update_norm(self, state: TrainState) -> jax.Array:
+        """Returns the global norm of the update that led to a state, a scalar."""
+        return self._ready([_NORM])[0]((state.params, state.opt_state))
 
     def detect(self, params: PyTree, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Detects objects in a batch of the validation split, or of its canvases.
@@ -140,6 +151,9 @@ class Programs:
 
     def _compile(self, task: _Task) -> Callable:
         purpose, canvas = task
-        batch = abstract_batch(self._setup.config, purpose, self._setup.mesh, canvas)
-        lowered = self._functions[purpose].lower(self._arguments[purpose], batch)
-        return compile_and_log(lowered, "{} for {} x {}".format(purpose, *canvas), self._options)
+        arguments, name = [self._arguments[purpose]], purpose
+        if canvas is not None:
+            arguments += [abstract_batch(self._setup.config, purpose, self._setup.mesh, canvas)]
+            name += " for {} x {}".format(*canvas)
+        lowered = self._functions[purpose].lower(*arguments)
+        return compile_and_log(lowered, name, self._options)

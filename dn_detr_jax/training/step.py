@@ -16,7 +16,6 @@ import functools
 from collections.abc import Callable
 from typing import Any, cast
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
@@ -35,34 +34,13 @@ from dn_detr_jax.sharding import (
     replicated,
     with_sharding,
 )
+from dn_detr_jax.training.metrics import StepMetrics
 from dn_detr_jax.training.nonfinite import unless_nonfinite
 from dn_detr_jax.training.optimizer import global_norm
 from dn_detr_jax.training.state import TrainState, abstract_state, moving_average, shardings
 
 PyTree = Any
 Batch = dict[str, jax.Array]
-
-
-class StepMetrics(flax.struct.PyTreeNode):
-    """The metrics of a step in one vector, so that logging is one transfer.
-
-    Attributes:
-      values: float32 [K].
-      names: of the K metrics, sorted. They are a constant of the compiled step.
-    """
-
-    values: jax.Array
-    names: tuple[str, ...] = flax.struct.field(pytree_node=False)
-
-    @classmethod
-    def of(cls, metrics: dict[str, jax.Array]) -> "StepMetrics":
-        """Packs scalars."""
-        names = tuple(sorted(metrics))
-        return cls(jnp.stack([metrics[name].astype(jnp.float32) for name in names]), names)
-
-    def as_dict(self) -> dict[str, float]:
-        """Returns the values by name; waits for the device."""
-        return dict(zip(self.names, jax.device_get(self.values).tolist(), strict=True))
 
 
 def denoising_queries(
@@ -290,7 +268,7 @@ def train_step(
 
     Returns:
       The new state and the metrics: `loss`, its terms, and the global norms `grad_norm` (before
-      clipping), `update_norm` and `param_norm`; with `config.on_nonfinite` of "skip" also
+      clipping) and `param_norm` (after the update); with `config.on_nonfinite` of "skip" also
       `skipped`, see `training.nonfinite`.
     """
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
@@ -306,10 +284,7 @@ def train_step(
         params = optax.apply_updates(state.params, updates)
     norm = functools.partial(global_norm, split=config.mesh.shard_optimizer)
     before_update = metrics | {"loss": loss, "grad_norm": norm(grads)}
-    metrics = before_update | {
-        "update_norm": norm(updates),
-        "param_norm": norm(params),
-    }
+    metrics = before_update | {"param_norm": norm(params)}
     ema = state.ema
     if ema is not None:
         average = config.train.ema_decay, config.train.ema_tau
