@@ -180,6 +180,15 @@ def timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
+def costs(call: Callable[[], Any], times: int = 1) -> dict[str, float]:
+    """Returns `seconds` and `cpu_seconds`, those of all threads, of one of so many calls."""
+    cpu, start = time.process_time(), time.perf_counter()
+    for _ in range(times):
+        call()
+    figures = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
+    return {name: value / times for name, value in figures.items()}
+
+
 def summary(seconds: Sequence[float]) -> dict[str, float]:
     """Returns median, fastest and slowest, rounded to 10 microseconds."""
     figures = {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds)}

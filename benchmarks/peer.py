@@ -4,18 +4,21 @@
     python -m benchmarks.peer --canvas 800x1344 --batch_size 16 --dtype bfloat16,float32
     python -m benchmarks.peer --canvas 256x320 --batch_size 1 --rounds 3 --steps 1  # on a CPU
 
+    python -m benchmarks.peer --config configs/coco_deformable_r50_50ep.py ...
+
 The contenders (`--contenders`):
 
 - `ours`: this project without denoising queries, plain DAB-DETR, which does the peer's work;
 - `ours_dn`: this project with the denoising queries of the config, which the peer lacks;
-- `peer`: DAB-DETR of `transformers`, eager; `torch_peer` describes its setup;
+- `peer`: DAB-DETR of `transformers`, or its Deformable DETR, eager; `torch_peer` describes both;
 - `peer_compiled`: the same with `torch.compile`.
 
 Each contender is a process. On a CPU all of them run in turns, so that a slow phase of the machine
 affects all of them. On an accelerator they run one after the other, because they do not all fit
 (`--interleave` and `--nointerleave` override this). `ratio` is the step time of the fastest peer of
-the same setting and dtype, divided by that of the row; above 1 the row is faster. `parameters`
-include the statistics of the frozen batch norms. The peer has the same parameters except for the
+the same setting and dtype, divided by that of the row; above 1 the row is faster. `step_cpu_s` and
+`cpu_ratio` are the same for the seconds of all threads of a process. `parameters` include the
+statistics of the frozen batch norms. DAB-DETR of the peer has the same parameters except for the
 embedding of the labels, which denoising needs: 23,460 of 43.8 million for COCO.
 """
 
@@ -63,8 +66,8 @@ def work(config: ConfigDict, setting: common.Setting) -> None:
         return {"device": device, "parameters": parameters, "compile_s": seconds}
 
     def one_round():
-        seconds = common.timed(lambda: run(FLAGS.steps)) / FLAGS.steps
-        return {"seconds": seconds, "peak_bytes": peak()}
+        figures = common.costs(lambda: run(FLAGS.steps))
+        return {name: value / FLAGS.steps for name, value in figures.items()} | {"peak": peak()}
 
     run = peak = None
     common.answer(start, one_round)
@@ -77,30 +80,31 @@ def row_of(setting: common.Setting, result: dict[str, Any]) -> dict[str, Any]:
         return first | {"failed": result["failed"]}
     ready, rounds = result["ready"], result["rounds"]
     times = common.summary([answer["seconds"] for answer in rounds])
-    peak = rounds[-1]["peak_bytes"]
+    peak = rounds[-1]["peak"]
     return first | {
         "device": ready["device"],
         "on": ready["device"]["kind"],
         "parameters": ready["parameters"],
         "compile_s": ready["compile_s"],
         "step_s": times,
+        "step_cpu_s": common.summary([answer["cpu_seconds"] for answer in rounds]),
         "images_per_s": round(setting.batch_size / times["median"], 2),
         "peak_gb": None if peak is None else round(peak / 1e9, 3),
     }
 
 
-def add_ratios(rows: list[dict[str, Any]], column: str) -> None:
-    """Adds `ratio` to rows that have a time, as the module docstring defines it."""
+def add_ratios(rows: list[dict[str, Any]], column: str, name: str = "ratio") -> None:
+    """Adds a ratio to rows that have a time, as the module docstring defines it."""
     settings = "canvas", "batch_size", "dtype"
     for row in rows:
-        like = [other for other in rows if all(other[name] == row[name] for name in settings)]
+        like = [other for other in rows if all(other[key] == row[key] for key in settings)]
         peers = [
             other[column]["median"]
             for other in like
             if column in other and other["contender"].startswith("peer")
         ]
         if column in row and peers:
-            row["ratio"] = round(min(peers) / row[column]["median"], 3)
+            row[name] = round(min(peers) / row[column]["median"], 3)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -117,6 +121,7 @@ def main(argv: Sequence[str]) -> None:
     for setting, result in common.take_turns("peer", settings, report):
         report.add(row_of(setting, result))
     add_ratios(report.rows(), "step_s")
+    add_ratios(report.rows(), "step_cpu_s", "cpu_ratio")
     report.show()
     if not any("step_s" in row for row in report.rows()):
         sys.exit(1)

@@ -6,7 +6,8 @@
 
 A call turns uint8 images on the host into the best boxes, scores and labels on the host: transfer,
 normalization, network, selection, transfer. `latency_s` is the time of a call when calls run one
-after the other (median, fastest, slowest; `p90_s` is the 90th percentile). `ready_s` is the time
+after the other (median, fastest, slowest; `p90_s` is the 90th percentile), `latency_cpu_s` has the
+seconds of all threads in it. `ready_s` is the time
 from the start to the end of the first call, compilation included. `images_per_s` is measured
 separately with two calls in flight, so that the host prepares one while the device runs the other.
 Contenders are `ours`, the compiled program of `Predictor`, `peer` and `peer_compiled` (see
@@ -94,7 +95,7 @@ def work(config: ConfigDict, setting: common.Setting) -> None:
         finish(running)
 
     def one_round():
-        calls = [common.timed(lambda: finish(start(batch))) for _ in range(FLAGS.steps)]
+        calls = [common.costs(lambda: finish(start(batch))) for _ in range(FLAGS.steps)]
         return {"calls": calls, "pipelined": common.timed(pipelined) / FLAGS.steps}
 
     start = finish = None
@@ -107,7 +108,8 @@ def row_of(setting: common.Setting, result: dict[str, Any]) -> dict[str, Any]:
     if "failed" in result:
         return first | {"failed": result["failed"]}
     ready, rounds = result["ready"], result["rounds"]
-    calls = [seconds for answer in rounds for seconds in answer["calls"]]
+    calls = [call["seconds"] for answer in rounds for call in answer["calls"]]
+    cpu = [call["cpu_seconds"] for answer in rounds for call in answer["calls"]]
     p90 = statistics.quantiles(calls, n=10)[-1] if len(calls) > 9 else None
     pipelined = statistics.median(answer["pipelined"] for answer in rounds)
     return first | {
@@ -115,6 +117,7 @@ def row_of(setting: common.Setting, result: dict[str, Any]) -> dict[str, Any]:
         "on": ready["device"]["kind"],
         "ready_s": ready["ready_s"],
         "latency_s": common.summary(calls),
+        "latency_cpu_s": common.summary(cpu),
         "p90_s": None if p90 is None else round(p90, 5),
         "images_per_s": round(setting.batch_size / pipelined, 2),
     }
@@ -134,6 +137,7 @@ def main(argv: Sequence[str]) -> None:
     for setting, result in common.take_turns("serve", settings, report):
         report.add(row_of(setting, result))
     add_ratios(report.rows(), "latency_s")
+    add_ratios(report.rows(), "latency_cpu_s", "cpu_ratio")
     report.show()
     if not any("latency_s" in row for row in report.rows()):
         sys.exit(1)

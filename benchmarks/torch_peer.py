@@ -1,4 +1,8 @@
-"""Builds the architecture of a config in PyTorch, from the DAB-DETR of `transformers`.
+"""Builds the architecture of a config in PyTorch, from the detectors of `transformers`.
+
+The peer of DN-DAB-DETR is DAB-DETR. That of DN-Deformable-DETR is Deformable DETR with refined
+boxes, which samples in PyTorch alone (no custom CUDA kernel). It has points in place of anchors,
+and one class head for all layers.
 
 For a fair comparison the peer uses channels last, TensorFloat-32 and autotuned convolutions if the
 device has them, fused AdamW, images that are already normalized in training, and no denoising
@@ -15,7 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 from ml_collections import ConfigDict
-from transformers import DabDetrConfig, DabDetrForObjectDetection, ResNetConfig
+from transformers import (
+    DabDetrConfig,
+    DabDetrForObjectDetection,
+    DeformableDetrConfig,
+    DeformableDetrForObjectDetection,
+    ResNetConfig,
+)
 
 from dn_detr_jax.errors import ConfigError
 
@@ -44,45 +54,75 @@ def build(config: ConfigDict, device: torch.device) -> DabDetrForObjectDetection
     """Returns the detector of `config.model` with random weights.
 
     Raises:
-      ConfigError: the peer lacks an option of the config.
+      ConfigError: the peer lacks the model or an option of the config.
     """
     sizes, backbone = config.model, config.model.backbone
+    if sizes.name not in _PEERS:
+        raise ConfigError("model.name", sizes.name, f"one of {', '.join(_PEERS)} has a peer")
     if backbone.norm != "frozen_batch_norm" or backbone.stem != "standard" or backbone.dilation:
         expected = "frozen batch norm, standard stem, no dilation: the peer has no other ResNets"
         raise ConfigError("model.backbone", dict(backbone), expected)
+    common = {
+        "use_timm_backbone": False,
+        "num_labels": sizes.num_classes,
+        "num_queries": sizes.num_queries,
+        "encoder_layers": sizes.encoder_layers,
+        "decoder_layers": sizes.decoder_layers,
+        "encoder_attention_heads": sizes.num_heads,
+        "decoder_attention_heads": sizes.num_heads,
+        "encoder_ffn_dim": sizes.ffn_dim,
+        "decoder_ffn_dim": sizes.ffn_dim,
+        "dropout": sizes.dropout,
+        "auxiliary_loss": True,
+    }
+    model = _PEERS[sizes.name](sizes, common)
+    frozen = [f".stages.{i}." for i in range(backbone.frozen_stages)]
+    frozen += [".embedder."] if backbone.frozen_stages >= 0 else []
+    for name, parameter in model.named_parameters():  # the peer has rules of its own
+        parameter.requires_grad_("backbone" not in name or not any(part in name for part in frozen))
+    return model.to(device, memory_format=torch.channels_last)
+
+
+def _dab_detr(sizes: ConfigDict, common: dict[str, Any]) -> DabDetrForObjectDetection:
+    return DabDetrForObjectDetection(
+        DabDetrConfig(
+            **common,
+            backbone_config=_resnet(sizes.backbone, 1),
+            hidden_size=sizes.hidden_dim,
+            activation_function=sizes.activation,
+            num_patterns=sizes.num_patterns,
+        )
+    )
+
+
+def _deformable_detr(sizes: ConfigDict, common: dict[str, Any]) -> DeformableDetrForObjectDetection:
+    return DeformableDetrForObjectDetection(
+        DeformableDetrConfig(
+            **common,
+            backbone_config=_resnet(sizes.backbone, sizes.backbone_levels),
+            d_model=sizes.hidden_dim,
+            num_feature_levels=sizes.backbone_levels + sizes.extra_levels,
+            encoder_n_points=sizes.encoder_points,
+            decoder_n_points=sizes.decoder_points,
+            with_box_refine=True,
+            disable_custom_kernels=True,
+        )
+    )
+
+
+_PEERS = {"dn_dab_detr": _dab_detr, "dn_deformable_detr": _deformable_detr}
+
+
+def _resnet(backbone: ConfigDict, levels: int) -> ResNetConfig:
     bottleneck = backbone.depth >= 50
     first, stages = backbone.width * (4 if bottleneck else 1), backbone.stages
-    resnet = ResNetConfig(
+    return ResNetConfig(
         embedding_size=backbone.width,
         hidden_sizes=[first * 2**i for i in range(stages)],
         depths=list(DEPTHS[backbone.depth][:stages]),
         layer_type="bottleneck" if bottleneck else "basic",
-        out_features=[f"stage{stages}"],
+        out_features=[f"stage{stages - i}" for i in reversed(range(levels))],
     )
-    model = DabDetrForObjectDetection(
-        DabDetrConfig(
-            backbone_config=resnet,
-            use_timm_backbone=False,
-            num_labels=sizes.num_classes,
-            num_queries=sizes.num_queries,
-            hidden_size=sizes.hidden_dim,
-            encoder_layers=sizes.encoder_layers,
-            decoder_layers=sizes.decoder_layers,
-            encoder_attention_heads=sizes.num_heads,
-            decoder_attention_heads=sizes.num_heads,
-            encoder_ffn_dim=sizes.ffn_dim,
-            decoder_ffn_dim=sizes.ffn_dim,
-            activation_function=sizes.activation,
-            dropout=sizes.dropout,
-            num_patterns=sizes.num_patterns,
-            auxiliary_loss=True,
-        )
-    )
-    resnet_module = model.model.backbone.conv_encoder.model
-    if backbone.frozen_stages >= 0:
-        resnet_module.embedder.requires_grad_(False)
-        resnet_module.encoder.stages[: backbone.frozen_stages].requires_grad_(False)
-    return model.to(device, memory_format=torch.channels_last)
 
 
 def count_parameters(model: torch.nn.Module) -> int:
@@ -135,7 +175,7 @@ class Training:
         groups: dict[bool, list] = {True: [], False: []}
         for name, parameter in self._model.named_parameters():
             if parameter.requires_grad:
-                groups["conv_encoder" in name].append(parameter)
+                groups["backbone" in name].append(parameter)
         settings = config.optimizer
         rate = settings.learning_rate
         self._optimizer = torch.optim.AdamW(
