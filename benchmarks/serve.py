@@ -41,7 +41,9 @@ def our_program(config: ConfigDict, batch: dict) -> tuple[Callable, Callable, di
     from dn_detr_jax.evaluation.detect import detect
     from dn_detr_jax.models.registry import build_model
     from dn_detr_jax.training.compile_options import accepted_options
+    from dn_detr_jax.training.freed_memory import keep_freed_memory
 
+    keep_freed_memory()
     model = build_model(config.model, config.compile.attention)
     params = jax.jit(model.init)(
         jax.random.key(0), jnp.zeros((1, 64, 64, 3)), jnp.full((1, 2), 64)

@@ -37,6 +37,7 @@ from dn_detr_jax.matching import host_timer
 from dn_detr_jax.models.registry import abstract_params, build_model, trainable
 from dn_detr_jax.sharding import make_mesh, put_batch
 from dn_detr_jax.training.compile_options import accepted_options
+from dn_detr_jax.training.freed_memory import keep_freed_memory
 from dn_detr_jax.training.optimizer import make_optimizer
 from dn_detr_jax.training.state import abstract_state, init_state
 from dn_detr_jax.training.step import abstract_batch, jit_train_step
@@ -64,6 +65,7 @@ class Step:
     def __init__(self, config: ConfigDict, objects: float | None = None):
         """Compiles the step; `objects` as for `common.made_up_batch`."""
         validate(config)
+        keep_freed_memory()
         self.config = config
         self.mesh = make_mesh(config.mesh.data)
         self.model = build_model(config.model, config.compile.attention)

@@ -36,11 +36,12 @@ def results(function, *arguments):
     "dtype, out_dtype",
     [(jnp.float32, jnp.float32), (jnp.bfloat16, jnp.bfloat16), (jnp.bfloat16, jnp.float32)],
 )
-def test_product_equals_the_plain_one(dtype, out_dtype):
+@pytest.mark.parametrize("features", [2, 7])  # the gradient is transposed, or x
+def test_product_equals_the_plain_one(dtype, out_dtype, features):
     """Catches a transposed gradient, and one that is added or returned in another dtype."""
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(2, 3, 5, 8)), dtype)
-    kernel = jnp.asarray(rng.normal(size=(8, 6)), dtype)
+    kernel = jnp.asarray(rng.normal(size=(8, features)), dtype)
 
     def plain(x, kernel):
         return jnp.matmul(x, kernel, preferred_element_type=out_dtype)

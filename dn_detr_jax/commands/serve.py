@@ -50,9 +50,11 @@ def main(argv: Sequence[str]) -> None:
         )
     from dn_detr_jax.inference.exported import ExportedError, load_exported
     from dn_detr_jax.serving.server import Limits, run_server
+    from dn_detr_jax.training.freed_memory import keep_freed_memory
 
     try:
         detector = load_exported(FLAGS.artifact)
+        keep_freed_memory()
     except ExportedError as error:
         raise DataError(str(error)) from error
     limits = Limits(FLAGS.max_bytes, FLAGS.max_pixels, FLAGS.timeout, FLAGS.max_waiting)

@@ -39,6 +39,7 @@ from dn_detr_jax.inference.detections import Detections
 from dn_detr_jax.models.registry import abstract_params, build_model
 from dn_detr_jax.training.compile_cache import compile_and_log, use_compile_cache
 from dn_detr_jax.training.compile_options import accepted_options
+from dn_detr_jax.training.freed_memory import keep_freed_memory
 
 ImageLike = str | os.PathLike | bytes | Image.Image | np.ndarray
 _SINGLE = (str, os.PathLike, bytes, Image.Image, np.ndarray)
@@ -117,6 +118,7 @@ def predictor_of(run: Run, *, batch_size: int = 1) -> "Predictor":
     # Compiled programs are code. The cache directory that the run names is not used: others may
     # have made the run.
     use_compile_cache(base_config().compile.cache_dir if run.config.compile.cache_dir else "")
+    keep_freed_memory()
     return Predictor(run.config, run.params, run.categories, batch_size=batch_size)
 
 

@@ -16,8 +16,8 @@ def matmul(
 ) -> Float[jax.Array, "*batch N"]:
     """Multiplies the last axis by a matrix.
 
-    The gradient of the kernel is `x^T g`. JAX derives `(g^T x)^T` for `jnp.matmul`, for which XLA
-    transposes g, the larger of both in many layers, in memory.
+    The gradient of the kernel is `x^T g`, or `(g^T x)^T` as JAX derives it, whichever transposes
+    fewer numbers in memory.
 
     Args:
       x: [..., K], of the kernel's dtype.
@@ -36,7 +36,11 @@ def _backward(out_dtype, saved, gradient):
     tokens = tuple(range(x.ndim - 1))
     add = functools.partial(jax.lax.dot_general, preferred_element_type=out_dtype)
     of_x = add(gradient, kernel, (((x.ndim - 1,), (1,)), ((), ())))
-    of_kernel = add(x, gradient, ((tokens, tokens), ((), ())))
+    over_tokens = (tokens, tokens), ((), ())
+    if gradient.size + kernel.size < x.size:
+        of_kernel = add(gradient, x, over_tokens).T
+    else:
+        of_kernel = add(x, gradient, over_tokens)
     return of_x.astype(x.dtype), of_kernel.astype(kernel.dtype)
 
 

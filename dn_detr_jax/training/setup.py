@@ -29,6 +29,7 @@ from dn_detr_jax.sharding import make_mesh
 from dn_detr_jax.training import schedules
 from dn_detr_jax.training.compile_cache import use_compile_cache
 from dn_detr_jax.training.compile_options import accepted_options
+from dn_detr_jax.training.freed_memory import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ def set_up(
     warn_of_several_opencvs()
     coco_classes(config.eval.backend)  # raises for one that is not installed
     use_compile_cache(config.compile.cache_dir)
+    keep_freed_memory()
     mesh = make_mesh(config.mesh.data)
     accepted_options(config, mesh.local_devices[0])  # raises for one that is refused
     check_attention(config, mesh.devices.flat[0].platform)
