@@ -16,8 +16,8 @@ def matmul(
 ) -> Float[jax.Array, "*batch N"]:
     """Multiplies the last axis by a matrix.
 
-    The gradient of the kernel is `x^T g`, or `(g^T x)^T` as JAX derives it, whichever transposes
-    fewer numbers in memory.
+    The gradient of the kernel is `x^T g`, or `(g^T x)^T` as JAX derives it: compilers transpose the
+    first factor in memory, so that it is the smaller one.
 
     Args:
       x: [..., K], of the kernel's dtype.
@@ -37,7 +37,7 @@ def _backward(out_dtype, saved, gradient):
     add = functools.partial(jax.lax.dot_general, preferred_element_type=out_dtype)
     of_x = add(gradient, kernel, (((x.ndim - 1,), (1,)), ((), ())))
     over_tokens = (tokens, tokens), ((), ())
-    if gradient.size + kernel.size < x.size:
+    if gradient.size < x.size:
         of_kernel = add(gradient, x, over_tokens).T
     else:
         of_kernel = add(x, gradient, over_tokens)
