@@ -97,6 +97,33 @@ def test_a_run_of_before_a_key_had_its_default():
     assert json.loads(json.dumps(restored_config(old).to_dict())) == _stored()
 
 
+@pytest.mark.parametrize(("hidden_dim", "groups"), [(96, 24), (256, 32), (16, 32)])
+def test_a_run_of_before_the_groups_of_level_norms_were_a_key(hidden_dim, groups):
+    """Catches old weights that are evaluated, or trained on, with another number of groups."""
+    config = base_config("dn_deformable_detr")
+    config.model.update(hidden_dim=hidden_dim, level_norm_groups=groups)
+    now = json.loads(json.dumps(config.to_dict()))
+    old = json.loads(json.dumps(config.to_dict()))
+    del old["model"]["level_norm_groups"]
+    assert restored_config(old).model.level_norm_groups == groups
+    assert changed_values(old, now) == changed_values(old, now, evaluation=True) == []
+    now["model"]["level_norm_groups"] = 8
+    changed = [f"model.level_norm_groups was {groups}, now 8"]
+    assert changed_values(old, now) == changed_values(old, now, evaluation=True) == changed
+
+
+def test_groups_of_level_norms_divide_the_channels():
+    """Catches an error from within the model in place of one that names the key."""
+    config = base_config("dn_dino_detr")
+    for hidden_dim, groups, problem in (
+        (96, 20, r"level_norm_groups = 20: a divisor of model\.hidden_dim = 96"),
+        (144, 32, r"hidden_dim = 144: a multiple of 4 below 128, of 32 from there on"),
+    ):
+        config.model.update(hidden_dim=hidden_dim, level_norm_groups=groups)
+        with pytest.raises(ConfigError, match=problem):
+            validate(config)
+
+
 def test_keys_that_are_gone():
     """Catches a model that is built without an option that its parameters were trained with."""
     old = _stored(train__gone=1)

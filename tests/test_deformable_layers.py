@@ -122,6 +122,22 @@ def test_pyramid_does_not_depend_on_the_canvas():
     assert np.abs(theirs[0][0][0] - theirs[1][0][0][:8]).max() > 0.1
 
 
+@pytest.mark.parametrize(
+    ("hidden_dim", "norm_groups", "channels"), [(64, 32, 2), (48, 32, 4), (48, 12, 4), (48, 6, 8)]
+)
+def test_groups_of_the_level_norms(hidden_dim, norm_groups, channels):
+    """Catches groups that are not those of the setting, such as four channels whatever it says."""
+    model = MultiLevel(hidden_dim, backbone_levels=1, extra_levels=0, norm_groups=norm_groups)
+    features = np.random.default_rng(0).normal(size=(1, 2, 3, 8)).astype(np.float32)
+    size = np.array([[16, 24]])
+    found, variables = model.init_with_output(jax.random.key(0), (features,), size, (16, 24))
+    proj = variables["params"]["input_proj0"]
+    projected = (features @ proj["kernel"] + proj["bias"]).reshape(6, -1, channels)
+    normal = projected - projected.mean(axis=(0, 2), keepdims=True)
+    normal /= np.sqrt(np.square(normal).mean(axis=(0, 2), keepdims=True) + 1e-5)
+    np.testing.assert_allclose(found.tokens[0], normal.reshape(6, -1), atol=1e-5)
+
+
 # --- attention, encoder and decoder ---------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from dn_detr_jax.config import dn_dab_detr
 from dn_detr_jax.config.backbones import number_of_stages
@@ -25,6 +26,15 @@ def with_defaults(keys: Iterable[Key], defaults: Mapping[str, object]) -> tuple[
     )
 
 
+_OFFICIAL_GROUPS = 32
+
+
+def _earlier_groups(values: Values) -> Any:
+    """Runs without the key had four channels in each group, and 32 groups at most."""
+    hidden = values.get("model.hidden_dim")
+    return hidden // 4 if hidden in (32, 64, 96) else _OFFICIAL_GROUPS
+
+
 # The same for every variant with several feature levels.
 LEVEL_KEYS = (
     architecture_key(
@@ -32,6 +42,15 @@ LEVEL_KEYS = (
     ),
     architecture_key(
         "extra_levels", 1, "further levels, each of half the resolution of the last one", whole(0)
+    ),
+    Key(
+        "model.level_norm_groups",
+        _OFFICIAL_GROUPS,
+        "groups of the group norms of the feature levels; 32 stands for hidden_dim / 4 where it "
+        "doesn't divide a hidden_dim below 128",
+        whole(1),
+        evaluation="same",
+        earlier=_earlier_groups,
     ),
     Key(
         "model.sampling_part",
@@ -75,11 +94,15 @@ def check_levels(values: Values) -> None:
 
 
 def check_level_norm(values: Values) -> None:
-    """`model.hidden_dim` is a multiple of 4 below 128, of 32 from there on: 32 groups at most."""
-    hidden = values["model.hidden_dim"]
-    fits = hidden % (4 if hidden < 128 else 32) == 0
-    expected = "a multiple of 4 below 128, of 32 from there on, for the group norms of the levels"
-    require(values, "model.hidden_dim", fits, expected)
+    """`model.level_norm_groups` divides `model.hidden_dim`, or is 32 and stands for a quarter."""
+    hidden, groups = values["model.hidden_dim"], values["model.level_norm_groups"]
+    if groups == _OFFICIAL_GROUPS:
+        fits = hidden % (4 if hidden < 128 else 32) == 0
+        expected = "a multiple of 4 below 128, of 32 from there on, for 32 groups in level norms"
+        require(values, "model.hidden_dim", fits, expected)
+    else:
+        expected = f"a divisor of model.hidden_dim = {hidden}"
+        require(values, "model.level_norm_groups", hidden % groups == 0, expected)
 
 
 LEVEL_CHECKS = (check_levels, check_level_norm)

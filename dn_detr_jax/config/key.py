@@ -1,6 +1,7 @@
 """What the package knows of a config key."""
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from dn_detr_jax.config.rules import Rule
@@ -22,6 +23,8 @@ class Key:
       machines: "free" if the processes of a run may have different values.
       evaluation: "same" if an evaluation needs the value of the training: parameters, or what is
         computed from them, depend on it.
+      earlier: what runs that are older than the key had in effect, from their values by path;
+        None: the default.
     """
 
     path: str
@@ -31,6 +34,7 @@ class Key:
     resume: Agreement = "same"
     machines: Agreement = "same"
     evaluation: Agreement = "free"
+    earlier: Callable[[Mapping[str, Any]], Any] | None = None
 
 
 def architecture_key(name: str, default: Any, meaning: str, rule: Rule) -> Key:

@@ -20,8 +20,8 @@ from dn_detr_jax.errors import ConfigError
 def restored_config(stored: Mapping[str, Any]) -> ConfigDict:
     """Makes a valid config of the one that a run was stored with, perhaps by an older version.
 
-    Keys that the run did not have get their defaults. Removed keys are ignored, except those of
-    the model, which raise an error.
+    Keys that the run did not have get their defaults, or the values of `Key.earlier`. Removed keys
+    are ignored, except those of the model, which raise an error.
 
     Args:
       stored: nested dictionaries, as JSON has them.
@@ -30,8 +30,10 @@ def restored_config(stored: Mapping[str, Any]) -> ConfigDict:
       ConfigError: the config is not valid in this version.
     """
     values = flat_values(stored)
-    config = base_config(values.get("model.name", dn_dab_detr.NAME))
+    name = values.get("model.name", dn_dab_detr.NAME)
+    config = base_config(name)
     known = flat_values(config)
+    values = _earlier(values, variants.schema_of(name).keys) | values
     for path, value in values.items():
         if path.startswith("model.") and path not in known:
             reason = f"unknown to this version; {nearest_key(path, known)}".rstrip("; ")
@@ -48,7 +50,7 @@ def changed_values(
 
     Args:
       stored: config of the run, nested dictionaries as JSON has them. A key that is newer than the
-        run had, in effect, its default.
+        run had, in effect, its default or the value of `Key.earlier`.
       present: config of the start, likewise.
       evaluation: the start is an evaluation, which needs only the same model.
 
@@ -64,7 +66,7 @@ def changed_values(
     for values in was, now:
         name = values.get("model.name", dn_dab_detr.NAME)
         rows |= variants.schema_of(name).keys if name in variants.names() else {}
-    defaults = {path: _as_json(key.default) for path, key in rows.items()}
+    defaults = {path: _as_json(key.default) for path, key in rows.items()} | _earlier(was, rows)
     was = {path: value for path, value in defaults.items() if path in now} | was
     missing = object()
     return [
@@ -79,6 +81,15 @@ def _is_fixed(path: str, key: Key | None, evaluation: bool) -> bool:
     if key is None:  # removed in this version
         return path.startswith("model.") or not evaluation
     return (key.evaluation if evaluation else key.resume) == "same"
+
+
+def _earlier(values: Mapping[str, Any], keys: Mapping[str, Key]) -> dict[str, Any]:
+    """The keys whose default is not what a run without them had in effect, by path."""
+    return {
+        path: key.earlier(values)
+        for path, key in keys.items()
+        if key.earlier and path not in values
+    }
 
 
 def _as_json(value: Any) -> Any:

@@ -59,6 +59,7 @@ def multi_level_parts(
             extra_levels=config.extra_levels,
             temperature_h=config.pe_temperature_h,
             temperature_w=config.pe_temperature_w,
+            norm_groups=config.level_norm_groups,
             half_pixel=half_pixel,
             mask_padding=config.backbone.mask_padding,
             xavier=reset,

@@ -78,6 +78,7 @@ class MultiLevel(nn.Module):
         backbone's last feature map, the others of the level before.
       temperature_h: vertical temperature of the sine encoding.
       temperature_w: horizontal temperature.
+      norm_groups: groups of the norms; where they don't divide D, there are D / 4.
       half_pixel: see `position.image_encoding`.
       mask_padding: results do not depend on the canvas; False: they do, as in PyTorch.
       xavier: projections start with Xavier weights and biases of 0; False: as PyTorch's layers do.
@@ -89,6 +90,7 @@ class MultiLevel(nn.Module):
     extra_levels: int = 1
     temperature_h: float = 10000.0
     temperature_w: float = 10000.0
+    norm_groups: int = 32
     half_pixel: bool = True
     mask_padding: bool = True
     xavier: bool = True
@@ -105,6 +107,8 @@ class MultiLevel(nn.Module):
         count = self.backbone_levels + self.extra_levels
         normal = nn.initializers.normal(1.0)
         embedding = self.param("level_embedding", normal, (count, self.hidden_dim))
+        fits = self.hidden_dim % self.norm_groups == 0
+        groups = self.norm_groups if fits else self.hidden_dim // 4
         used = features[-self.backbone_levels :]
         maps, positions, masks = [], [], []
         x = used[-1]
@@ -116,7 +120,8 @@ class MultiLevel(nn.Module):
                 y = self._halve(x, valid_tokens(size, canvas, x.shape[1:3]), level)
             valid = valid_tokens(size, canvas, y.shape[1:3])
             counted = valid if self.mask_padding else jnp.ones_like(valid)
-            y = GroupNorm(name=f"input_norm{level}")(y.astype(jnp.float32), counted[..., None])
+            norm = GroupNorm(groups, name=f"input_norm{level}")
+            y = norm(y.astype(jnp.float32), counted[..., None])
             temperatures = self.temperature_h, self.temperature_w
             position = image_encoding(
                 valid, self.hidden_dim, *temperatures, half_pixel=self.half_pixel

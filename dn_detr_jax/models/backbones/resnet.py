@@ -50,9 +50,14 @@ class GroupNorm(nn.Module):
     """Group norm (Wu and He, ECCV 2018) with the statistics of the valid pixels.
 
     The mask of `flax.linen.GroupNorm` needs all channels, this one has none.
+
+    Attributes:
+      groups: of channels; 0: 32, below 128 channels one for every four.
+      eps: added to the variance.
+      dtype: not used, the output has that of the input.
     """
 
-    max_groups: int = 32
+    groups: int = 0
     eps: float = 1e-5
     dtype: DTypeLike = jnp.float32
 
@@ -62,7 +67,7 @@ class GroupNorm(nn.Module):
     ) -> Float[jax.Array, "B h w C"]:
         """Normalizes over the pixels where `valid` is True."""
         channels = x.shape[-1]
-        groups = min(self.max_groups, channels // 4)
+        groups = self.groups or min(32, channels // 4)
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
 
