@@ -195,7 +195,9 @@ def test_an_interrupted_training_ends_with_the_same_bits(
 
     # The AP of step 2 stays the best, so that step 4 exhausts a patience of one evaluation.
     monkeypatch.setattr(
-        Evaluator, "__call__", lambda *_, **__: Evaluation({"AP": 0.0, "AP50": 0.0}, {})
+        Evaluator,
+        "__call__",
+        lambda *_, **__: Evaluation({"AP": 0.0, "AP50": 0.0}, {}, {}, np.zeros((1, 1))),
     )
     monkeypatch.setattr(loop.report, "print_result", lambda *_: None)
     settings = settings | {"train": settings["train"] | {"stop_after": 1}}

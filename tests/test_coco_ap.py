@@ -293,15 +293,22 @@ def test_nothing_is_printed(capsys):
 
 def test_table_is_aligned_and_complete():
     metrics = dict.fromkeys(KEYS, 0.25) | {"AP": 0.4126, "APl": math.nan}
-    per_class = {f"kind {'x' * (i % 5)}{i}": i / 20 for i in range(11)} | {"rare": math.nan}
-    lines = format_table(metrics, per_class).split("\n")
+    metrics |= {"threshold": 0.5, "precision": 0.75, "recall": 0.6, "F1": 2 / 3}
+    names = [*(f"kind {'x' * (i % 5)}{i}" for i in range(11)), "rare"]
+    ap = {name: i / 20 for i, name in enumerate(names)} | {"rare": math.nan}
+    lines = format_table(metrics, {"AP": ap, "precision": ap}).split("\n")
     assert "AP    @[ IoU=0.50:0.95 | area=   all | maxDets=100 ] = 0.413" in lines[0]
     assert lines[5].endswith("=   -  ")
     assert len({len(line) for line in lines[:12]}) == 1
-    body = "\n".join(lines[14:])
-    assert all(name in body for name in per_class)
-    assert body.count("0.") == 11 and max(map(len, lines)) <= 100
+    assert lines[13].endswith("scores from 0.500: precision 0.750, recall 0.600, F1 0.667")
+    header, *rows = lines[15:]
+    assert header.split() == ["class", "AP", "precision"] and len(rows) == 12
+    assert len({len(line.rstrip()) for line in (header, *rows[:-1])}) == 1
+    assert [row.rsplit(maxsplit=2)[0] for row in rows] == names
+    assert rows[3].split()[-2:] == ["0.150", "0.150"] and rows[-1].split()[-2:] == ["-", "-"]
     assert format_table(metrics).count("\n") == 11
+    empty = metrics | dict.fromkeys(("threshold", "precision"), math.nan)
+    assert "no detection finds an object" in format_table(empty, {"AP": ap})
     same_name = make_ground_truth()
     for category in same_name["categories"][:2]:
         category["name"] = "thing"

@@ -77,6 +77,13 @@ def test_labels_of_a_run_are_matched_by_name(validation, digits_config):
     evaluation = evaluator({})
     assert evaluation.metrics["AP"] == 1.0
     assert set(evaluation.per_class) == {category.name for category in run}
+    names = [category["name"] for category in relabeled.coco_ground_truth()["categories"]]
+    assert list(evaluation.class_figures) == ["AR", "precision", "recall", "F1", "threshold"]
+    for figure, by_class in evaluation.class_figures.items():
+        assert list(by_class) == names and set(by_class.values()) == {1.0}, figure
+    np.testing.assert_array_equal(np.diagonal(evaluation.confusion)[:-1], evaluation.matches.counts)
+    assert evaluation.confusion.sum() == len(validation.annotations.category_ids)
+    assert evaluation.table().splitlines()[-1].split()[1:] == ["1.000"] * 6
     assert with_labels_of_run(validation, validation.categories, "the run") is validation
 
 

@@ -19,6 +19,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from dn_detr_jax.errors import ConfigError, EvaluationError
+from dn_detr_jax.evaluation.matches import Matches, match_detections
 
 # In the order of COCOeval.stats: key, IoU thresholds, object sizes, detections per image and class
 _SUMMARY = (
@@ -161,15 +162,26 @@ class CocoEvaluator:
         NaN for a category without objects. A name that several categories share is followed by
         the category's id.
         """
-        result = self._evaluate()
-        precision = result.eval["precision"][:, :, :, 0, -1]  # [IoU, recall, category]
-        category_ids = [int(category_id) for category_id in result.params.catIds]
-        values = {}
+        return self._by_class(self._evaluate().eval["precision"][:, :, :, 0, -1])
+
+    def recall_per_class(self) -> dict[str, float]:
+        """AR (IoU 0.50:0.95, all sizes, 100 detections) by category name, as `per_class`."""
+        return self._by_class(self._evaluate().eval["recall"][:, None, :, 0, -1])
+
+    def matches(self) -> Matches:
+        """Matches detections with objects at an IoU of 0.5; labels follow `per_class`."""
+        detections = {image_id: self._detections.get(image_id, []) for image_id in self._images}
+        return match_detections(list(self._names), detections, self._ground_truth)
+
+    def _by_class(self, values: np.ndarray) -> dict[str, float]:
+        """Means of [IoU, recall, category] over what is measured, by category name."""
+        category_ids = [int(category_id) for category_id in self._evaluate().params.catIds]
+        means = {}
         for category_id, name in self._names.items():
-            of_class = precision[:, :, category_ids.index(category_id)]
+            of_class = values[:, :, category_ids.index(category_id)]
             of_class = of_class[of_class > -1]
-            values[name] = float(np.mean(of_class)) if of_class.size else math.nan
-        return values
+            means[name] = float(np.mean(of_class)) if of_class.size else math.nan
+        return means
 
     def _to_coco(
         self, image_id: int, scores: np.ndarray, labels: np.ndarray, boxes: np.ndarray
@@ -225,12 +237,15 @@ class CocoEvaluator:
         return coco
 
 
-def format_table(metrics: Mapping[str, float], per_class: Mapping[str, float] | None = None) -> str:
-    """The COCO summary as aligned text, with AP per class in columns below it.
+def format_table(
+    metrics: Mapping[str, float], class_figures: Mapping[str, Mapping[str, float]] | None = None
+) -> str:
+    """The COCO summary as aligned text, with the figures of every class below it.
 
     Args:
-      metrics: from `CocoEvaluator.metrics`; NaN is shown as a dash.
-      per_class: from `CocoEvaluator.per_class`; none shown by default.
+      metrics: from `CocoEvaluator.metrics`; NaN is shown as a dash. With `class_figures` also those
+        of `operating_points.operating_point`.
+      class_figures: by name of the figure, then by class name; none shown by default.
 
     Returns:
       Lines without a final line break.
@@ -242,10 +257,31 @@ def format_table(metrics: Mapping[str, float], per_class: Mapping[str, float] | 
             f"{kind:<17}  {key:<5} @[ IoU={iou:<9} | area={area:>6} | "
             f"maxDets={max_detections:>3} ] = {_three_digits(metrics[key])}"
         )
-    if per_class:
-        lines += ["", f"AP per class @[ IoU=0.50:0.95 ], {len(per_class)} classes"]
-        lines += _columns([(name, _three_digits(value)) for name, value in per_class.items()])
+    if class_figures:
+        lines += ["", _operating_point(metrics), "", *_class_table(class_figures)]
     return "\n".join(lines)
+
+
+def _operating_point(metrics: Mapping[str, float]) -> str:
+    """The threshold with the best F1, and what is measured there."""
+    if math.isnan(metrics["threshold"]):
+        return "Best F1 @[ IoU=0.50 ]: no detection finds an object"
+    figures = ", ".join(f"{name} {metrics[name]:.3f}" for name in ("precision", "recall", "F1"))
+    return f"Best F1 @[ IoU=0.50 ] for scores from {metrics['threshold']:.3f}: {figures}"
+
+
+def _class_table(class_figures: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """A row for each class, a column for each figure."""
+    names = list(next(iter(class_figures.values())))
+    width = max(map(len, ("class", *names)))
+    lines = ["  ".join([f"{'class':<{width}}", *(f"{figure:>5}" for figure in class_figures)])]
+    for name in names:
+        cells = [
+            f"{_three_digits(by_class[name]):>{len(figure)}}"
+            for figure, by_class in class_figures.items()
+        ]
+        lines.append("  ".join([f"{name:<{width}}", *cells]))
+    return lines
 
 
 def _image_sizes(ground_truth: Mapping) -> dict[int, tuple[int, int]]:
@@ -295,13 +331,3 @@ def _or_nan(value: float) -> float:
 
 def _three_digits(value: float) -> str:
     return "  -  " if math.isnan(value) else f"{value:.3f}"
-
-
-def _columns(cells: Sequence[tuple[str, str]], width: int = 84) -> list[str]:
-    """Cells of a name and a value, in as many columns as fit, read downwards."""
-    name_width = max(len(name) for name, _ in cells)
-    texts = [f"{name:<{name_width}}  {value}" for name, value in cells]
-    gap = 3
-    columns = max(1, (width + gap) // (len(texts[0]) + gap))
-    rows = math.ceil(len(texts) / columns)
-    return [(" " * gap).join(texts[row::rows]) for row in range(rows)]

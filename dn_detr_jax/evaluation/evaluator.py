@@ -1,4 +1,7 @@
-"""One evaluation of a detector: all images of a split, COCO metrics, instability of matching."""
+"""One evaluation of a detector: all images of a split, COCO metrics, instability of matching.
+
+Precision, recall and F1 are measured at an IoU of 0.5, see `operating_points`.
+"""
 
 import dataclasses
 import logging
@@ -14,12 +17,19 @@ from dn_detr_jax.data.loader import eval_batches
 from dn_detr_jax.distributed.consistency import all_gather
 from dn_detr_jax.evaluation.coco_ap import CocoEvaluator, format_table
 from dn_detr_jax.evaluation.instability import MatchingInstability, match_vectors
+from dn_detr_jax.evaluation.matches import Matches
+from dn_detr_jax.evaluation.operating_points import (
+    CLASS_FIGURES,
+    class_figures,
+    operating_point,
+)
 from dn_detr_jax.models.registry import num_matching_queries
 from dn_detr_jax.sharding import put_batch
 
 logger = logging.getLogger(__name__)
 
 Detect = Callable[[dict, dict], dict[str, jax.Array]]
+_POINT = ("threshold", "precision", "recall", "F1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,16 +38,25 @@ class Evaluation:
 
     Attributes:
       metrics: COCO metrics by name (`AP`, `AP50`, ..., `ARl`), 0 to 1, NaN where nothing counts;
-        and `instability`, entries per image, once two evaluations can be compared.
+        `threshold`, the score with the best F1 of all classes, and `precision`, `recall` and `F1`
+        there; and `instability`, entries per image, once two evaluations can be compared.
       per_class: AP by class name.
+      class_figures: by name of the figure (`operating_points.CLASS_FIGURES`), then by class name.
+        Precision, recall and F1 are those at the threshold of all classes; `threshold` is the
+        class's own with the best F1.
+      confusion: int [C + 1, C + 1] at the threshold of all classes, see `Matches.confusion`.
+      matches: of the detections, on the first process; None on others.
     """
 
     metrics: dict[str, float]
     per_class: dict[str, float]
+    class_figures: dict[str, dict[str, float]]
+    confusion: np.ndarray
+    matches: Matches | None = None
 
     def table(self) -> str:
-        """Returns the COCO summary, with AP per class below."""
-        return format_table(self.metrics, self.per_class)
+        """Returns the COCO summary, with the figures of every class below."""
+        return format_table(self.metrics, {"AP": self.per_class} | self.class_figures)
 
 
 class Evaluator:
@@ -110,18 +129,41 @@ class Evaluator:
             instability.update(on_host["image_id"], vectors)
 
     def _result(self, coco: CocoEvaluator, instability: MatchingInstability | None) -> Evaluation:
-        # The first process computes the metrics for all.
-        names = list(CocoEvaluator.METRICS)
+        # The first process computes the figures for all.
+        names = [*CocoEvaluator.METRICS, *_POINT]
         classes = [category["name"] for category in self._ground_truth["categories"]]
-        values = np.zeros(len(names) + len(classes))
+        C = len(classes)
+        values = np.zeros(len(names) + C * (1 + len(CLASS_FIGURES)) + (C + 1) ** 2)
+        matches = None
         if jax.process_index() == 0:
-            values[:] = [*coco.metrics().values(), *coco.per_class().values()]
+            matches = coco.matches()
+            point = operating_point(matches)
+            of_classes = class_figures(
+                matches, point["threshold"], list(coco.recall_per_class().values())
+            )
+            values[:] = [
+                *coco.metrics().values(),
+                *(point[name] for name in _POINT),
+                *coco.per_class().values(),
+                *of_classes.T.ravel(),
+                *matches.confusion(point["threshold"]).ravel(),
+            ]
             classes = list(coco.per_class())
         values = all_gather(values)[0]
-        metrics = dict(zip(names, map(float, values), strict=False))
-        per_class = dict(zip(classes, map(float, values[len(names) :]), strict=True))
+        scalars, values = np.split(values, [len(names)])
+        by_class, confusion = np.split(values, [C * (1 + len(CLASS_FIGURES))])
+        ap, *others = (
+            dict(zip(classes, map(float, row), strict=True)) for row in by_class.reshape(-1, C)
+        )
+        metrics = dict(zip(names, map(float, scalars), strict=True))
         if instability is not None:
             changed = instability.finish(self._config.data.skip_bad)
             if changed is not None:
                 metrics["instability"] = changed
-        return Evaluation(metrics, per_class)
+        return Evaluation(
+            metrics,
+            ap,
+            dict(zip(CLASS_FIGURES, others, strict=True)),
+            confusion.reshape(C + 1, C + 1).astype(np.int64),
+            matches,
+        )

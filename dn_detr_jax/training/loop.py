@@ -456,6 +456,8 @@ class _Run:
         self._patience.update(evaluation.metrics["AP"])
         record = {f"eval/{name}": value for name, value in evaluation.metrics.items()}
         record |= {f"eval_class/{name}": value for name, value in evaluation.per_class.items()}
+        for figure, by_class in evaluation.class_figures.items():
+            record |= {f"eval_class_{figure}/{name}": value for name, value in by_class.items()}
         record |= {f"eval_raw/{name}": value for name, value in raw.items()}
         self._writer.scalars(step, record | {"time/eval_seconds": seconds})
         instability = evaluation.metrics.get("instability")

@@ -166,6 +166,10 @@ def _write_record(
         "data": {"name": data.name, "dir": data.dir, **data.validation.to_dict()},
         "metrics": finite(evaluation.metrics),
         "per_class": finite(evaluation.per_class),
+        "class_figures": {
+            figure: finite(by_class) for figure, by_class in evaluation.class_figures.items()
+        },
+        "confusion": evaluation.confusion.tolist(),
     }
     write_json_atomically(workdir / "evaluations" / f"step_{found.step}.json", record)
 
