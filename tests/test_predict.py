@@ -30,6 +30,7 @@ from dn_detr_jax.evaluation.coco_ap import CocoEvaluator
 from dn_detr_jax.evaluation.detect import jit_eval_step
 from dn_detr_jax.inference import image_files
 from dn_detr_jax.inference.predictor import choose_canvas, read_image, read_run
+from dn_detr_jax.inference.tiles import TiledPredictor
 from dn_detr_jax.models.registry import build_model
 from dn_detr_jax.sharding import make_mesh, put_batch
 
@@ -210,6 +211,42 @@ def test_a_missing_work_directory_or_step_is_one_line(digits_run, tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint of step 5; steps: 4"):
         dn_detr_jax.load(digits_run, step=5)
     assert read_run(digits_run).step == 4  # the latest, as none has an AP
+
+
+@pytest.mark.parametrize(
+    ("metrics", "expected"),
+    [
+        ({"AP": 0.4, "threshold": 0.31}, 0.31),
+        ({"AP": 0.4, "threshold": float("nan")}, 0.5),  # no detection was right
+        ({"AP": 0.4}, 0.5),  # of a version without
+        (None, 0.5),  # no evaluation at this step
+    ],
+)
+def test_the_threshold_is_that_of_the_checkpoint(digits_run, tmp_path, caplog, metrics, expected):
+    """Catches a threshold of another checkpoint."""
+    run = read_run(digits_run)
+    with Checkpoints(tmp_path, run.config, categories=run.categories) as checkpoints:
+        checkpoints.save(1, {"params": run.params}, metrics={"AP": 0.1, "threshold": 0.9})
+        checkpoints.save(2, {"params": run.params}, metrics=metrics)
+    assert read_run(tmp_path, 2).threshold == expected
+    file = tmp_path / "checkpoints" / "1" / "metrics" / "metrics"
+    file.write_text('{"AP": 0.1, "threshold": 0.8}')  # not what was written
+    assert read_run(tmp_path, 1).threshold == 0.5
+    assert "metrics: can't be read" in caplog.text
+
+
+def test_a_call_without_a_threshold_takes_that_of_the_run(digits_run, predictor, images):
+    """The tiles too; an explicit threshold wins, 0 included."""
+    everything = predictor.predict(images[0], threshold=0)
+    assert predictor.threshold == 0.5
+    middle = float(everything.scores[len(everything) // 2])
+    predictor.threshold = middle
+    try:
+        for finder in (predictor, TiledPredictor(predictor, 500)):
+            assert_same(finder.predict(images[0]), predictor.predict(images[0], middle))
+            assert len(finder.predict(images[0], 0)) == len(everything)
+    finally:
+        predictor.threshold = 0.5
 
 
 def test_classes_of_a_directory_without_any(digits_run, tmp_path):

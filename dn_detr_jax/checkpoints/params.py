@@ -1,16 +1,22 @@
 """The parameters of a run's checkpoint, to evaluate, predict or start from."""
 
 import dataclasses
+import json
+import logging
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from dn_detr_jax.checkpoints.checksums import verify_checksums, was_written
+from dn_detr_jax.checkpoints.failures import first_line
 from dn_detr_jax.checkpoints.manager import Checkpoints, steps_in
 from dn_detr_jax.errors import CheckpointError
 
 PyTree = Any
+logger = logging.getLogger(__name__)
 
 _ATTEMPTS = 5  # to read beside a training that removes checkpoints
 
@@ -23,11 +29,14 @@ class RestoredParams:
       params: the moving average if the run keeps one, else the parameters.
       step: of the checkpoint.
       is_average: whether `params` is the moving average.
+      threshold: score with the best F1 in the evaluation of these parameters during the training;
+        None without one, as after an import.
     """
 
     params: PyTree
     step: int
     is_average: bool
+    threshold: float | None = None
 
 
 def read_params(
@@ -70,7 +79,24 @@ def _read_params(
         number = checkpoints.find(step)
         raw = step == "best_raw"
         params = checkpoints.restore_params(abstract_params, number, raw=raw)
-        return RestoredParams(params, number, checkpoints.has_average(number) and not raw)
+        average = checkpoints.has_average(number)
+        # The metrics are those of the average, if there is one.
+        threshold = None if average and raw else _threshold(checkpoints.directory / str(number))
+        return RestoredParams(params, number, average and not raw, threshold)
+
+
+def _threshold(checkpoint: Path) -> float | None:
+    """Reads the threshold with the best F1 from the metrics of a checkpoint."""
+    try:
+        if not was_written(checkpoint, "metrics"):
+            return None
+        verify_checksums(checkpoint, ["metrics"])
+        metrics = json.loads((checkpoint / "metrics" / "metrics").read_text())
+        threshold = float(metrics.get("threshold", math.nan))
+    except Exception as error:  # any content; the parameters can be used without
+        logger.warning("%s: can't be read (%s)", checkpoint / "metrics", first_line(error))
+        return None
+    return threshold if 0 <= threshold <= 1 else None
 
 
 def holds_only_parameters(workdir: str | os.PathLike) -> bool:

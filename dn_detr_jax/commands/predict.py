@@ -21,6 +21,9 @@ else 0, 1, 2, ...
 With `--tile 800` each image is predicted for in overlapping tiles of 800 pixels, and objects that
 several tiles see are merged: for objects that are small beside their image.
 
+The lowest score is that with the best F1 in the evaluation of the checkpoint during its training,
+or 0.5 without one; `--threshold` names another.
+
 A file that can't be read is named, the others are predicted for, and the exit status is 1. With
 `--threshold=0` all detections are written that `config.eval.num_select` of the run allows: those
 that the COCO metrics are computed from.
@@ -53,7 +56,14 @@ def define_flags() -> None:
         "out", "Folder for the results; files of the same names are replaced.", required=True
     )
     define_path_flag("annotations", "COCO file with the ids of images and classes.")
-    flags.DEFINE_float("threshold", 0.5, "Lowest score.", lower_bound=0.0, upper_bound=1.0)
+    flags.DEFINE_float(
+        "threshold",
+        None,
+        "Lowest score; by default that with the best F1 in the evaluation of the checkpoint, 0.5 "
+        "without one.",
+        lower_bound=0.0,
+        upper_bound=1.0,
+    )
     flags.DEFINE_integer("batch_size", 8, "Images at a time.", lower_bound=1)
     flags.DEFINE_integer("tile", 0, "Side of tiles in pixels; 0: whole images.", lower_bound=0)
     flags.DEFINE_float("overlap", 0.2, "Share of a tile's side.", lower_bound=0.0, upper_bound=0.9)
@@ -80,11 +90,13 @@ def main(argv: Sequence[str]) -> None:
     # A batch that is not full takes as long as a full one.
     most = FLAGS.batch_size if FLAGS.tile else min(FLAGS.batch_size, len(files))
     predictor = predictor_of(run, batch_size=most)
+    threshold = run.threshold if FLAGS.threshold is None else FLAGS.threshold
+    logger.info("detections with scores from %.3f", threshold)
     failures = image_files.predict_files(
         TiledPredictor(predictor, FLAGS.tile, FLAGS.overlap) if FLAGS.tile else predictor,
         files,
         Path(FLAGS.out),
-        FLAGS.threshold,
+        threshold,
         draw=FLAGS.draw,
         save_txt=FLAGS.save_txt,
         save_crops=FLAGS.save_crops,

@@ -3,7 +3,7 @@
     import dn_detr_jax
 
     predictor = dn_detr_jax.load("runs/coco_r50")
-    found = predictor.predict("street.jpg", threshold=0.5)
+    found = predictor.predict("street.jpg")
     for box, score, name in zip(found.boxes, found.scores, found.class_names):
         print(name, score, box)
 
@@ -45,6 +45,8 @@ ImageLike = str | os.PathLike | bytes | Image.Image | np.ndarray
 _SINGLE = (str, os.PathLike, bytes, Image.Image, np.ndarray)
 _Key = TypeVar("_Key")
 
+DEFAULT_THRESHOLD = 0.5  # of runs without an evaluation
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -55,12 +57,15 @@ class Run:
       categories: one per label; the name of an unused label is empty.
       params: of the checkpoint, on the first device.
       step: of the checkpoint.
+      threshold: lowest score of a detection, if nothing else is asked for: that with the best F1 in
+        the evaluation of the checkpoint.
     """
 
     config: ConfigDict
     categories: tuple[Category, ...]
     params: dict
     step: int
+    threshold: float = DEFAULT_THRESHOLD
 
 
 def read_run(workdir: str | os.PathLike, step: str | int = "best") -> Run:
@@ -88,7 +93,8 @@ def read_run(workdir: str | os.PathLike, step: str | int = "best") -> Run:
         )
     shapes = abstract_params(build_model(config.model))
     found = read_params(workdir, shapes, step)
-    return Run(config, categories, found.params, found.step)
+    threshold = DEFAULT_THRESHOLD if found.threshold is None else found.threshold
+    return Run(config, categories, found.params, found.step, threshold)
 
 
 def load(
@@ -119,7 +125,8 @@ def predictor_of(run: Run, *, batch_size: int = 1) -> "Predictor":
     # have made the run.
     use_compile_cache(base_config().compile.cache_dir if run.config.compile.cache_dir else "")
     keep_freed_memory()
-    return Predictor(run.config, run.params, run.categories, batch_size=batch_size)
+    parts = run.config, run.params, run.categories
+    return Predictor(*parts, batch_size=batch_size, threshold=run.threshold)
 
 
 class Predictor:
@@ -132,6 +139,7 @@ class Predictor:
         categories: Sequence[Category],
         *,
         batch_size: int = 1,
+        threshold: float = DEFAULT_THRESHOLD,
     ):
         """Prepares predictions on the first device; compiles nothing yet.
 
@@ -141,12 +149,13 @@ class Predictor:
           params: of the model.
           categories: one per label; detections of labels without a name are left out.
           batch_size: images per call of the compiled program.
+          threshold: lowest score of a detection, where a call names none.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, expected at least 1")
         self.categories = tuple(categories)
         self.canvases = tuple((int(h), int(w)) for h, w in config.data.canvases)
-        self.batch_size = batch_size
+        self.batch_size, self.threshold = batch_size, threshold
         self.pixel_range: PixelRange = config.data.pixel_range
         self._config = config
         self._device = jax.local_devices()[0]
@@ -164,14 +173,16 @@ class Predictor:
 
     @overload
     def predict(  # type: ignore[overload-overlap]  # a str is a sequence of str, too
-        self, images: ImageLike, threshold: float = 0.5
+        self, images: ImageLike, threshold: float | None = None
     ) -> Detections: ...
 
     @overload
-    def predict(self, images: Sequence[ImageLike], threshold: float = 0.5) -> list[Detections]: ...
+    def predict(
+        self, images: Sequence[ImageLike], threshold: float | None = None
+    ) -> list[Detections]: ...
 
     def predict(
-        self, images: ImageLike | Sequence[ImageLike], threshold: float = 0.5
+        self, images: ImageLike | Sequence[ImageLike], threshold: float | None = None
     ) -> Detections | list[Detections]:
         """Finds the objects in an image, or in several.
 
@@ -179,7 +190,8 @@ class Predictor:
           images: an image or a sequence of images, of any sizes. An image is the path of a file,
             the bytes of a file, a Pillow image or a uint8 array [H, W, 3] in RGB. Files and Pillow
             images are turned upright by their EXIF orientation, as viewers show them.
-          threshold: lowest score, 0 to 1; 0 gives all that `config.eval.num_select` allows.
+          threshold: lowest score, 0 to 1; 0 gives all that `config.eval.num_select` allows. None:
+            `self.threshold`, for a run that was evaluated the threshold with the best F1.
 
         Returns:
           `Detections`, or a list of them for a sequence.
@@ -194,13 +206,13 @@ class Predictor:
         return [results[index] for index in range(len(images))]
 
     def stream(
-        self, images: Iterable[tuple[_Key, ImageLike]], threshold: float = 0.5
+        self, images: Iterable[tuple[_Key, ImageLike]], threshold: float | None = None
     ) -> Iterator[tuple[_Key, Detections]]:
         """Finds the objects in any number of images, reading them one by one.
 
         Args:
           images: pairs of any key and an image, see `predict`.
-          threshold: lowest score.
+          threshold: lowest score, as for `predict`.
 
         Yields:
           Each key with its `Detections`, in the order in which batches fill up.
@@ -208,6 +220,7 @@ class Predictor:
         Raises:
           DataError, OSError: as `predict`.
         """
+        threshold = self.threshold if threshold is None else threshold
         if not 0 <= threshold <= 1:
             raise DataError(f"threshold is {threshold!r}, expected a score from 0 to 1")
         waiting: dict[int, list] = collections.defaultdict(list)

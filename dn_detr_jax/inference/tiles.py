@@ -42,12 +42,12 @@ class TiledPredictor:
         self._predictor, self._tile, self._overlap = predictor, tile, overlap
         self.categories, self.pixel_range = predictor.categories, predictor.pixel_range
 
-    def predict(self, image: ImageLike, threshold: float = 0.5) -> Detections:
+    def predict(self, image: ImageLike, threshold: float | None = None) -> Detections:
         """Finds the objects in an image, see `Predictor.predict`."""
         return next(found for _, found in self.stream([(None, image)], threshold))
 
     def stream(
-        self, images: Iterable[tuple[_Key, ImageLike]], threshold: float = 0.5
+        self, images: Iterable[tuple[_Key, ImageLike]], threshold: float | None = None
     ) -> Iterator[tuple[_Key, Detections]]:
         """Finds the objects in any number of images, see `Predictor.stream`."""
         waiting: dict[int, _Image] = {}
