@@ -79,9 +79,10 @@ def documented_commands():
 def test_the_document_leads_from_the_check_to_the_export():
     """Catches commands that are not found, so that nothing is run."""
     found = documented_commands()
-    names = ["check", "canvases", "preview", "import", "train", "train", "predict", "export"]
+    names = ["check", "canvases", "cut", "preview", "import"]
+    names += ["train", "train", "predict", "export"]
     assert [words[0] for words in found] == names
-    assert "--eval_only" in found[5]
+    assert "--eval_only" in found[6]
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +116,7 @@ def run(commands, folder, official, workdir, out):
         "runs/official": official,
         "runs/mine": workdir,
         "some_folder": sorted(folder.rglob("*.jpg"))[0].parent,
+        "tiles": out / "tiles",
         "seen": out / "seen",
         "detections": out / "detections",
         "detector.zip": out / "detector.zip",
@@ -165,8 +167,9 @@ def test_the_path_of_the_document_in_each_format(folders, official, tmp_path):
         metrics[kind] = json.loads(record.read_text())["metrics"]
         record.unlink()
         if kind == "coco":
+            assert len(list((out / "tiles" / "train").iterdir())) == 8
             assert len(list((out / "seen").iterdir())) == 16
-            trained, evaluated = (text.split("pictures ")[0] for text in printed[3:5])
+            trained, evaluated = (text.split("pictures ")[0] for text in printed[4:6])
             assert "AP" in trained and trained == evaluated
             assert json.loads((out / "detections" / "images.json").read_text())
             with zipfile.ZipFile(out / "detector.zip") as archive:

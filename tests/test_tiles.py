@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dn_detr_jax.data.cutting import tile_edges
 from dn_detr_jax.errors import DataError
 from dn_detr_jax.inference.detections import Detections
-from dn_detr_jax.inference.tiles import TiledPredictor, tile_edges
+from dn_detr_jax.inference.tiles import TiledPredictor
 
 
 class Finder:

@@ -21,6 +21,7 @@ COMMANDS = {
     "export": "export",
     "serve": "serve",
     "check": "check",
+    "cut": "cut",
     "canvases": "canvases",
     "preview": "preview",
     "import": "import_checkpoint",

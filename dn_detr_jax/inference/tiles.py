@@ -2,12 +2,12 @@
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 
+from dn_detr_jax.data.cutting import tile_edges
 from dn_detr_jax.errors import DataError
 from dn_detr_jax.inference.detections import Detections
 from dn_detr_jax.inference.predictor import ImageLike, Predictor, read_image
@@ -77,29 +77,6 @@ class _Image:
     size: tuple[int, int]
     tiles: int
     found: list[tuple[np.ndarray, Detections]] = dataclasses.field(default_factory=list)
-
-
-def tile_edges(size: tuple[int, int], tile: int, overlap: float) -> np.ndarray:
-    """Places tiles over an image, at equal distances.
-
-    Args:
-      size: height and width of the image.
-      tile: side in pixels.
-      overlap: share of the side that neighbors have in common at least.
-
-    Returns:
-      int [n, 4], left, top, right, bottom of each tile.
-    """
-
-    def starts(length: int) -> np.ndarray:
-        if length <= tile:
-            return np.zeros(1, int)
-        count = math.ceil((length - tile) / max(1, math.floor(tile * (1 - overlap)))) + 1
-        return np.linspace(0, length - tile, count).round().astype(int)
-
-    height, width = size
-    corners = [(left, top) for top in starts(height) for left in starts(width)]
-    return np.array([(x, y, min(x + tile, width), min(y + tile, height)) for x, y in corners])
 
 
 def merge(found: Sequence[tuple[np.ndarray, Detections]], size: tuple[int, int]) -> Detections:
