@@ -266,6 +266,28 @@ def test_files_of_swin():
     assert all(np.array_equal(got[path], want[path]) for path in want)
 
 
+def test_files_of_mobilenet_v2():
+    """Older code has convolution, norm and activation of a block in one sequence.
+
+    Catches a convolution that is taken for another one of the same shape.
+    """
+    shapes, state = file_of("mobilenet_v2")
+
+    def older(match):
+        triples = 1 if match[1] == "1" else 2  # of convolution, norm and activation
+        first, _, second = match[2].partition(".")
+        place = 3 * int(first) + int(second) if second else 3 * triples + int(first) - triples
+        return f"features.{match[1]}.conv.{place}.{match[3]}"
+
+    pattern = r"features\.(\d+)\.conv\.([\d.]+)\.(\w+)"
+    names = {name: re.sub(pattern, older, name) for name in state}
+    assert {f"features.3.conv.{place}.weight" for place in (0, 1, 3, 4, 6, 7)} < set(names.values())
+    want, _ = backbone_from_torch(state, shapes)
+    got, report = backbone_from_torch({names[name]: state[name] for name in state}, shapes)
+    assert not report.unused and set(got) == set(want)
+    assert all(np.array_equal(got[path], want[path]) for path in want)
+
+
 def test_another_swin_is_refused_with_the_config_that_fits():
     """Catches a deeper model whose last blocks are silently left out."""
     shapes, state = file_of("swin")

@@ -102,6 +102,7 @@ MOBILENET_V2 = BackboneNames(
     mark=mobilenet_v2.MARK,
     rows=mobilenet_v2.ROWS,
     config=mobilenet_v2.config,
+    renamed=mobilenet_v2.renamed,
 )
 BACKBONES = (RESNET, SWIN, MOBILENET_V2)
 ROWS: tuple[Row, ...] = tuple(row for backbone in BACKBONES for row in backbone.rows)

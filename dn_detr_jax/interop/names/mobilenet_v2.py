@@ -1,5 +1,6 @@
-"""MobileNetV2 in torchvision's names."""
+"""MobileNetV2 in torchvision's names, and in those of code from before torchvision had it."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,7 +9,13 @@ import numpy as np
 from dn_detr_jax.interop.torch_names import Row, rows
 
 PREFIX = "backbone.0.body."
-MARK = "features.1.conv.0.0.weight"
+MARK = "features.18.0.weight"
+_OLDER = PREFIX + "features.2.conv.6.weight"
+
+# Modules of a block by their place in the older code's one sequence, where each activation has a
+# place, too. The first block expands nothing.
+_FIRST = {0: "0.0", 1: "0.1", 3: "1", 4: "2"}
+_OTHERS = {0: "0.0", 1: "0.1", 3: "1.0", 4: "1.1", 6: "2", 7: "3"}
 
 ROWS: tuple[Row, ...] = (
     *rows(
@@ -33,6 +40,23 @@ ROWS: tuple[Row, ...] = (
         ("batch_norm", "3", "project/norm"),
     ),
 )
+
+
+def renamed(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Names of older code as those of torchvision.
+
+    Args:
+      state: tensors by name, with `PREFIX`.
+    """
+    if _OLDER not in state:
+        return dict(state)
+
+    def newer(match: re.Match[str]) -> str:
+        modules = _FIRST if match[1] == "1" else _OTHERS
+        return f"features.{match[1]}.conv.{modules.get(int(match[2]), match[2])}."
+
+    pattern = r"features\.(\d+)\.conv\.(\d+)\."
+    return {re.sub(pattern, newer, name): value for name, value in state.items()}
 
 
 def config(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
