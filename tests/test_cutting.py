@@ -197,10 +197,15 @@ def test_a_divided_data_set_is_divided_by_image(tmp_path):
     assert split.name == "train" and not (tmp_path / "other" / "val").exists()
 
 
-def test_images_that_differ_by_their_suffix_keep_their_tiles(tmp_path):
-    write(tmp_path / "a", {"train": content(["1.png", "1.bmp"], [(1, 1, 9, 9)])})
+def test_every_image_has_tiles_of_its_own_inside_the_folder(tmp_path):
+    """Catches tiles that replace others, and names that lead out of the folder."""
+    names = ["1.png", "1.bmp", "1_2.png", "../train/1.jpg", "../other/3.png"]
+    write(tmp_path / "a", {"train": content(names, [(1, 1, 9, 9)])})
     cut(data_config(tmp_path / "a"), tmp_path / "tiles", Tiling(100))
-    assert set(read(tmp_path / "tiles", "train")) == {"1_1_0_0.png", "1_2_0_0.png"}
+    stems = {"1", "1_2", "1_2_2", "train/1", "other/3"}
+    assert set(read(tmp_path / "tiles", "train")) == {f"{stem}_0_0.png" for stem in stems}
+    assert len(list((tmp_path / "tiles" / "train").rglob("*.png"))) == 5
+    assert not list((tmp_path / "a").rglob("*_0_0.png"))
 
 
 def test_a_folder_that_exists_stays_as_it_is(tmp_path):

@@ -5,12 +5,12 @@ tile that shows enough of it, with the part of its box inside the tile. In a til
 that part is an ignored region, as a crowd region of COCO: it is neither learned nor missed.
 """
 
-import collections
 import dataclasses
+import itertools
 import math
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import cv2
 import numpy as np
@@ -239,13 +239,17 @@ def _cut_split(
 
 
 def _stems(file_names: tuple[str, ...]) -> list[str]:
-    """Returns a distinct name for each image: without its suffix, unless two differ by that."""
-    above = [Path(name).with_suffix("").as_posix().replace("../", "") for name in file_names]
-    repeated = collections.Counter(above)
-    return [
-        stem if repeated[stem] == 1 else f"{stem}_{number}"
-        for number, stem in enumerate(above, start=1)
-    ]
+    """Returns a distinct path for each image: its name without suffix, inside the new folder."""
+    stems: dict[str, None] = {}
+    for name in file_names:
+        parts = PurePosixPath(name).with_suffix("").parts
+        plain = stem = "/".join(part for part in parts if part not in ("/", ".."))
+        for number in itertools.count(2):
+            if stem not in stems:
+                break
+            stem = f"{plain}_{number}"
+        stems[stem] = None
+    return list(stems)
 
 
 def _read(
