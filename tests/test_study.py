@@ -114,7 +114,7 @@ def test_a_training_is_kept_and_not_repeated(tmp_path, monkeypatch):
 @pytest.mark.parametrize("row", [*study.ROWS, *study.CONFIGS])
 def test_every_row_is_a_right_config(row):
     """Catches a misspelled key hours into a study; `update` refuses unknown keys."""
-    config = load_config(row if row in study.CONFIGS else "digits")
+    config = load_config(study.CONFIGS.get(row, ("digits", {}))[0])
     config.update_from_flattened_dict(study.settings(row))
     validate(config)
 
@@ -132,6 +132,8 @@ def test_kept_metrics_are_of_the_settings_of_their_rows():
 def test_every_table_has_known_rows_and_every_row_a_table():
     named = {row for table in study.TABLES.values() for row in table.rows}
     assert named == {*study.ROWS, *study.CONFIGS}
+    assert set(study.chosen_rows("")) == {*study.ROWS, "digits", "digits_deformable"}
+    assert study.chosen_rows("^trees") == list(study.TREES)
     assert study.chosen_rows("^groups") == ["groups_1", "groups_3", "groups_10"]
     with pytest.raises(ConfigError, match="--only"):
         study.chosen_rows("nothing")
