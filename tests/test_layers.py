@@ -26,7 +26,7 @@ LAYERS = (
     ("interop",),
     ("training",),
     ("inference",),
-    ("parity", "preflight", "serving"),
+    ("parity", "preflight", "serving", "inspection"),
     ("commands",),
     ("__main__",),
 )

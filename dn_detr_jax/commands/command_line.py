@@ -76,7 +76,8 @@ def run_main(main: Callable[[Sequence[str]], None], arguments: Sequence[str] = (
     Args:
       main: called with the program's name and the arguments that are not flags.
       arguments: names of the arguments that are not flags; each is required and others are errors,
-        except that a last name ending in `...` takes one or more.
+        except that a last name ending in `...` takes one or more, and that a name in brackets may
+        be missing.
 
     Raises:
       SystemExit: always; status 0, 1 after an error in the flags or an expected error, or 130
@@ -248,7 +249,7 @@ def _parse_flags(argv: Sequence[str], arguments: Sequence[str]) -> list[str]:
     if len(rest) - 1 > len(arguments) and not any_number:
         extra = rest[1 + len(arguments)]
         fail(f"unexpected argument {extra!r}: overrides are --config.section.key=value")
-    if len(rest) - 1 < len(arguments):
+    if len(rest) - 1 < len([name for name in arguments if not name.startswith("[")]):
         fail(f"{arguments[len(rest) - 1].removesuffix('...')} is missing; see --help")
     return rest
 

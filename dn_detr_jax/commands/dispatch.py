@@ -17,6 +17,7 @@ from dn_detr_jax.commands.command_line import fail, leave_interrupted, run_comma
 COMMANDS = {
     "train": "train",
     "eval": "evaluate",
+    "inspect": "inspect",
     "predict": "predict",
     "export": "export",
     "serve": "serve",

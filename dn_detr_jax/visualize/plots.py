@@ -101,6 +101,11 @@ def render_attention_mask(mask: np.ndarray, group: np.ndarray, valid: np.ndarray
 
 
 def render_curves(runs: Mapping[str, str | os.PathLike]) -> np.ndarray:
+    """Draws what `draw_curves` does, as pixels."""
+    return _rasterize(draw_curves(runs))
+
+
+def draw_curves(runs: Mapping[str, str | os.PathLike]) -> "Figure":
     """Draws loss, AP and instability over the steps, several runs on the same axes.
 
     Args:
@@ -144,10 +149,11 @@ def render_curves(runs: Mapping[str, str | os.PathLike]) -> np.ndarray:
         axes.set_ylim(bottom=0)
         axes.grid(color="#DDDDDD", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize=9, frameon=False)
+        for text in axes.legend(fontsize=9, frameon=False).get_texts():
+            text.set_parse_math(False)  # the name of a run may have dollar signs
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
-    return _rasterize(figure)
+    return figure
 
 
 def read_curves(path: str | os.PathLike) -> dict[str, tuple[np.ndarray, np.ndarray]]:
