@@ -39,6 +39,8 @@ def shrunk(config: ConfigDict, coco_dir: Path, digits_dir: Path) -> ConfigDict:
     data.augment.update(short_sides=(28, 32), max_long_side=SIDES[1])
     data.augment.update(crop_resize=(32,), crop_size=(20, 30))
 
+    if "level_norm_groups" in model:
+        model.level_norm_groups = 4
     model.update(hidden_dim=16, num_heads=2, ffn_dim=16, num_queries=6)
     model.update(encoder_layers=1, decoder_layers=2)
     model.update({key: 2 for key in ("encoder_points", "decoder_points") if key in model})

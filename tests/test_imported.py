@@ -68,7 +68,7 @@ def test_evaluation_of_an_import(tmp_path, digits_dir, capsys, monkeypatch):
     evaluation = report.evaluate(config, workdir)
     assert 0 <= evaluation.metrics["AP"] < 0.2  # random weights
     printed = capsys.readouterr().out
-    assert re.search(r"^AP .*IoU=0.50:0.95", printed, re.MULTILINE)
+    assert re.search(r"^Average Precision  AP .*IoU=0.50:0.95", printed, re.MULTILINE)
     assert f"checkpoint  {workdir / 'checkpoints' / '0'}" in printed
     written = {p for p in workdir.rglob("*") if p.is_file()} - before.keys()
     folder = workdir / "evaluations"

@@ -141,8 +141,12 @@ def _assert_same_training(workdir, other):
     expected, got = _arrays(other)["params"], _arrays(workdir)["params"]
     # A step changes a parameter by 1e-3 at most; twelve of them by a hundred times the tolerance.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=0, atol=1e-4), expected, got)
+    got, expected = _records(workdir, "eval"), _records(other, "eval")
+    for (_, record), (_, expected_record) in zip(got, expected, strict=True):
+        threshold = record.pop("eval/threshold", None)  # a score
+        assert threshold == pytest.approx(expected_record.pop("eval/threshold", None), rel=1e-4)
     # The AP depends on the last digits of scores and boxes; here it is equal.
-    assert _records(workdir, "eval") == _records(other, "eval")
+    assert got == expected
 
 
 @pytest.fixture(scope="module")

@@ -53,7 +53,8 @@ def levels(name: str) -> ConfigDict:
     config = base_config(name)
     own, model = config.model, detector().model
     own.update({key: model[key] for key in own if key in model and key not in ("name", "backbone")})
-    own.update(num_classes=5, hidden_dim=32, backbone_levels=2)
+    # With one channel in each group, the biases in front of the norms would have no gradient.
+    own.update(num_classes=5, hidden_dim=32, backbone_levels=2, level_norm_groups=8)
     own.update({key: 2 for key in ("encoder_points", "decoder_points") if key in own})
     own.update(decoder_layers=2, num_queries=8)
     own.backbone.update(model.backbone)
