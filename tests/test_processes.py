@@ -132,9 +132,9 @@ def _assert_same_bits(workdir, other):
 
 
 def _thresholds(records):
-    """Removes the thresholds of evaluations from their records, and returns them."""
+    """Removes the thresholds of evaluations from their records, and returns them; 0 for none."""
     names = {(i, name) for i, (_, record) in enumerate(records) for name in record}
-    return {(i, k): records[i][1].pop(k) for i, k in sorted(names) if "threshold" in k}
+    return {(i, k): records[i][1].pop(k) or 0.0 for i, k in sorted(names) if "threshold" in k}
 
 
 def _assert_same_training(workdir, other):
