@@ -15,8 +15,9 @@ from dn_detr_jax.losses import SigmoidFocalLoss
 from dn_detr_jax.models.pyramid import LastLevel
 from dn_detr_jax.parity import reference
 from dn_detr_jax.parity.check_imported_training import count_empty_slots
+from dn_detr_jax.parity.check_training import selections
 from dn_detr_jax.parity.comparison import Report, clear_ranks
-from dn_detr_jax.parity.interceptors import attending_to_padding
+from dn_detr_jax.parity.interceptors import attending_to_padding, selecting
 from dn_detr_jax.parity.prepared import DecoderLimits
 
 
@@ -68,6 +69,40 @@ def test_padding_is_encoded_as_in_pytorch():
         angle = (count / (last + 1e-6) * 2 * np.pi)[..., None] / frequencies
         wanted = np.where(np.arange(8) % 2, np.cos(angle), np.sin(angle))
         np.testing.assert_allclose(found[..., half], wanted.reshape(2, 24, 8), atol=1e-5)
+
+
+class _Ranks(nn.Module):
+    def __call__(self, scores):
+        return self.select(scores)
+
+    def select(self, scores):
+        return jax.lax.top_k(scores, 4)[1]
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted"),
+    [
+        ([2, 5, 7, 1], [2, 5, 7, 1]),
+        ([2, -1, 7, -1], [2, 5, 7, 1]),  # ranks 0 and 1 are swapped
+        ([2, -1, -1, 6], [2, 5, 7, 6]),  # and 6 takes the place of 1
+        ([-1, -1, -1, -1], [5, 2, 7, 1]),
+    ],
+)
+def test_stored_proposals_take_the_place_of_selected_ones(stored, wanted):
+    """Catches a proposal that is used twice, or not at all, where others are not stored."""
+    scores = np.array([[0.0, 3.0, 5.0, 1.0, 1.5, 6.0, 2.0, 4.0]] * 2, np.float32)
+    with nn.intercept_methods(selecting(np.array([[5, 2, 7, 1], stored]))):
+        found = _Ranks().apply({}, scores)
+    np.testing.assert_array_equal(found, [[5, 2, 7, 1], wanted])
+
+
+def test_the_first_step_selects_what_is_stored(tmp_path):
+    """Catches a training that selects others than PyTorch did, or in later steps still the same."""
+    assert selections(case_of(tmp_path), 2) == [None, None]
+    described = {"eval.topk_idx": {"step": [1, 2], "full_shape": [1, 3]}}
+    case = case_of(tmp_path, described, **{"eval.topk_idx": np.array([[8, 6]])})
+    found = [x.tolist() for x in selections(case, 3)]
+    assert found == [[[8, -1, 6]], [[-1, -1, -1]], [[-1, -1, -1]]]
 
 
 def test_tolerances_by_layer(tmp_path):

@@ -51,7 +51,7 @@ def run(prepared: PreparedCase) -> tuple[dict[str, Any], dict[str, Any]]:
         return outputs | {"total": total, "terms": terms} | detections, collected
 
     compiled = jax.jit(forward, compiler_options=prepared.compiler_options)
-    selected = prepared.case.whole("eval.topk_idx")
+    selected = prepared.case.completed("eval.topk_idx")
     outputs, collected = jax.device_get(compiled(prepared.params, prepared.batch, selected))
     return outputs, collected["intermediates"]
 

@@ -155,7 +155,7 @@ def compare(report: Report, prepared: PreparedCase, source: Source) -> None:
 def _run(prepared: PreparedCase) -> tuple[dict[str, Any], dict[str, Any], PyTree]:
     """Outputs with losses, intermediate results and gradients of one step."""
     case, config, mesh = prepared.case, prepared.config, make_mesh(1)
-    selected = case.whole("train.topk_idx")
+    selected = case.completed("train.topk_idx")
     counted = None if prepared.dn is None else count_empty_slots(prepared.dn)
 
     def loss_of(params, batch, dn, counted):

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import linen as nn
 from flax import traverse_util
 
 from dn_detr_jax import denoising, matching
@@ -25,6 +26,7 @@ from dn_detr_jax.models.registry import (
 from dn_detr_jax.parity import reference
 from dn_detr_jax.parity.check_queries import check_queries, in_official_order
 from dn_detr_jax.parity.comparison import Report
+from dn_detr_jax.parity.interceptors import selecting
 from dn_detr_jax.parity.prepared import (
     BFLOAT16_LOSS_RTOL,
     TERM_RTOL,
@@ -73,11 +75,12 @@ def run_steps(prepared: PreparedCase, count: int = 3) -> list[dict[str, Any]]:
     optimizer, _ = make_optimizer(config, prepared.params, 1000, 50_000, is_trainable)
     flags = traverse_util.unflatten_dict(is_trainable, sep="/")
 
-    def loss_of(params, batch, dn):
+    def loss_of(params, batch, dn, selected):
         params = jax.tree.map(
             lambda p, train: p if train else jax.lax.stop_gradient(p), params, flags
         )
-        outputs = prepared.apply_in_training(params, batch, dn)
+        with nn.intercept_methods(selecting(selected)):
+            outputs = prepared.apply_in_training(params, batch, dn)
         total, terms, assignment = criterion(outputs, dn, batch, config=config, mesh=mesh)
         if dn is not None and config.dn.contrastive:
             terms["dn_class_error"] = _class_error(outputs, dn)
@@ -94,11 +97,22 @@ def run_steps(prepared: PreparedCase, count: int = 3) -> list[dict[str, Any]]:
     update = jax.jit(update, compiler_options=prepared.compiler_options)
     params, opt_state = prepared.params, optimizer.init(prepared.params)
     results = []
-    for _ in range(count):
-        (total, result), grads = gradient(params, prepared.batch, prepared.dn)
+    for selected in selections(prepared.case, count):
+        (total, result), grads = gradient(params, prepared.batch, prepared.dn, selected)
         params, opt_state = update(grads, opt_state, params)
         results.append(jax.device_get(result | {"total": total, "grads": grads, "params": params}))
     return results
+
+
+def selections(case: reference.Case, count: int) -> list[np.ndarray | None]:
+    """The proposals that each step selects, see `selecting`.
+
+    Step 1 has the weights of the evaluation, which selects the same. Later steps select their own.
+    """
+    names = [name for name in ("train.topk_idx", "eval.topk_idx") if name in case]
+    first = case.completed(names[0]) if names else None
+    own = None if first is None else np.full_like(first, -1)
+    return [first, *[own] * (count - 1)]
 
 
 def _class_error(outputs: dict[str, jax.Array], dn: denoising.Denoising) -> jax.Array:

@@ -24,7 +24,8 @@ def selecting(selected: jax.Array | None) -> Interceptor:
     two swapped proposals change the outputs. The model's own selection is stored as `own_selected`.
 
     Args:
-      selected: int [B, N] tokens; None: the model's own.
+      selected: int [B, N] tokens, -1 where none is stored: the model's own that are not stored
+        follow there in their order. None: the model's own.
     """
 
     def intercept(method, args, kwargs, context):
@@ -32,7 +33,11 @@ def selecting(selected: jax.Array | None) -> Interceptor:
         if selected is None or context.method_name != "select":
             return own
         context.module.sow("intermediates", "own_selected", own)
-        return selected
+        known = selected >= 0
+        is_stored = jnp.any(own[:, :, None] == selected[:, None], axis=-1)
+        rest = jnp.take_along_axis(own, jnp.argsort(is_stored, axis=1), axis=1)
+        place = jnp.maximum(jnp.cumsum(~known, axis=1) - 1, 0)
+        return jnp.where(known, selected, jnp.take_along_axis(rest, place, axis=1))
 
     return intercept
 

@@ -75,6 +75,14 @@ class Case:
         """The array `name`, None if it is missing or stored in part."""
         return None if name not in self or self.step(name) else self._arrays[name]
 
+    def completed(self, name: str, missing: int = -1) -> np.ndarray | None:
+        """The full array `name` of integers, `missing` where it is not stored; None without it."""
+        if name not in self:
+            return None
+        full = np.full(self.full_shape(name), missing, np.int32)
+        self.part(name, full)[...] = self.stored(name)
+        return full
+
     def __contains__(self, name: str) -> bool:
         """Whether the case has the array `name`."""
         return name in self._arrays
