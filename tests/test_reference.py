@@ -204,7 +204,7 @@ def test_outputs_stored_in_part_along_any_dimension(tmp_path, run):
     whole = ("eval.losses", "eval.total_loss", "steps.", "train.match")
     steps = {
         name: tuple(rng.integers(1, 4, len(case.full_shape(name))).tolist())
-        for name in case.outputs()
+        for name in [*case.outputs(), "train.sample_idx"]
         if not name.startswith(whole)
     }
     report = compare(run, strided(tmp_path, case, steps))
@@ -282,6 +282,35 @@ def test_images_without_objects(tmp_path):
     report = Report(case)
     report.equal("train.match_l0_i0", np.zeros((2, 0), int))
     assert report.failures == []
+
+
+def test_samples_of_gradients(tmp_path):
+    """Catches a gradient of 0 that divides by 0, samples at unknown places, and lost errors."""
+    names, index = ["a", "b", "c", "d"], np.array([[0, 2]] * 4)
+    ours = {"a": np.zeros(3), **dict.fromkeys("bcd", np.array([3.0, 9.0, 4.0]))}
+    manifest = {
+        "case": "x",
+        "param_names": names,
+        "params_without_gradient": [],
+        "params_with_mathematically_zero_gradient": [],
+        "arrays": {
+            "train.grad_norm": {"step": [2], "full_shape": [4]},
+            "train.sample_idx": {"step": [1, 2], "full_shape": [4, 2]},
+        },
+    }
+    for wrong, failures in ((None, []), ((1, 0), ["train.grad_sample"]), ((1, 1), [])):
+        samples = np.stack([ours[name][[0, 2]] for name in names])
+        if wrong:
+            samples[wrong] += 1.0
+        arrays = {
+            "train.sample_idx": index[:, ::2],
+            "train.grad_norm": np.array([0.0, 106.0**0.5]),  # of a and c
+            "train.grad_sample": samples,
+        }
+        case = written(tmp_path, arrays, manifest)
+        report = Report(case)
+        check_training.compare_gradients(report, SimpleNamespace(case=case, exact=True), ours)
+        assert report.failures == failures and report.left_out == {}
 
 
 # --- the command ----------------------------------------------------------------------------------

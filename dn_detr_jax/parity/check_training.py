@@ -321,18 +321,20 @@ def compare_gradients(report: Report, prepared: PreparedCase, ours: dict[str, np
     _compare_norms(
         report, prepared, "train.grad_norm", with_gradient, rtol=limits, median=GRADIENT_MEDIAN
     )
-    index = case.whole("train.sample_idx")
+    index = case.completed("train.sample_idx")
     if "train.grad_sample" not in case or index is None:
         return
-    # A sample's error in units of its parameter's gradient norm.
-    norms = case.by_name("train.grad_norm", names)
     samples = case.part("train.grad_sample", samples_of(ours, index, names))
-    errors = np.abs(samples - case.stored("train.grad_sample")).max(axis=1)
+    is_known = case.part("train.grad_sample", index >= 0)
+    errors = np.where(is_known, np.abs(samples - case.stored("train.grad_sample")), 0.0)
     kept = case.by_name("train.grad_sample", names)
+    # A sample's error in units of its parameter's gradient norm, ours where theirs is not stored.
+    norms = {name: np.linalg.norm(ours[name]) for name in kept}
+    norms |= case.by_name("train.grad_norm", names)
     relative = {
-        name: error / norms[name]
-        for name, error in zip(kept, errors, strict=True)
-        if name in limits and name in norms
+        name: row.max() / (norms[name] or 1.0)  # without any object boxes have no gradient
+        for name, row, known in zip(kept, errors, is_known, strict=True)
+        if name in limits and known.any()
     }
     report.scalars(
         "train.grad_sample",
@@ -357,20 +359,21 @@ def _has_gradient(
 
 
 def samples_of(tensors: dict[str, np.ndarray], index: np.ndarray, names: list[str]) -> np.ndarray:
-    """Entries of tensors in official layout at flat positions `index` [P, 8]."""
+    """Entries of tensors in official layout at flat positions `index` [P, 8], any entry for -1."""
     return np.stack([tensors[name].reshape(-1)[index[i]] for i, name in enumerate(names)])
 
 
 def check_updates(report: Report, prepared: PreparedCase, steps: list[dict[str, Any]]) -> None:
     """Sampled values before and after the steps, and the norm of what changed."""
     case = prepared.case
-    index = case.whole("train.sample_idx")
+    index = case.completed("train.sample_idx")
     if index is None:
         return
+    is_known = index >= 0
     names, limits = _parameter_names(prepared)
     start = _official(prepared, jax.device_get(prepared.params), names)
-    real = _has_gradient(prepared, names, limits, index)
-    report.array("init.param_sample", samples_of(start, index, names), atol=0.0)
+    real = is_known & _has_gradient(prepared, names, limits, index)
+    report.array("init.param_sample", samples_of(start, index, names), atol=0.0, where=is_known)
     for number, rtol in ((1, UPDATE_RTOL), (3, None)):
         values = _official(prepared, steps[number - 1]["params"], names)
         report.array(f"step{number}.param_sample", samples_of(values, index, names), where=real)
