@@ -26,6 +26,7 @@ from dn_detr_jax.parity.prepared import (
     compare_terms,
     reference_terms,
     sequence_as_stored,
+    stored_selection,
 )
 from dn_detr_jax.sharding import make_mesh
 from dn_detr_jax.training.step import criterion
@@ -51,7 +52,7 @@ def run(prepared: PreparedCase) -> tuple[dict[str, Any], dict[str, Any]]:
         return outputs | {"total": total, "terms": terms} | detections, collected
 
     compiled = jax.jit(forward, compiler_options=prepared.compiler_options)
-    selected = prepared.case.completed("eval.topk_idx")
+    selected = stored_selection(prepared.case)
     outputs, collected = jax.device_get(compiled(prepared.params, prepared.batch, selected))
     return outputs, collected["intermediates"]
 
@@ -117,9 +118,10 @@ def check_references(
     report.array("eval.ref", references, atol=prepared.limit(BOX_ATOL))
     if "encoder_scores" in collected:
         atol = prepared.limit(LOGIT_ATOL)
-        report.array("eval.enc_scores", collected["encoder_scores"][0], atol=atol)
         compare_proposals(report, "eval", prepared, outputs)
-        compare_selection(report, "eval", collected, required=prepared.exact)
+        for part in ("eval", "train"):  # the encoder gives the same in both
+            report.array(f"{part}.enc_scores", collected["encoder_scores"][0], atol=atol)
+            compare_selection(report, part, collected, required=prepared.exact)
 
 
 def _states(prepared: PreparedCase, collected: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:

@@ -37,6 +37,7 @@ from dn_detr_jax.parity.prepared import (
     compare_terms,
     is_minimized,
     reference_terms,
+    stored_selection,
 )
 from dn_detr_jax.sharding import make_mesh
 from dn_detr_jax.training.optimizer import make_optimizer
@@ -107,10 +108,9 @@ def run_steps(prepared: PreparedCase, count: int = 3) -> list[dict[str, Any]]:
 def selections(case: reference.Case, count: int) -> list[np.ndarray | None]:
     """The proposals that each step selects, see `selecting`.
 
-    Step 1 has the weights of the evaluation, which selects the same. Later steps select their own.
+    Step 1 has the weights of the case. Later steps select their own.
     """
-    names = [name for name in ("train.topk_idx", "eval.topk_idx") if name in case]
-    first = case.completed(names[0]) if names else None
+    first = stored_selection(case)
     own = None if first is None else np.full_like(first, -1)
     return [first, *[own] * (count - 1)]
 

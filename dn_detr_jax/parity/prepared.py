@@ -209,6 +209,15 @@ def compare_proposals(
                 report.array(f"{run}.{name}", outputs[ours][0], atol=prepared.limit(tolerance))
 
 
+def stored_selection(case: reference.Case) -> np.ndarray | None:
+    """The proposals that the PyTorch code selects with the weights of a case, see `selecting`.
+
+    The evaluation and step 1 of the training select the same.
+    """
+    names = [name for name in ("eval.topk_idx", "train.topk_idx") if name in case]
+    return case.completed(names[0]) if names else None
+
+
 def compare_selection(
     report: Report, run: str, collected: Mapping[str, Any], *, required: bool
 ) -> None:
