@@ -67,12 +67,11 @@ def start_training(workdir: Path, arguments: Sequence[str], env: dict[str, str])
       RuntimeError: it ends before its first step, or takes too long.
     """
     log = workdir.with_suffix(".log")
-    command = [FLAGS.python, "train.py", f"--workdir={workdir}", "--config.train.log_every=1 steps"]
+    command = [FLAGS.python, "train.py", f"--workdir={workdir}", *arguments]
+    command += ["--config.train.log_every=1 steps"]  # after the --config among the arguments
     began = time.monotonic()
     with log.open("w") as file:
-        process = subprocess.Popen(
-            [*command, *arguments], cwd=FLAGS.clone, env=env, stdout=file, stderr=file
-        )
+        process = subprocess.Popen(command, cwd=FLAGS.clone, env=env, stdout=file, stderr=file)
     try:
         while not last_line(workdir):
             if process.poll() is not None or time.monotonic() > began + PATIENCE:
