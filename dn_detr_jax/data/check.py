@@ -19,14 +19,13 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from dn_detr_jax.config import expand_user
 from dn_detr_jax.data import findings as kinds
 from dn_detr_jax.data import formats, images
 from dn_detr_jax.data.annotations import Annotations
 from dn_detr_jax.data.box_format import TOLERANCE, check_box_format, describe_box
 from dn_detr_jax.data.check_report import Split
 from dn_detr_jax.data.coco_classes import Category
-from dn_detr_jax.data.datasets import SPLITS, find_tfds, is_divided, nothing_to_learn
+from dn_detr_jax.data.datasets import SPLITS, annotated_folder, is_divided, nothing_to_learn
 from dn_detr_jax.data.directory import ImageFolder
 from dn_detr_jax.data.division import divide
 from dn_detr_jax.data.findings import Findings, Kind
@@ -55,14 +54,7 @@ def check(
     Raises:
       DataError: there is no such folder, or it is prepared by TFDS.
     """
-    directory = expand_user(data_config.dir, "data.dir")
-    if not directory.is_dir():
-        raise DataError(f"{directory}: there is no such folder")
-    if find_tfds(directory) is not None:
-        raise DataError(
-            f"{find_tfds(directory)} is prepared by TFDS, which has checked it; this command is "
-            "for data in the format of COCO, YOLO or Pascal VOC"
-        )
+    directory = annotated_folder(data_config, ", which has checked it")
     divided = is_divided(data_config, directory)
     read = SPLITS[: 1 if divided or not evaluates else 2]
     splits = [

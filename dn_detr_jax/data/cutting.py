@@ -17,11 +17,10 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from dn_detr_jax.config import expand_user
 from dn_detr_jax.data import images
 from dn_detr_jax.data.annotations import Annotations, ImageRow, ObjectRow, build_table
 from dn_detr_jax.data.coco_classes import Category
-from dn_detr_jax.data.datasets import SPLITS, find_tfds, is_divided
+from dn_detr_jax.data.datasets import SPLITS, annotated_folder, is_divided
 from dn_detr_jax.data.directory import ImageFolder, SplitFiles
 from dn_detr_jax.data.division import divide
 from dn_detr_jax.data.formats import load_split
@@ -151,14 +150,7 @@ def cut(data_config: ConfigDict, out: Path, tiling: Tiling) -> list[CutSplit]:
       DataError: the folder exists, or the data can't be used.
       OSError: files can't be read or written.
     """
-    directory = expand_user(data_config.dir, "data.dir")
-    if not directory.is_dir():
-        raise DataError(f"{directory}: there is no such folder")
-    if find_tfds(directory) is not None:
-        raise DataError(
-            f"{find_tfds(directory)} is prepared by TFDS; this command is for data in the format "
-            "of COCO, YOLO or Pascal VOC"
-        )
+    directory = annotated_folder(data_config)
     if out.exists():
         raise DataError(f"{out} exists: delete it, or name another folder")
     unfinished = out.with_name(f".{out.name}.unfinished")

@@ -326,6 +326,28 @@ def _dataset(
     return Dataset(data_config.name, split, source, annotations, by_label, folder=folder)
 
 
+def annotated_folder(data_config: ConfigDict, of_tfds: str = "") -> Path:
+    """Returns `data.dir` for a command that reads COCO, YOLO or Pascal VOC.
+
+    Args:
+      data_config: `config.data`; `dir` is used.
+      of_tfds: for the message, what else is true of a folder of TFDS.
+
+    Raises:
+      DataError: there is no such folder, or it is prepared by TFDS.
+    """
+    directory = expand_user(data_config.dir, "data.dir")
+    if not directory.is_dir():
+        raise DataError(f"{directory}: there is no such folder")
+    prepared = find_tfds(directory)
+    if prepared is not None:
+        raise DataError(
+            f"{prepared} is prepared by TFDS{of_tfds}; this command is for data in the format of "
+            "COCO, YOLO or Pascal VOC"
+        )
+    return directory
+
+
 def find_tfds(directory: Path) -> Path | None:
     """Returns the folder of a data set prepared by TFDS: the path itself, or the highest version of
     `coco/2017` below it; None if there is none.

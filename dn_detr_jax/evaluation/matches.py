@@ -78,11 +78,11 @@ class Matches:
         """
         C = self.num_classes
         shown = (self.scores >= threshold) & ~self.ignored
+        hit = shown & self.correct
         taken = np.zeros(len(self.object_labels), bool)
-        taken[self.found[shown & (self.found >= 0)]] = True
+        taken[self.found[hit]] = True
         free = ~taken & ~self.object_ignored
         predicted, true = self.labels.copy(), np.full(len(self.labels), C)
-        hit = shown & (self.found >= 0)
         true[hit] = self.object_labels[self.found[hit]]
         others = np.flatnonzero(shown & ~hit)
         for rows, objects in _by_image(

@@ -23,7 +23,7 @@ def library(images: Mapping[str, np.ndarray]) -> Html:
         for name, x in images.items()
     ]
     return element(
-        "svg", element("defs", *embedded), width=0, height=0, class_="library", aria_hidden="true"
+        "svg", element("defs", *embedded), width=0, height=0, class_="embedded", aria_hidden="true"
     )
 
 
