@@ -260,23 +260,29 @@ def python_words(found):
     return words if program.startswith("python") else None
 
 
+def driven(driver, commands, folder):
+    """Runs a driver on the words of commands, in one process, and returns what it prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", driver],
+        input="".join(f"{json.dumps(words)}\n" for words in commands),
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=folder,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 @pytest.fixture(scope="module")
 def errors():
     """The error of each command that starts Python, empty for none."""
     lines = {found: python_words(found) for found in (*COMMANDS, *WRONG)}
     lines = {found: words for found, words in lines.items() if words}
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER],
-        input="".join(f"{json.dumps(words)}\n" for words in lines.values()),
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        cwd=ROOT,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return dict(zip(lines, map(json.loads, done.stdout.splitlines()), strict=True))
+    output = driven(DRIVER, lines.values(), ROOT)
+    return dict(zip(lines, map(json.loads, output.splitlines()), strict=True))
 
 
 def test_commands_of_python_parse(errors):
@@ -406,18 +412,8 @@ def test_figures_and_files_of_pytorch(tmp_path):
     for words in commands:
         pairs = [word.rpartition("=") for word in words]
         words = [f"{key}{equals}{small.get(value, value)}" for key, equals, value in pairs]
-        lines.append(json.dumps(words) + "\n")
-    done = subprocess.run(
-        [sys.executable, "-c", test_own_data.DRIVER],
-        input="".join(lines),
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        cwd=tmp_path,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+        lines.append(words)
+    driven(test_own_data.DRIVER, lines, tmp_path)
     figures = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png")}
     assert {"curves.png", "noise/noised_boxes.png", "noise/attention_mask.png"} <= figures
     assert read_categories(tmp_path / "imported") is not None
