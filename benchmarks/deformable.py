@@ -40,6 +40,7 @@ from dn_detr_jax.commands.command_line import run_main
 from dn_detr_jax.config import validate
 from dn_detr_jax.models.deformable import sample_levels
 from dn_detr_jax.models.deformable_rows import Shapes
+from dn_detr_jax.preflight import gpus
 from dn_detr_jax.preflight.topologies import topology_devices
 
 FLAGS = flags.FLAGS
@@ -210,13 +211,13 @@ def plan(config: ConfigDict, part: str, target: str) -> Iterator[dict[str, Any]]
       PreflightError: jax is installed without the compiler for the target.
     """
     on_gpu = target == "gpu"
-    device = (gpu_plan.gpus(gpu_plan.GPUS[1], 1) if on_gpu else topology_devices("v5e:2x2"))[0]
+    device = (gpus.gpu_devices("h100", 1) if on_gpu else topology_devices("v5e:2x2"))[0]
     dtypes = config.model.dtype, "float32", "float32", config.model.dtype
     arguments = [
         jax.ShapeDtypeStruct(x.shape, dtype, sharding=SingleDeviceSharding(device))
         for x, dtype in zip(make_arguments(config, part), dtypes, strict=True)
     ]
-    options: Any = {"xla_gpu_enable_triton_gemm": False} if on_gpu else None
+    options: Any = gpus.OPTIONS if on_gpu else None
     for name, function in PASSES.items():
         start = time.monotonic()
         lowered = jax.jit(functools.partial(function, level_shapes(config))).lower(*arguments)

@@ -358,11 +358,11 @@ def test_nothing_is_packed_where_that_is_not_wanted(coco_dir):
     """Catches an evaluation that packs the training split."""
     config = data_config(coco_dir)
     with pytest.raises(DataError, match="not packed in"):
-        open_dataset(config, "train", pack=False)
+        open_dataset(config, "train", images="packed")
     assert not (coco_dir / "packed").exists()
     dataset = open_dataset(config, "train")
     replace_image(coco_dir / "train" / dataset.annotations.file_names[0])
-    assert contents(open_dataset(config, "train", pack=False)) == contents(dataset)
+    assert contents(open_dataset(config, "train", images="packed")) == contents(dataset)
 
 
 @pytest.mark.parametrize("orientation", [3, 6])

@@ -1,5 +1,6 @@
 """The preflight: for TPUs without having them, and its report if a step does not fit."""
 
+import importlib.util
 import json
 import os
 import shlex
@@ -12,20 +13,30 @@ import jax
 import jax.numpy as jnp
 import pytest
 from absl.flags import FlagValues
+from coco_directory import write_coco
+from data import tiny
 from ml_collections import config_flags
 
 from dn_detr_jax.config import base_config
 from dn_detr_jax.errors import ConfigError, PreflightError
-from dn_detr_jax.preflight.accelerators import CHIPS
+from dn_detr_jax.preflight.accelerators import CHIPS, Chip
 from dn_detr_jax.preflight.compilation import (
     OutOfMemory,
     abstract_step,
     compile_or_explain,
+    compile_step,
+    count_operations,
     usable_memory,
 )
+from dn_detr_jax.preflight.cost import Cost
+from dn_detr_jax.preflight.hlo import HostTransfer
+from dn_detr_jax.preflight.preflight import Preflight
+from dn_detr_jax.preflight.report import run_table
 from dn_detr_jax.preflight.suggestions import Outcome, Proposal, suggest
 from dn_detr_jax.preflight.topologies import topology_devices
+from dn_detr_jax.preflight.whole_run import WholeRun
 from dn_detr_jax.sharding import make_mesh
+from dn_detr_jax.training.setup import Plan
 
 _ROOT = Path(__file__).parent.parent
 _CONFIG = "tests/data/tiny_step.py"
@@ -154,7 +165,7 @@ def test_unknown_topologies_are_named_with_examples(topology, words):
     assert "\n" not in str(caught.value)
 
 
-def test_without_the_compiler_the_message_says_how_to_get_it(monkeypatch):
+def test_without_the_compiler_for_tpus_the_message_says_how_to_get_it(monkeypatch):
     """Catches jax's own message, which points to a page."""
     monkeypatch.setitem(sys.modules, "libtpu", None)
     with pytest.raises(PreflightError, match=r'pip install "jax\[tpu\]"'):
@@ -245,3 +256,110 @@ def test_a_proposal_is_what_the_command_line_says():
     values(arguments)
     given = values.config.model
     assert (given.dtype, given.remat) == (applied.model.dtype, applied.model.remat)
+
+
+def _run_of(needed, steps, seconds, total):
+    """A whole run on devices of one operation a second; `seconds` of None does not fit."""
+    chip = Chip("toy", 10.0, 1.0, 1.0, 1.0)
+    canvases = []
+    for each, time in zip(needed, seconds, strict=True):
+        cost = time and Cost(0, 0, 0, 0, time, 0.5 * time, [], HostTransfer(0, 0), 0, [])
+        config = base_config()
+        config.train.batch_size = 6
+        fixed = {"chip": chip, "usable": 10.0, "num_parameters": 1, "fixed": 1, "seconds": 1.0}
+        result = {"cost": cost, "needed": each, "fits": each <= 10, "canvas": (8, 8 + each)}
+        canvases.append(
+            Preflight(config=config, topology="toy", mesh=make_mesh(1), **fixed, **result)
+        )
+    return WholeRun(Plan(10, total, 1, 0, 1), canvases, steps)
+
+
+def test_the_time_of_a_training_weights_each_canvas_by_its_steps():
+    """Catches a mean over canvases, and hours of an epoch for those of the training."""
+    run = _run_of(needed=(4, 9), steps=[30, 10], seconds=(2.0, 6.0), total=1200)
+    assert run.step_seconds == 3.0
+    assert run.images_per_second == 2.0
+    assert run.hours == 1.0
+    assert run.fits
+    assert run.worst.needed == 9
+    text = run_table(run)
+    for words in ("8 x 12", " 75.0% of the steps", "2 images per second", "1.0 hours"):
+        assert words in text
+
+
+def test_a_training_with_a_canvas_that_does_not_fit_has_no_time():
+    """Catches a time that leaves the largest canvas out, and a proposal for a smaller one."""
+    run = _run_of(needed=(4, 11, 9), steps=[1, 1, 1], seconds=(2.0, None, 1.0), total=3)
+    assert run.step_seconds is run.hours is run.images_per_second is None
+    assert not run.fits
+    assert run.worst.needed == 11
+    assert "DOES NOT FIT" in run_table(run)
+    assert "hours" not in run_table(run)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_whole_run_compiles_the_canvases_that_the_data_uses(tmp_path):
+    """Catches canvases that no image has, classes left to be given, and images that are packed."""
+    folder, file = write_coco(tmp_path / "data"), tmp_path / "run.json"
+    before = sorted(folder.rglob("*"))
+    arguments = f"--config {_CONFIG} --topology v5e:1x1 --whole_run --json {file}"
+    overrides = {
+        "data.name": "coco",
+        "data.dir": folder,
+        "data.canvases": "((64,64),(900,900))",
+        "data.max_objects": 0,
+        "data.augment.short_sides": "(32,)",
+        "data.augment.max_long_side": 64,
+        "data.augment.crop": 0.0,
+        "model.num_classes": 0,
+        "train.batch_size": 2,
+        "train.duration": "5 epochs",
+    }
+    status, out, err = _run(
+        *arguments.split(), *(f"--config.{key}={value}" for key, value in overrides.items())
+    )
+    assert status == 0, err
+    record = json.loads(file.read_text())
+    assert [canvas["canvas"] for canvas in record["canvases"]] == [[64, 64]]
+    assert record["canvases"][0]["steps_of_first_epoch"] == record["steps_per_epoch"] == 3
+    assert record["steps"] == 15
+    least = record["canvases"][0]["roofline_seconds"]
+    seconds = max(least[name] for name in ("compute", "memory", "collectives"))
+    assert record["hours_at_least"] == pytest.approx(15 * seconds / 3600)
+    assert record["images_per_second_at_most"] == pytest.approx(2 / seconds)
+    assert "100.0% of the steps" in out
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_whole_run_has_no_canvas_of_its_own():
+    """Catches a flag that is ignored."""
+    arguments = f"--config {_CONFIG} --topology local --whole_run --canvas 32x32"
+    status, _, err = _run(*arguments.split())
+    assert status == 1
+    assert "--canvas" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("topology", ["h100:0", "h100:9", "h200", "h100:2x4"])
+def test_gpus_are_those_of_one_machine(topology):
+    """Catches a slice of TPUs that is asked for."""
+    with pytest.raises(PreflightError, match="1 to 8 GPUs of one machine"):
+        topology_devices(topology)
+
+
+def test_without_the_compiler_for_gpus_the_message_says_how_to_get_it():
+    """Catches jax's own message, which names no package."""
+    if importlib.util.find_spec("jax_cuda13_plugin"):
+        pytest.skip("it is installed")
+    with pytest.raises(PreflightError, match=r"h100:1.*pip install --no-deps jax-cuda13-plugin"):
+        topology_devices("h100:1")
+
+
+def test_the_operations_for_gpus_are_those_that_another_compiler_counts():
+    """Catches a count of one device, and one without the backward pass."""
+    config = tiny.step()
+    config.train.batch_size = 2
+    counted = count_operations(config, (32, 48))
+    cost = Cost.of(compile_step(config, make_mesh(1), (32, 48)), 1)
+    assert 0.7 * cost.flops < counted < 1.4 * cost.flops

@@ -37,11 +37,12 @@ def main(argv: Sequence[str]) -> None:
     stop.end_on_signals("no canvases were proposed", stop.INTERRUPTED)
     config = FLAGS.config
     validate(config)
-    from dn_detr_jax.data.canvases import report, split_annotations
+    from dn_detr_jax.data.canvases import report
+    from dn_detr_jax.data.datasets import open_dataset
 
     logging.set_verbosity(logging.WARNING)  # TFDS logs the folders that it reads
-    training = split_annotations(config.data, "train")
+    training = open_dataset(config.data, "train", images="unread").annotations
     validation = training.at(np.array([], np.int64))
     if config.train.eval_every:
-        validation = split_annotations(config.data, "validation")
+        validation = open_dataset(config.data, "validation", images="unread").annotations
     print(report(training, validation, config.data, FLAGS.num_canvases, FLAGS.images))

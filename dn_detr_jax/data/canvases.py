@@ -9,26 +9,13 @@ and every evaluation image fits a proposed canvas under every draw. Prints a lin
 paste into the config for each, and how many objects the images have, for `data.max_objects`.
 """
 
-import copy
 import itertools
 from collections.abc import Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from dn_detr_jax.config import expand_user
 from dn_detr_jax.data.annotations import Annotations
-from dn_detr_jax.data.datasets import (
-    SPLITS,
-    find_tfds,
-    is_divided,
-    mixed_configs,
-    open_dataset,
-)
-from dn_detr_jax.data.division import divide
-from dn_detr_jax.data.formats import load_split
-from dn_detr_jax.data.layout import find_split
-from dn_detr_jax.data.mixing import concatenated
 from dn_detr_jax.data.placement import Canvas, canvas_factors, place
 from dn_detr_jax.data.transforms import draw_geometry, eval_geometry, largest_sizes
 from dn_detr_jax.errors import DataError
@@ -305,25 +292,3 @@ def _objects(annotations: Annotations, max_objects: int) -> list[str]:
         "# holds all the objects of every image",
         *lines,
     ]
-
-
-def split_annotations(data_config: ConfigDict, split: str) -> Annotations:
-    """Returns the table of a split, without packing a directory in COCO format.
-
-    The training split has the images of `data.mix`, too; its category ids mean nothing then.
-    """
-    if split == "train" and data_config.mix.dirs:
-        alone = copy.deepcopy(data_config)
-        alone.mix.update(dirs=(), shares=())
-        configs = [alone, *mixed_configs(data_config)]
-        tables = [split_annotations(config, split) for config in configs]
-        ids = [table.category_ids for table in tables]
-        return concatenated(tables, ids, ["", *data_config.mix.dirs])
-    directory = expand_user(data_config.dir, "data.dir")
-    if data_config.name == "coco" and data_config.dir and find_tfds(directory) is None:
-        if is_divided(data_config, directory):
-            whole = load_split(find_split(directory, "train", data_config.train))[0]
-            parts = divide(whole.file_names, data_config.prepare_split)
-            return whole.at(parts[SPLITS.index(split)])
-        return load_split(find_split(directory, split, data_config[split]))[0]
-    return open_dataset(data_config, split).annotations

@@ -12,7 +12,7 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -23,6 +23,7 @@ from dn_detr_jax.data.annotations import Annotations, label_categories
 from dn_detr_jax.data.coco_classes import COCO_CATEGORIES, Category
 from dn_detr_jax.data.division import Part, divide
 from dn_detr_jax.data.findings import Findings
+from dn_detr_jax.data.formats import load_split
 from dn_detr_jax.data.layout import find_annotations, find_any_split, find_split
 from dn_detr_jax.data.mixing import Mixture, concatenated, match_classes
 from dn_detr_jax.data.records import (
@@ -38,6 +39,7 @@ from dn_detr_jax.errors import DataError
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation")
+Images = Literal["pack", "packed", "unread"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Dataset:
       categories: one per label, in the order of the labels; an empty name is no class.
       annotation_file: in COCO's format, to evaluate against instead of the table, which TFDS
         has rounded.
-      folder: of the records; None if there are several.
+      folder: of the records; None if there are several, or none.
       mixed: number of images of each data set that it is mixed of; empty: it is one data set.
     """
 
@@ -112,15 +114,16 @@ def _read_ground_truth(
     return loaded
 
 
-def open_dataset(data_config: ConfigDict, split: str, pack: bool = True) -> Dataset:
+def open_dataset(data_config: ConfigDict, split: str, images: Images = "pack") -> Dataset:
     """Opens a split of the configured data set, and prepares the data set if need be.
 
     Args:
       data_config: `config.data`; `name`, `dir`, `packed_dir`, `labels`, `exif`, `prepare_split`,
         `mix`, `train` and `validation` are used.
       split: "train" or "validation".
-      pack: whether images may be packed; if not, a split that is not packed is an error, and one
-        that is packed is taken as it is.
+      images: of a directory that is to be packed. "pack" packs them if need be; with "packed", a
+        split that is not packed is an error, and one that is packed is taken as it is; with
+        "unread" none is packed, and none can be read from the split.
 
     Returns:
       The split.
@@ -142,12 +145,12 @@ def open_dataset(data_config: ConfigDict, split: str, pack: bool = True) -> Data
         )
     directory = expand_user(data_config.dir, "data.dir")
     if is_divided(data_config, directory):
-        whole = _OPEN[data_config.name](data_config, "train", directory, pack)
+        whole = _OPEN[data_config.name](data_config, "train", directory, images)
         dataset = _part(whole, split, data_config.prepare_split)
     else:
-        dataset = _OPEN[data_config.name](data_config, split, directory, pack)
+        dataset = _OPEN[data_config.name](data_config, split, directory, images)
     if split == "train" and data_config.mix.dirs:
-        others = [open_dataset(other, split, pack) for other in mixed_configs(data_config)]
+        others = [open_dataset(other, split, images) for other in mixed_configs(data_config)]
         dataset = _mixture(dataset, others, data_config.mix.dirs)
     if split == "train" and not dataset.annotations.targets.any():
         reason = nothing_to_learn(dataset.annotations)
@@ -241,19 +244,24 @@ def nothing_to_learn(annotations: Annotations) -> str:
     )
 
 
-def _open_coco(data_config: ConfigDict, split: str, directory: Path, pack: bool) -> Dataset:
+def _open_coco(data_config: ConfigDict, split: str, directory: Path, images: Images) -> Dataset:
     """Opens a TFDS folder or a directory of annotations and images, whichever is there."""
     split_config = data_config[split]
     prepared = None if split_config.images else find_tfds(directory)
     if prepared is None:
         files = find_split(directory, split, split_config)
+        if images == "unread":
+            annotations, categories = load_split(files, data_config.exif)
+            return _dataset(data_config, split, None, (), annotations, categories)
         packed_dir = directory / "packed"
         if data_config.packed_dir:
             packed_dir = expand_user(data_config.packed_dir, "data.packed_dir")
-        packed = packing.open_packed(files, directory, packed_dir, data_config.exif, pack)
+        packed = packing.open_packed(
+            files, directory, packed_dir, data_config.exif, images == "pack"
+        )
         annotations, categories = packed.annotations, packed.categories
-        images = PackedImages(packed.folder, len(annotations.image_ids))
-        return _dataset(data_config, split, packed.folder, images, annotations, categories)
+        encoded = PackedImages(packed.folder, len(annotations.image_ids))
+        return _dataset(data_config, split, packed.folder, encoded, annotations, categories)
     if data_config.exif == "as_shown":
         raise DataError(
             f"data.exif is 'as_shown', but {prepared} is prepared by TFDS, which has the boxes of "
@@ -264,10 +272,10 @@ def _open_coco(data_config: ConfigDict, split: str, directory: Path, pack: bool)
     return dataclasses.replace(dataset, annotation_file=annotation_file)
 
 
-def _open_digits(data_config: ConfigDict, split: str, directory: Path, pack: bool) -> Dataset:
+def _open_digits(data_config: ConfigDict, split: str, directory: Path, images: Images) -> Dataset:
     from dn_detr_jax.data.digit_scenes import prepare  # imports TFDS
 
-    del pack  # scenes of both splits are drawn at once
+    del images  # scenes of both splits are drawn at once
     scenes = {"digits": "full", "digits_tiny": "tiny"}[data_config.name]
     try:
         folder = prepare(scenes, directory)
@@ -307,7 +315,7 @@ def _open_tfds(data_config: ConfigDict, split: str, folder: Path) -> Dataset:
 def _dataset(
     data_config: ConfigDict,
     split: str,
-    folder: Path,
+    folder: Path | None,
     images: RandomAccess[bytes],
     annotations: Annotations,
     categories: Sequence[Category],
@@ -365,7 +373,7 @@ def find_tfds(directory: Path) -> Path | None:
 
 # By name, what opens a split: gets `config.data`, the split, `config.data.dir`, and whether images
 # may be packed.
-_OPEN: dict[str, Callable[[ConfigDict, str, Path, bool], Dataset]] = {
+_OPEN: dict[str, Callable[[ConfigDict, str, Path, Images], Dataset]] = {
     "coco": _open_coco,
     "digits": _open_digits,
     "digits_tiny": _open_digits,

@@ -1,5 +1,6 @@
 """Compiles the training step of a config for devices that may be absent."""
 
+import contextlib
 import math
 import re
 from typing import Any, NamedTuple
@@ -14,7 +15,8 @@ from ml_collections import ConfigDict
 from dn_detr_jax.config import check_attention
 from dn_detr_jax.errors import ConfigError
 from dn_detr_jax.models.registry import abstract_params, build_model, trainable
-from dn_detr_jax.sharding import replicated
+from dn_detr_jax.preflight import gpus
+from dn_detr_jax.sharding import make_mesh, replicated
 from dn_detr_jax.training.compile_options import accepted_options
 from dn_detr_jax.training.optimizer import make_optimizer
 from dn_detr_jax.training.state import TrainState, abstract_state
@@ -72,7 +74,7 @@ def abstract_step(config: ConfigDict, mesh: Mesh) -> AbstractStep:
     """
     for section, name in (("model", "num_classes"), ("data", "max_objects")):
         if not config[section][name]:
-            expected = "a number of at least 1: the preflight does not read the data to find it"
+            expected = "a number of at least 1, or --whole_run, which reads it from the data"
             raise ConfigError(f"{section}.{name}", 0, expected)
     per_device, parts = config.train.batch_size // mesh.size, config.train.accumulate_steps
     if per_device % parts:
@@ -106,10 +108,28 @@ def compile_step(config: ConfigDict, mesh: Mesh, canvas: tuple[int, int]) -> jax
       OutOfMemory: the compiler reports that the step does not fit into a device.
       ConfigError: of the config.
     """
+    step, device = abstract_step(config, mesh), mesh.devices.flat[0]
+    absent = gpus.is_absent_gpu(device)
+    with gpus.callbacks_without_gpu() if absent else contextlib.nullcontext():
+        lowered = step.function.lower(step.state, abstract_batch(config, "train", mesh, canvas))
+    options = accepted_options(config, device) | (gpus.OPTIONS if absent else {})
+    return compile_or_explain(lowered, options)
+
+
+def count_operations(config: ConfigDict, canvas: tuple[int, int]) -> float:
+    """Counts the operations of the step, of all devices together, before any compiler changes it.
+
+    Args:
+      config: valid and whole, see `abstract_step`.
+      canvas: height and width.
+    """
+    config = config.copy_and_resolve_references()
+    config.compile.attention = "xla"  # a fused attention would count as nothing
+    config.mesh.data = 1
+    mesh = make_mesh(1, jax.devices("cpu")[:1])
     step = abstract_step(config, mesh)
     lowered = step.function.lower(step.state, abstract_batch(config, "train", mesh, canvas))
-    options = accepted_options(config, mesh.devices.flat[0])
-    return compile_or_explain(lowered, options)
+    return (lowered.cost_analysis() or {}).get("flops", 0.0)
 
 
 def compile_or_explain(
@@ -158,6 +178,8 @@ def usable_memory(mesh: Mesh) -> float | None:
     arguments, in arrays of 4 GiB (libtpu before 0.0.42 takes none of 8 GiB or more).
     """
     device = mesh.devices.flat[0]
+    if gpus.is_absent_gpu(device):
+        return gpus.usable_bytes(device.device_kind)
     if device.platform != "tpu" or device in jax.devices():
         statistics = device.memory_stats() if device.platform != "cpu" else None
         return (statistics or {}).get("bytes_limit")

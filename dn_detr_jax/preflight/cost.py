@@ -48,8 +48,8 @@ class Cost:
       outputs: bytes of new state and metrics that do not reuse the memory of the old ones.
       temporaries: bytes, at their peak.
       code: bytes of the program.
-      flops: operations, as the compiler counts them.
-      bytes_accessed: by all operations, as the compiler counts them.
+      flops: operations, as the compiler counts them; 0: it does not.
+      bytes_accessed: by all operations, likewise. The compiler for GPUs counts neither.
       collectives: between devices.
       host: bytes that the callback moves.
       rematerialized: instructions that the compiler computes twice to save memory.

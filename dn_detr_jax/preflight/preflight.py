@@ -21,6 +21,7 @@ from dn_detr_jax.preflight.compilation import (
     OutOfMemory,
     abstract_step,
     compile_step,
+    count_operations,
     usable_memory,
 )
 from dn_detr_jax.preflight.cost import Cost
@@ -32,7 +33,7 @@ from dn_detr_jax.sharding import make_mesh
 def versions() -> dict[str, str]:
     """Returns the versions of the packages that compile the step."""
     found = {}
-    for package in ("jax", "jaxlib", "libtpu"):
+    for package in ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -105,6 +106,28 @@ class Preflight(NamedTuple):
         return record
 
 
+def configured_mesh(
+    config: ConfigDict, topology: str, batch_per_device: int | None = None
+) -> tuple[ConfigDict, Mesh]:
+    """Returns a config with its batch size, and the mesh of the devices.
+
+    Args:
+      config: whole configuration, validated; stays unchanged.
+      topology: see `topology_devices`.
+      batch_per_device: images per device; None: `train.batch_size` over all devices.
+
+    Raises:
+      PreflightError, ConfigError: a wrong topology, or a batch that its devices can't share.
+    """
+    mesh = make_mesh(config.mesh.data, topology_devices(topology))
+    if batch_per_device is not None:
+        config = with_batch(config, batch_per_device, mesh)
+    elif config.train.batch_size % mesh.size:
+        expected = f"a multiple of the {mesh.size} devices, or give --batch_per_device"
+        raise ConfigError("train.batch_size", config.train.batch_size, expected)
+    return config, mesh
+
+
 def run_preflight(
     config: ConfigDict,
     topology: str,
@@ -123,12 +146,7 @@ def run_preflight(
       PreflightError, ConfigError: a wrong topology, config or batch.
     """
     validate(config)
-    mesh = make_mesh(config.mesh.data, topology_devices(topology))
-    if batch_per_device is not None:
-        config = with_batch(config, batch_per_device, mesh)
-    elif config.train.batch_size % mesh.size:
-        expected = f"a multiple of the {mesh.size} devices, or give --batch_per_device"
-        raise ConfigError("train.batch_size", config.train.batch_size, expected)
+    config, mesh = configured_mesh(config, topology, batch_per_device)
     canvas = canvas or max(map(tuple, config.data.canvases), key=math.prod)
     step = abstract_step(config, mesh)
     usable = usable_memory(mesh)
@@ -137,6 +155,8 @@ def run_preflight(
     needed: float | None
     try:
         cost = Cost.of(compile_step(config, mesh, canvas), mesh.size)
+        if not cost.flops:
+            cost = dataclasses.replace(cost, flops=count_operations(config, canvas) / mesh.size)
         needed = cost.total
         fits = usable is None or needed <= usable
     except OutOfMemory as error:

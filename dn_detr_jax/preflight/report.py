@@ -6,6 +6,7 @@ from dn_detr_jax.preflight.cost import Cost, Roofline
 from dn_detr_jax.preflight.hlo import total_bytes
 from dn_detr_jax.preflight.preflight import Preflight, run_preflight, versions
 from dn_detr_jax.preflight.suggestions import Outcome, Proposal, suggest
+from dn_detr_jax.preflight.whole_run import WholeRun
 
 GIB = 2**30
 
@@ -28,8 +29,54 @@ def table(result: Preflight) -> str:
         rows += _cost_rows(result.cost)
     if result.cost and result.chip:
         rows += _roofline_rows(result, result.cost.roofline(result.chip))
-    compiler = ", ".join(f"{name} {version}" for name, version in versions().items())
-    rows.append(("compiled", f"in {result.seconds:.0f} s by {compiler}"))
+    rows.append(("compiled", f"in {result.seconds:.0f} s by {_compiler()}"))
+    return _lines(rows)
+
+
+def run_table(run: WholeRun) -> str:
+    """Formats the cost of a whole training as a table, with a line for each canvas."""
+    first, plan = run.canvases[0], run.plan
+    device = first.mesh.devices.flat[0].device_kind
+    rows = [
+        ("devices", f"{first.mesh.size} x {first.chip.name if first.chip else device}"),
+        (
+            "training",
+            f"{plan.total:,} steps of {first.config.train.batch_size} images, {plan.per_epoch:,} "
+            f"an epoch; {first.batch_per_device} per device, {first.config.model.dtype}",
+        ),
+        ("parameters", f"{first.num_parameters:,}"),
+    ]
+    if first.usable is not None:
+        rows.append(("usable memory", f"{memory_text(first.usable)} per device"))
+    for result, steps in zip(run.canvases, run.steps, strict=True):
+        height, width = result.canvas
+        parts = [f"{steps / sum(run.steps):6.1%} of the steps"]
+        parts.append("memory unknown" if result.needed is None else memory_text(result.needed))
+        if not result.fits:
+            parts.append("DOES NOT FIT")
+        elif result.cost and result.chip:
+            bound = result.cost.roofline(result.chip)
+            parts.append(f"least time {quantity(bound.seconds, 's')}, bound by {bound.bound}")
+        rows.append((f"  {height} x {width}", ", ".join(parts)))
+    if (seconds := run.step_seconds) is not None:
+        rows += [
+            ("least time per step", f"{quantity(seconds, 's')}, mean of an epoch"),
+            ("at most", f"{run.images_per_second:,.0f} images per second on all devices"),
+            ("at least", f"{run.hours:.1f} hours for the training"),
+            ("", "bounds from peak figures, not measured; without evaluation and the matching"),
+        ]
+        if any(result.cost and not result.cost.bytes_accessed for result in run.canvases):
+            rows.append(("", "and without memory traffic, which is not counted for GPUs"))
+    total = sum(result.seconds for result in run.canvases)
+    rows.append(("compiled", f"in {total:.0f} s by {_compiler()}"))
+    return _lines(rows)
+
+
+def _compiler() -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions().items())
+
+
+def _lines(rows: list[tuple[str, str]]) -> str:
     return "\n".join(f"{name:<20}{value}" for name, value in rows)
 
 
@@ -56,7 +103,12 @@ def _memory_rows(result: Preflight) -> list[tuple[str, str]]:
 def _cost_rows(cost: Cost) -> list[tuple[str, str]]:
     rows = [
         ("operations", f"{quantity(cost.flops, 'FLOP')} per device"),
-        ("memory traffic", f"{quantity(cost.bytes_accessed, 'B')} per device"),
+        (
+            "memory traffic",
+            f"{quantity(cost.bytes_accessed, 'B')} per device"
+            if cost.bytes_accessed
+            else "not counted by the compiler for GPUs",
+        ),
     ]
     rounds = ["?" if n is None else str(n) for n in cost.loops if n != 1]
     if rounds:
@@ -78,7 +130,11 @@ def _roofline_rows(result: Preflight, bound: Roofline) -> list[tuple[str, str]]:
     rate = result.config.train.batch_size / bound.seconds
     return [
         ("least time per step", f"{quantity(bound.seconds, 's')}, bound by {bound.bound}"),
-        *((f"  {name}", quantity(getattr(bound, name), "s")) for name in bound._fields),
+        *(
+            (f"  {name}", quantity(seconds, "s"))
+            for name, seconds in bound._asdict().items()
+            if seconds or name != "memory"
+        ),
         (
             "at most",
             f"{rate:,.0f} images per second on all devices; without the matching on the host",

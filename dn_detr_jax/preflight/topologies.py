@@ -1,4 +1,4 @@
-"""The devices of a TPU topology, without a TPU."""
+"""The devices of a topology of TPUs or GPUs, without having them."""
 
 import os
 import re
@@ -9,10 +9,14 @@ import jax
 from jax.experimental import topologies
 
 from dn_detr_jax.errors import PreflightError
+from dn_detr_jax.preflight.gpus import KINDS, gpu_devices
 
 # Generations as topologies name them, and how many dimensions their slices have.
 _DIMENSIONS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}
-_EXAMPLES = "v5e:4x4 (16 chips), v6e:8x8, v4:2x2x4, v5p:4x4x4, or local for the devices present"
+_EXAMPLES = (
+    "v5e:4x4 (16 chips), v6e:8x8, v4:2x2x4, v5p:4x4x4, h100:8, h200:1, or local for the devices "
+    "present"
+)
 # Without them libtpu asks the network where it is, logs that it found no TPU, and refuses to be
 # loaded while another process has it, as one that uses TPUs must; a compiler alone need not.
 _LIBTPU_ENVIRONMENT = {
@@ -28,13 +32,22 @@ def topology_devices(topology: str) -> Sequence[Any]:
     """Returns the devices of a topology, for a mesh to compile for; they can't run anything.
 
     Args:
-      topology: generation and chips along each axis, such as "v5e:4x4"; or "local".
+      topology: generation of TPUs and chips along each axis, such as "v5e:4x4"; GPUs of one
+        machine, such as "h100:8"; or "local".
 
     Raises:
-      PreflightError: an unknown topology, or libtpu is not installed.
+      PreflightError: an unknown topology, or its compiler is not installed.
     """
     if topology == "local":
         return jax.devices()
+    if match := re.fullmatch(rf"({'|'.join(KINDS)}):([1-8])", topology):
+        try:
+            return gpu_devices(match[1], int(match[2]))
+        except PreflightError as error:
+            raise PreflightError(f"--topology={topology}: {error}") from None
+    if topology.split(":")[0] in KINDS:
+        text = "1 to 8 GPUs of one machine"
+        raise PreflightError(f"--topology={topology}: {text}; for example {_EXAMPLES}")
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", topology)
     if not match or match[1] not in _DIMENSIONS:
         raise PreflightError(f"--topology={topology}: unknown; for example {_EXAMPLES}")

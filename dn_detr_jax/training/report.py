@@ -193,7 +193,7 @@ def denoising_figures(config: ConfigDict) -> dict[str, np.ndarray]:
     Returns:
       RGB images by name, see `figures.denoising_groups`.
     """
-    dataset = open_dataset(config.data, "train", pack=False)
+    dataset = open_dataset(config.data, "train", images="packed")
     config = resolve(config, dataset)
     batch = next(train_batches(dataset, config, 0, 1, process_count=jax.process_count()))
     del batch["dropped_objects"], batch["bad_images"]
