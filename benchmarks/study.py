@@ -6,11 +6,15 @@
     python -m benchmarks.study --report docs/evidence.md        # no training
 
 A row is one setting; it differs from the row `dn` in the named config keys alone. Every row is
-trained with every seed, for the same number of steps. The rows of `CONFIGS` are whole configs with
-their own schedules; those of `TREES` are trained only if `--only` matches them. A finished training
-leaves its metrics in `benchmarks/study/ROW/seed_N.jsonl`: the settings in the first line, then a
-line for each evaluation. The command can be interrupted at any time: finished trainings are
-skipped, and the others resume from their checkpoints.
+trained with every seed, for the same number of steps. The rows of `FAMILY` are other variants, with
+fewer steps; those of `CONFIGS` are whole configs with their own schedules; those of `TREES` are
+trained only if `--only` matches them.
+
+A finished training leaves its metrics in `benchmarks/study/ROW/seed_N.jsonl`: the settings in the
+first line, then a line for each evaluation. The command can be interrupted at any time: finished
+trainings are skipped, and the others resume from their checkpoints. A training uses all cores that
+the process may use; on Linux, `taskset --cpu-list 0` in front of the command, and other seeds with
+another core, use them better.
 
 `--report` makes all tables and figures from these files. In the document, a table stands between
 the lines `<!-- study: NAME -->` and `<!-- end -->`, and is replaced; figures are written to
@@ -70,6 +74,19 @@ ROWS: dict[str, dict[str, Any]] = {
     "paper_layout": {"dn.layout": "paper"},
     "few_slots": {"dn.slots": 12},
 }
+# Rows of other configs. Their steps are fewer, since each learns more and takes longer.
+_FEWER = {
+    "train.duration": "500 steps",
+    "train.eval_every": "50 steps",
+    "train.checkpoint_every": "250 steps",
+    "optimizer.warmup": "50 steps",
+}
+FAMILY: dict[str, tuple[str, dict[str, Any]]] = {
+    "deformable_dn": ("digits_deformable", {}),
+    "deformable_none": ("digits_deformable", {"dn.groups": 0}),
+    "dino_dn": ("digits_dino", {}),
+    "dino_none": ("digits_dino", {"dn.groups": 0}),
+}
 # Configs that are compared as they are, but for a few values.
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "digits": ("digits", {}),
@@ -105,6 +122,8 @@ class Table:
 
 TABLES = {
     "denoising": Table(("none", "dn"), figure=True),
+    "deformable": Table(("deformable_none", "deformable_dn"), figure=True),
+    "dino": Table(("dino_none", "dino_dn"), figure=True),
     "groups": Table(("dn", "groups_1", "groups_3", "groups_10")),
     "box_noise": Table(("dn", "box_0.0", "box_0.2", "box_0.8", "box_center", "box_size")),
     "label_noise": Table(("dn", "label_0.0", "label_0.5", "label_0.8", "label_1.0", "label_off")),
@@ -124,7 +143,9 @@ TABLES = {
 def settings(row: str) -> dict[str, Any]:
     """Returns the config values of a row by key, without the seed."""
     if row in CONFIGS:
-        return {"train.eval_every": COMMON["train.eval_every"]} | CONFIGS[row][1]
+        return {"train.eval_every": "250 steps"} | CONFIGS[row][1]
+    if row in FAMILY:
+        return COMMON | _FEWER | DN | FAMILY[row][1]
     return COMMON | DN | ROWS[row]
 
 
@@ -139,7 +160,7 @@ def train(row: str, seed: int, config: str, runs: Path, results: Path | None = N
     Args:
       row: name.
       seed: of the training.
-      config: experiment that the row changes, if it is none of `CONFIGS`.
+      config: experiment that the row changes, unless the row names its own.
       runs: folder of the work directories.
       results: folder of the kept metrics.
 
@@ -147,7 +168,7 @@ def train(row: str, seed: int, config: str, runs: Path, results: Path | None = N
       DataError: the metrics are of other settings, or the training failed.
     """
     kept = result_file(row, seed, results)
-    values, config = settings(row) | {"seed": seed}, CONFIGS.get(row, (config,))[0]
+    values, config = settings(row) | {"seed": seed}, (FAMILY | CONFIGS).get(row, (config,))[0]
     head = {"row": row, "config": config, "settings": values}
     head = json.loads(json.dumps(head))  # tuples become lists, as in the file
     if kept.exists():
@@ -332,14 +353,13 @@ def chosen_rows(only: str) -> list[str]:
     Raises:
       ConfigError: it is malformed, or matches none.
     """
+    known = (*ROWS, *FAMILY, *CONFIGS)
     try:
-        rows = [
-            row for row in (*ROWS, *CONFIGS) if re.search(only, row) and (only or row not in TREES)
-        ]
+        rows = [row for row in known if re.search(only, row) and (only or row not in TREES)]
     except re.error as error:
         raise ConfigError("--only", only, f"a regular expression: {error}") from None
     if not rows:
-        raise ConfigError("--only", only, f"a pattern of one of {', '.join((*ROWS, *CONFIGS))}")
+        raise ConfigError("--only", only, f"a pattern of one of {', '.join(known)}")
     return rows
 
 

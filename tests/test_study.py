@@ -64,7 +64,7 @@ def test_a_report_replaces_marked_tables_alone(tmp_path):
     with Image.open(document.parent / "images" / "study_denoising.png") as image:
         assert len(np.unique(np.asarray(image).reshape(-1, 3), axis=0)) > 10
     document.write_text(text.replace("denoising", "nonsense"))
-    with pytest.raises(DataError, match="no table 'nonsense'; tables: denoising, groups"):
+    with pytest.raises(DataError, match="no table 'nonsense'; tables: denoising, deformable"):
         study.write_report(document, tmp_path)
 
 
@@ -111,10 +111,10 @@ def test_a_training_is_kept_and_not_repeated(tmp_path, monkeypatch):
         study.train(*arguments)
 
 
-@pytest.mark.parametrize("row", [*study.ROWS, *study.CONFIGS])
+@pytest.mark.parametrize("row", [*study.ROWS, *study.FAMILY, *study.CONFIGS])
 def test_every_row_is_a_right_config(row):
     """Catches a misspelled key hours into a study; `update` refuses unknown keys."""
-    config = load_config(study.CONFIGS.get(row, ("digits", {}))[0])
+    config = load_config((study.FAMILY | study.CONFIGS).get(row, ("digits", {}))[0])
     config.update_from_flattened_dict(study.settings(row))
     validate(config)
 
@@ -131,8 +131,9 @@ def test_kept_metrics_are_of_the_settings_of_their_rows():
 
 def test_every_table_has_known_rows_and_every_row_a_table():
     named = {row for table in study.TABLES.values() for row in table.rows}
-    assert named == {*study.ROWS, *study.CONFIGS}
-    assert set(study.chosen_rows("")) == {*study.ROWS, "digits", "digits_deformable"}
+    assert named == {*study.ROWS, *study.FAMILY, *study.CONFIGS}
+    every = {*study.ROWS, *study.FAMILY, "digits", "digits_deformable"}
+    assert set(study.chosen_rows("")) == every
     assert study.chosen_rows("^trees") == list(study.TREES)
     assert study.chosen_rows("^groups") == ["groups_1", "groups_3", "groups_10"]
     with pytest.raises(ConfigError, match="--only"):
