@@ -17,7 +17,7 @@ Three facts shape this module:
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -117,6 +117,13 @@ class HostTimer:
 host_timer = HostTimer()
 
 
+def load_solver() -> Callable:
+    """Returns SciPy's solver. The first call imports it, for half a second or more."""
+    from scipy.optimize import linear_sum_assignment
+
+    return linear_sum_assignment
+
+
 def solve_on_host(
     cost: Float[jax.Array | np.ndarray, "B L N M"], valid: Bool[jax.Array | np.ndarray, "B M"]
 ) -> Int[np.ndarray, "B L M"]:
@@ -131,9 +138,7 @@ def solve_on_host(
       int32 [B, L, M], the query matched to each object; -1 for padding, and for the objects left
       over if an image has more objects than queries.
     """
-    # Half a second, which a detection without matching does not need.
-    from scipy.optimize import linear_sum_assignment
-
+    linear_sum_assignment = load_solver()
     start = time.perf_counter()
     costs, is_real = np.asarray(cost), np.asarray(valid)
     result = np.full((*costs.shape[:2], costs.shape[3]), -1, np.int32)

@@ -335,7 +335,8 @@ class _Run:
     ) -> bool:
         plan, window = self._plan, self._window
         window.restart()
-        for step in range(int(state.step) + 1, plan.total + 1):
+        first = int(state.step) + 1
+        for step in range(first, plan.total + 1):
             if self._patience.is_over:
                 self._progress.message(f"ended after step {step - 1}: {self._patience}")
                 break
@@ -353,6 +354,9 @@ class _Run:
             profile.end_of_step(step, metrics.values)
             window.add(metrics)
             self._progress.update(step)
+            if step == first:
+                jax.block_until_ready(state)
+                self.programs.compile_others()
 
             last = step == plan.total
             if step % plan.log_every == 0 or last:

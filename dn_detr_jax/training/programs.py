@@ -1,9 +1,9 @@
 """The compiled programs of a run: the training step and the detection, one for each canvas.
 
 There is one more, the norm of the last update for the log. A program is compiled when it is first
-needed, so that a training starts with the first canvas. On CPUs threads compile ahead while the
-training steps. Accelerators time candidate kernels while compiling, and nothing else may run on
-them then: there the run waits for each new program.
+needed, so that a training starts with the first canvas. On CPUs threads compile the others ahead,
+from the second step on. Accelerators time candidate kernels while compiling, and nothing else may
+run on them then: there the run waits for each new program.
 """
 
 import os
@@ -18,6 +18,7 @@ import numpy as np
 from dn_detr_jax.data.loader import eval_plan
 from dn_detr_jax.distributed.consistency import barrier
 from dn_detr_jax.evaluation.detect import jit_match
+from dn_detr_jax.matching import load_solver
 from dn_detr_jax.models.registry import abstract_params
 from dn_detr_jax.sharding import replicated, with_sharding
 from dn_detr_jax.training.compile_cache import compile_and_log
@@ -79,16 +80,34 @@ class Programs:
         self._ahead: list[_Task] = []
 
     def compile_ahead(self, canvases: Sequence[Canvas]) -> None:
-        """Starts to compile for a training on CPUs, and returns at once; else does nothing.
+        """Starts to compile for a training on CPUs; else does nothing. It can be called again.
+
+        The step is traced before this returns: only one thread can trace at a time. It is compiled
+        in the background.
 
         Args:
           canvases: of the training, in the order of their first use. The first one is compiled
-            alone, as fast as possible; the others follow together with the evaluation's.
+            now, alone; the others and the evaluation's by `compile_others`.
         """
         if self._on_cpu:
             first, *others = [("train", canvas) for canvas in canvases]
-            self._ahead = [_NORM, *others, *self._eval_tasks]
-            self._started(first).add_done_callback(self._start_ahead)
+            self._ahead = [*others, *self._eval_tasks]
+            self._started(first, traced=True)
+            self._pool.submit(load_solver)  # the first step needs it, too
+
+    def compile_others(self) -> None:
+        """Starts to compile what `compile_ahead` has left; further calls do nothing.
+
+        Tracing programs keeps the interpreter busy, which the matching of a step needs too: a step
+        meanwhile takes seconds.
+        """
+        if self._ahead:
+            self._started(_NORM).add_done_callback(self._start_ahead)
+
+    def _start_ahead(self, done: Future) -> None:
+        ahead, self._ahead = self._ahead, []
+        for task in ahead if not done.cancelled() else ():
+            self._started(task)
 
     def is_ready(self, canvas: Canvas) -> bool:
         """Whether `train_step` of a canvas returns at once."""
@@ -129,15 +148,12 @@ class Programs:
             for task in cancelled:
                 del self._compiling[task]
 
-    def _start_ahead(self, first: Future) -> None:
-        if not first.exception():
-            for task in self._ahead:
-                self._started(task)
-
-    def _started(self, task: _Task) -> Future:
+    def _started(self, task: _Task, traced: bool = False) -> Future:
+        """Returns a program that is being compiled; `traced`: it is traced before."""
         with self._lock:
             if task not in self._compiling:
-                self._compiling[task] = self._pool.submit(self._compile, task)
+                lowered = self._lower(task) if traced else None
+                self._compiling[task] = self._pool.submit(self._compile, task, lowered)
             return self._compiling[task]
 
     def _ready(self, tasks: Sequence[_Task]) -> list[Callable]:
@@ -149,11 +165,14 @@ class Programs:
             barrier(f"compiled {tasks}")
         return programs
 
-    def _compile(self, task: _Task) -> Callable:
+    def _lower(self, task: _Task) -> jax.stages.Lowered:
         purpose, canvas = task
-        arguments, name = [self._arguments[purpose]], purpose
+        arguments = [self._arguments[purpose]]
         if canvas is not None:
-            arguments += [abstract_batch(self._setup.config, purpose, self._setup.mesh, canvas)]
-            name += " for {} x {}".format(*canvas)
-        lowered = self._functions[purpose].lower(*arguments)
-        return compile_and_log(lowered, name, self._options)
+            arguments.append(abstract_batch(self._setup.config, purpose, self._setup.mesh, canvas))
+        return self._functions[purpose].lower(*arguments)
+
+    def _compile(self, task: _Task, lowered: jax.stages.Lowered | None) -> Callable:
+        purpose, canvas = task
+        name = purpose if canvas is None else "{} for {} x {}".format(purpose, *canvas)
+        return compile_and_log(lowered or self._lower(task), name, self._options)
