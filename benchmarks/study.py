@@ -49,8 +49,8 @@ KEPT = (
 # Equal for all rows. Of the config `digits`, whose schedule ends with the training.
 COMMON = {
     "train.duration": "1500 steps",
-    "train.eval_every": "250 steps",
-    "train.checkpoint_every": "250 steps",
+    "train.eval_every": "150 steps",
+    "train.checkpoint_every": "300 steps",
     "eval.pictures": 0,
 }
 # Label noise 0.2 is that of the paper; the config `digits` has 0.5.
@@ -76,9 +76,9 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 # Rows of other configs. Their steps are fewer, since each learns more and takes longer.
 _FEWER = {
-    "train.duration": "500 steps",
-    "train.eval_every": "50 steps",
-    "train.checkpoint_every": "250 steps",
+    "train.duration": "600 steps",
+    "train.eval_every": "60 steps",
+    "train.checkpoint_every": "300 steps",
     "optimizer.warmup": "50 steps",
 }
 FAMILY: dict[str, tuple[str, dict[str, Any]]] = {
