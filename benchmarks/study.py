@@ -6,9 +6,9 @@
     python -m benchmarks.study --report docs/evidence.md        # no training
 
 A row is one setting; it differs from the row `dn` in the named config keys alone. Every row is
-trained with every seed, for the same number of steps. The rows of `FAMILY` are other variants, with
-fewer steps; those of `CONFIGS` are whole configs with their own schedules; those of `TREES` are
-trained only if `--only` matches them.
+trained with every seed, for the same number of steps. The rows of `FAMILY` are other variants; those
+of `CONFIGS` are whole configs with their own schedules; those of `TREES` are trained only if `--only`
+matches them.
 
 A finished training leaves its metrics in `benchmarks/study/ROW/seed_N.jsonl`: the settings in the
 first line, then a line for each evaluation. The command can be interrupted at any time: finished
@@ -46,14 +46,14 @@ KEPT = (
     *("eval/AP", "eval/AP50", "eval/instability"),
     *("train/loss", "train/loss_ce", "train/dn_loss_ce"),
 )
-# Equal for all rows. Of the config `digits`, whose schedule ends with the training.
+# Equal for all rows. Of `digits_deformable`, whose schedule ends with the training.
 COMMON = {
-    "train.duration": "1500 steps",
-    "train.eval_every": "150 steps",
-    "train.checkpoint_every": "300 steps",
+    "train.duration": "750 steps",
+    "train.eval_every": "75 steps",
+    "train.checkpoint_every": "150 steps",
     "eval.pictures": 0,
 }
-# Label noise 0.2 is that of the paper; the config `digits` has 0.5.
+# Label noise 0.2 is that of the paper; the configs of the digits have 0.5.
 DN = {"dn.groups": 5, "dn.label_noise": 0.2, "dn.box_noise": 0.4}
 ROWS: dict[str, dict[str, Any]] = {
     "dn": {},
@@ -74,16 +74,15 @@ ROWS: dict[str, dict[str, Any]] = {
     "paper_layout": {"dn.layout": "paper"},
     "few_slots": {"dn.slots": 12},
 }
-# Rows of other configs. Their steps are fewer, since each learns more and takes longer.
-_FEWER = {
-    "train.duration": "600 steps",
-    "train.eval_every": "60 steps",
+# Rows of other configs. One level learns slower, in cheaper steps.
+_ONE_LEVEL = {
+    "train.duration": "1500 steps",
+    "train.eval_every": "150 steps",
     "train.checkpoint_every": "300 steps",
-    "optimizer.warmup": "50 steps",
 }
 FAMILY: dict[str, tuple[str, dict[str, Any]]] = {
-    "deformable_dn": ("digits_deformable", {}),
-    "deformable_none": ("digits_deformable", {"dn.groups": 0}),
+    "dab_dn": ("digits", _ONE_LEVEL),
+    "dab_none": ("digits", _ONE_LEVEL | {"dn.groups": 0}),
     "dino_dn": ("digits_dino", {}),
     "dino_none": ("digits_dino", {"dn.groups": 0}),
 }
@@ -122,7 +121,7 @@ class Table:
 
 TABLES = {
     "denoising": Table(("none", "dn"), figure=True),
-    "deformable": Table(("deformable_none", "deformable_dn"), figure=True),
+    "dab": Table(("dab_none", "dab_dn"), figure=True),
     "dino": Table(("dino_none", "dino_dn"), figure=True),
     "groups": Table(("dn", "groups_1", "groups_3", "groups_10")),
     "box_noise": Table(("dn", "box_0.0", "box_0.2", "box_0.8", "box_center", "box_size")),
@@ -145,7 +144,7 @@ def settings(row: str) -> dict[str, Any]:
     if row in CONFIGS:
         return {"train.eval_every": "250 steps"} | CONFIGS[row][1]
     if row in FAMILY:
-        return COMMON | _FEWER | DN | FAMILY[row][1]
+        return COMMON | DN | FAMILY[row][1]
     return COMMON | DN | ROWS[row]
 
 
@@ -381,7 +380,9 @@ if __name__ == "__main__":
         "only", "", "Regular expression for the names of rows; empty: all on digits."
     )
     flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds, several by commas.")
-    flags.DEFINE_string("experiment", "digits", "Name of the config that the rows change.")
+    flags.DEFINE_string(
+        "experiment", "digits_deformable", "Name of the config that the rows change."
+    )
     define_path_flag("runs", "Folder of the work directories.")
     define_path_flag("report", "Document whose tables and figures are written.")
     FLAGS.set_default("runs", "runs/study")

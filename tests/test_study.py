@@ -64,7 +64,7 @@ def test_a_report_replaces_marked_tables_alone(tmp_path):
     with Image.open(document.parent / "images" / "study_denoising.png") as image:
         assert len(np.unique(np.asarray(image).reshape(-1, 3), axis=0)) > 10
     document.write_text(text.replace("denoising", "nonsense"))
-    with pytest.raises(DataError, match="no table 'nonsense'; tables: denoising, deformable"):
+    with pytest.raises(DataError, match="no table 'nonsense'; tables: denoising, dab"):
         study.write_report(document, tmp_path)
 
 
@@ -114,7 +114,7 @@ def test_a_training_is_kept_and_not_repeated(tmp_path, monkeypatch):
 @pytest.mark.parametrize("row", [*study.ROWS, *study.FAMILY, *study.CONFIGS])
 def test_every_row_is_a_right_config(row):
     """Catches a misspelled key hours into a study; `update` refuses unknown keys."""
-    config = load_config((study.FAMILY | study.CONFIGS).get(row, ("digits", {}))[0])
+    config = load_config((study.FAMILY | study.CONFIGS).get(row, ("digits_deformable", {}))[0])
     config.update_from_flattened_dict(study.settings(row))
     validate(config)
 
