@@ -6,9 +6,9 @@
     python -m benchmarks.study --report docs/evidence.md        # no training
 
 A row is one setting; it differs from the row `dn` in the named config keys alone. Every row is
-trained with every seed, for the same number of steps. The rows of `FAMILY` are other variants; those
-of `CONFIGS` are whole configs with their own schedules; those of `TREES` are trained only if `--only`
-matches them.
+trained with every seed, for the same number of steps. The rows of `FAMILY` are other variants.
+Those of `CONFIGS` are whole configs with their own schedules. Those of `TREES` are trained only if
+`--only` matches them.
 
 A finished training leaves its metrics in `benchmarks/study/ROW/seed_N.jsonl`: the settings in the
 first line, then a line for each evaluation. The command can be interrupted at any time: finished
@@ -86,10 +86,10 @@ FAMILY: dict[str, tuple[str, dict[str, Any]]] = {
     "dino_dn": ("digits_dino", {}),
     "dino_none": ("digits_dino", {"dn.groups": 0}),
 }
-# Configs that are compared as they are, but for a few values.
-CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "digits": ("digits", {}),
-    "digits_deformable": ("digits_deformable", {}),
+# Configs that are compared as they are, but for a few values; with the steps of their schedules.
+CONFIGS: dict[str, tuple[str, dict[str, Any], int]] = {
+    "digits": ("digits", {}, 3000),
+    "digits_deformable": ("digits_deformable", {}, 1350),
 }
 # The same on photographs, whose data and weights `make trees` fetches: trained only if named.
 _FRESH = {
@@ -98,10 +98,10 @@ _FRESH = {
     "optimizer.lr_multipliers": (),
 }
 TREES = {
-    "trees": ("trees", {}),
-    "trees_none": ("trees", {"dn.groups": 0}),
-    "trees_fresh": ("trees", _FRESH),
-    "trees_fresh_none": ("trees", _FRESH | {"dn.groups": 0}),
+    "trees": ("trees", {}, 1000),
+    "trees_none": ("trees", {"dn.groups": 0}, 1000),
+    "trees_fresh": ("trees", _FRESH, 1000),
+    "trees_fresh_none": ("trees", _FRESH | {"dn.groups": 0}, 1000),
 }
 CONFIGS |= TREES
 
@@ -148,6 +148,11 @@ def settings(row: str) -> dict[str, Any]:
     return COMMON | DN | ROWS[row]
 
 
+def last_step(row: str) -> int:
+    """Returns the number of steps of a training of a row."""
+    return CONFIGS[row][2] if row in CONFIGS else int(settings(row)["train.duration"].split()[0])
+
+
 def result_file(row: str, seed: int, results: Path | None = None) -> Path:
     """Returns the file with the metrics of a training."""
     return (results or RESULTS) / row / f"seed_{seed}.jsonl"
@@ -164,7 +169,7 @@ def train(row: str, seed: int, config: str, runs: Path, results: Path | None = N
       results: folder of the kept metrics.
 
     Raises:
-      DataError: the metrics are of other settings, or the training failed.
+      DataError: the metrics are of other settings, or the training failed or was interrupted.
     """
     kept = result_file(row, seed, results)
     values, config = settings(row) | {"seed": seed}, (FAMILY | CONFIGS).get(row, (config,))[0]
@@ -182,8 +187,11 @@ def train(row: str, seed: int, config: str, runs: Path, results: Path | None = N
     done = subprocess.run([*command, *overrides], cwd=ROOT, check=False)
     if done.returncode:
         raise DataError(f"{row}, seed {seed}: the training ended with status {done.returncode}")
+    found = evaluations(workdir / "metrics.jsonl")
+    if not found or found[-1]["step"] != last_step(row):
+        raise DataError(f"{row}, seed {seed}: interrupted; the same command continues")
     head |= {"version": dn_detr_jax.__version__, "seconds": round(time.monotonic() - start)}
-    lines = [head, *evaluations(workdir / "metrics.jsonl")]
+    lines = [head, *found]
     kept.parent.mkdir(parents=True, exist_ok=True)
     kept.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
 

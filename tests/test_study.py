@@ -12,6 +12,7 @@ from benchmarks import study
 from dn_detr_jax.config import load_config, validate
 from dn_detr_jax.errors import ConfigError, DataError
 from dn_detr_jax.files import read_json_lines
+from dn_detr_jax.training.setup import Plan
 
 STEPS = (250, 500, 750)
 
@@ -86,26 +87,30 @@ def test_a_training_is_kept_and_not_repeated(tmp_path, monkeypatch):
         workdir.mkdir(parents=True, exist_ok=True)
         lines = [
             {"step": 50, "train/loss": 5.0, "train/grad_norm": 1.0},
-            {"step": 250, "eval/AP": 0.1, "eval/AR100": 0.5},
+            {"step": last, "eval/AP": 0.1, "eval/AR100": 0.5},
             {"step": 300, "train/loss": 4.0},
-            {"step": 250, "eval/AP": 0.123456789},
+            {"step": last, "eval/AP": 0.123456789},
         ]
         (workdir / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
         return SimpleNamespace(returncode=status)
 
     monkeypatch.setattr(study.subprocess, "run", run)
-    status = 1
+    status, last = 1, 750
     arguments = ("dn", 1, "digits", tmp_path / "runs", tmp_path / "kept")
     with pytest.raises(DataError, match="dn, seed 1: the training ended with status 1"):
         study.train(*arguments)
-    status = 0
+    status, last = 0, 675  # a signal: the training has saved, and ends without an error
+    with pytest.raises(DataError, match="dn, seed 1: interrupted"):
+        study.train(*arguments)
+    (tmp_path / "runs" / "dn" / "seed_1" / "metrics.jsonl").unlink()
+    last = 750
     study.train(*arguments)
     study.train(*arguments)
-    assert len(commands) == 2 and commands[0][0] == sys.executable
+    assert len(commands) == 3 and commands[0][0] == sys.executable
     assert {"--config=digits", "--config.dn.groups=5", "--config.seed=1"} <= set(commands[0])
     head, *lines = map(json.loads, study.result_file("dn", 1, tmp_path / "kept").open())
     assert head["row"] == "dn" and head["settings"]["dn.box_noise"] == 0.4
-    assert lines == [{"step": 250, "train/loss": 4.0, "eval/AP": 0.12346}]
+    assert lines == [{"step": 750, "train/loss": 4.0, "eval/AP": 0.12346}]
     monkeypatch.setitem(study.ROWS, "dn", {"dn.box_noise": 0.5})
     with pytest.raises(DataError, match="made with other settings"):
         study.train(*arguments)
@@ -117,6 +122,8 @@ def test_every_row_is_a_right_config(row):
     config = load_config((study.FAMILY | study.CONFIGS).get(row, ("digits_deformable", {}))[0])
     config.update_from_flattened_dict(study.settings(row))
     validate(config)
+    images = 6000 if config.data.name == "digits" else 56
+    assert Plan.of(config, images).total == study.last_step(row)
 
 
 def test_kept_metrics_are_of_the_settings_of_their_rows():
@@ -124,7 +131,8 @@ def test_kept_metrics_are_of_the_settings_of_their_rows():
     kept = sorted(study.RESULTS.glob("*/seed_*.jsonl"))
     assert kept
     for path in kept:
-        head = next(iter(read_json_lines(path)))
+        head, *lines = read_json_lines(path)
+        assert lines[-1]["step"] == study.last_step(path.parent.name)
         values = study.settings(path.parent.name) | {"seed": int(path.stem.removeprefix("seed_"))}
         assert head["settings"] == json.loads(json.dumps(values))
 
