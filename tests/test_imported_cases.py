@@ -109,6 +109,10 @@ def test_tolerances_by_layer(tmp_path):
     """Catches one tolerance for all layers, also where the layers are stored in part."""
     limits = DecoderLimits.of(base_config("dn_dino_detr").model)
     assert limits.logits.shape == (6, 1, 1, 1) and np.all(np.diff(limits.boxes[:, 0, 0, 0]) > 0)
+    official = base_config("dn_dino_detr").model
+    official.proposal_score = "objectness"
+    loosest = np.maximum(limits.logits, 1e-3)  # tighter nowhere than for the other models
+    np.testing.assert_array_equal(DecoderLimits.of(official).logits, loosest)
     stored, ours = np.zeros((6, 1, 2, 3)), np.zeros((6, 1, 2, 3))
     ours[5, 0, 0, 0] = 9e-3
     described = {"a": {"step": [2, 1, 1, 1], "full_shape": [6, 1, 2, 3]}}

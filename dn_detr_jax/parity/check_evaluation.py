@@ -14,7 +14,6 @@ from dn_detr_jax.parity.comparison import Report
 from dn_detr_jax.parity.interceptors import selecting
 from dn_detr_jax.parity.prepared import (
     BFLOAT16_LOSS_RTOL,
-    BOX_ATOL,
     ENCODER_ATOL,
     LOGIT_ATOL,
     POSITION_ATOL,
@@ -66,8 +65,11 @@ def compare(
     """Compares all that the case has of the evaluation with what `run` returned."""
     check_intermediates(report, prepared, collected)
     check_references(report, prepared, outputs, collected)
-    report.array("eval.logits", outputs["pred_logits"], atol=prepared.limit(LOGIT_ATOL))
-    report.array("eval.boxes", outputs["pred_boxes"], atol=prepared.limit(BOX_ATOL))
+    limits = prepared.limits
+    bulk = None if limits.bulk is None else prepared.limit(limits.bulk)
+    logits = prepared.limit(limits.logits)
+    report.array("eval.logits", outputs["pred_logits"], atol=logits, bulk=bulk)
+    report.array("eval.boxes", outputs["pred_boxes"], atol=prepared.limit(limits.boxes))
     check_losses(report, prepared, outputs)
     if "eval.post_scores" in prepared.case:
         check_detections(report, prepared, outputs)
@@ -94,28 +96,32 @@ def check_intermediates(report: Report, prepared: PreparedCase, collected: dict[
             ours, limit = value.transpose(0, 3, 1, 2), prepared.limit(tolerance)
             report.array(f"eval.{name}{level}", ours, atol=limit, where=real[:, None])
     real = np.concatenate(tokens, axis=1)[..., None]
-    for name, state in _states(prepared, collected):
-        is_decoder = name.startswith("eval.dec")
+    for name, state in _encoder_states(prepared, collected):
         report.array(
             name,
             sequence_as_stored(prepared.case, name, state),
-            atol=prepared.limit(LOGIT_ATOL if is_decoder else ENCODER_ATOL),
-            where=None if is_decoder else sequence_as_stored(prepared.case, name, real),
+            atol=prepared.limit(ENCODER_ATOL),
+            where=sequence_as_stored(prepared.case, name, real),
         )
-    report.array("eval.hs", collected["hs"][0], atol=prepared.limit(LOGIT_ATOL))
+    limits = prepared.limits.logits
+    for i, tolerance in enumerate(limits):
+        name, state = f"eval.dec{i}", collected["decoder"][f"dec{i}"][0]
+        ours = sequence_as_stored(prepared.case, name, state)
+        report.array(name, ours, atol=prepared.limit(tolerance))
+    report.array("eval.hs", collected["hs"][0], atol=prepared.limit(limits))
 
 
 def check_references(
     report: Report, prepared: PreparedCase, outputs: dict[str, Any], collected: dict[str, Any]
 ) -> None:
     """Compares references, and the scores of proposals and which of them were selected."""
-    references = collected["references"][0]
+    references, limits = collected["references"][0], prepared.limits.boxes
     if "decoder_points" in prepared.config.model:
         # Decoders with deformable attention return the boxes that leave a layer there; those of
         # the last one are its predictions.
-        report.array("eval.init_ref", references[0], atol=prepared.limit(BOX_ATOL))
+        report.array("eval.init_ref", references[0], atol=prepared.limit(limits[0]))
         references = np.concatenate([references[1:], outputs["pred_boxes"][-1:]])
-    report.array("eval.ref", references, atol=prepared.limit(BOX_ATOL))
+    report.array("eval.ref", references, atol=prepared.limit(limits))
     if "encoder_scores" in collected:
         atol = prepared.limit(LOGIT_ATOL)
         compare_proposals(report, "eval", prepared, outputs)
@@ -124,14 +130,14 @@ def check_references(
             compare_selection(report, part, collected, required=prepared.exact)
 
 
-def _states(prepared: PreparedCase, collected: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """Name and value [batch, tokens or queries, channels] of every layer's output."""
+def _encoder_states(
+    prepared: PreparedCase, collected: dict[str, Any]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and value [batch, tokens, channels] of every layer's output."""
     layers = prepared.config.model.encoder_layers
     for i in range(layers):
         yield f"eval.enc{i}", collected["encoder"][f"enc{i}"][0]
     yield "eval.memory", collected["encoder"][f"enc{layers - 1}"][0]
-    for i in range(prepared.config.model.decoder_layers):
-        yield f"eval.dec{i}", collected["decoder"][f"dec{i}"][0]
 
 
 def check_losses(report: Report, prepared: PreparedCase, outputs: dict[str, Any]) -> None:
@@ -158,7 +164,10 @@ def check_detections(report: Report, prepared: PreparedCase, outputs: dict[str, 
     """
     case = prepared.case
     scores = outputs["scores"]
-    report.array("eval.post_scores", scores, atol=prepared.limit(LOGIT_ATOL / 4))
+    score_atol, box_atol = (
+        float(x[-1].item()) for x in (prepared.limits.scores, prepared.limits.boxes)
+    )
+    report.array("eval.post_scores", scores, atol=prepared.limit(score_atol))
     stored = case.stored("eval.post_scores")
     error = np.abs(case.part("eval.post_scores", scores) - stored).max(initial=0.0)
     # The gaps of all stored scores; of our own, which differ by the error, if some are left out.
@@ -172,7 +181,7 @@ def check_detections(report: Report, prepared: PreparedCase, outputs: dict[str, 
     if "eval.post_boxes" in case:
         sizes = case["in.orig_sizes"]
         boxes = to_pixels(outputs["boxes"], sizes)
-        atol = prepared.limit(BOX_ATOL * float(sizes.max()))
+        atol = prepared.limit(box_atol * float(sizes.max()))
         report.array("eval.post_boxes", boxes, atol=atol, where=clear[..., None])
 
 
