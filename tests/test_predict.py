@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 from PIL import Image, ImageOps
 from pycocotools.coco import COCO
+from test_videos import write_frames
 
 import dn_detr_jax
 from dn_detr_jax.checkpoints.manager import (
@@ -28,6 +29,7 @@ from dn_detr_jax.data.loader import eval_batches
 from dn_detr_jax.errors import CheckpointError, DataError
 from dn_detr_jax.evaluation.coco_ap import CocoEvaluator
 from dn_detr_jax.evaluation.detect import jit_eval_step
+from dn_detr_jax.files import read_json_lines
 from dn_detr_jax.inference import image_files
 from dn_detr_jax.inference.predictor import choose_canvas, read_image, read_run
 from dn_detr_jax.inference.tiles import TiledPredictor
@@ -335,6 +337,7 @@ def test_command_writes_results_and_goes_on_after_a_broken_file(
     for i in range(3):
         (folder / f"{i + 5:012}.png").write_bytes(validation.source[i].image)
     (folder / "000000000001.jpg").write_bytes(b"broken")
+    street = write_frames(tmp_path / "street.avi", 3)
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": fast_jit.XLA_FLAGS,
@@ -346,6 +349,7 @@ def test_command_writes_results_and_goes_on_after_a_broken_file(
         "predict",
         f"--workdir={digits_run}",
         str(folder),
+        str(street),
     ]
     done = subprocess.run(
         [*command, f"--out={tmp_path / 'found'}", "--threshold=0.4", "--tile=2000"],
@@ -358,9 +362,14 @@ def test_command_writes_results_and_goes_on_after_a_broken_file(
     )
     assert done.returncode == 1
     lines = done.stderr.strip().splitlines()
-    assert lines[-1] == "error: 1 of 4 files can't be read, named above"
+    assert lines[-1] == "error: 1 of 5 files can't be read, named above"
     assert any("000000000001.jpg" in line for line in lines) and "Traceback" not in done.stderr
 
+    assert done.stdout.splitlines() == [
+        f"Wrote the detections of 3 images to {tmp_path / 'found'}",
+        f"Wrote the detections of 3 frames to {tmp_path / 'found'}",
+    ]
+    assert len(read_json_lines(tmp_path / "found" / "videos" / "street.jsonl")) == 3
     images = json.loads((tmp_path / "found" / "images.json").read_text())
     assert [image["id"] for image in images] == [5, 6, 7]
     assert images[0]["file_name"] == str(folder / "000000000005.png")

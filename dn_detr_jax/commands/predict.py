@@ -1,16 +1,19 @@
-"""Finds the objects in images: detections as JSON, drawn boxes.
+"""Finds the objects in images and videos: detections as JSON, drawn boxes.
 
     python -m dn_detr_jax predict --workdir runs/coco_r50 street.jpg photographs/ --out found
+    python -m dn_detr_jax predict --workdir runs/coco_r50 street.mp4 camera:0 --out found
 
-Arguments are images and folders, whose images are taken, without those of subfolders. `found` then
-holds
+Arguments are images, folders, whose images are taken, without those of subfolders, videos and
+cameras. `found` then holds
 
 - `detections.json`: a list of {"image_id", "category_id", "bbox": [left, top, width, height],
   "score", "file_name"}, as pycocotools' `loadRes` reads it, boxes in pixels of the upright image;
 - `images.json`: a list of {"id", "file_name", "width", "height"};
 - `pictures/`: the images with boxes; not with `--nodraw`;
-- `labels/` with `--save_txt`: a text file for each image in YOLO's form, "class x y width height
-  score", with the numbers of the classes in `data.yaml`;
+- `videos/`: for each video a file of JSON lines with the detections of a frame each, and an MP4
+  file with boxes, which `--nodraw` leaves out;
+- `labels/` with `--save_txt`: a text file for each image or frame in YOLO's form, "class x y width
+  height score", with the numbers of the classes in `data.yaml`;
 - `crops/` with `--save_crops`: each object, in a folder of its class.
 
 With `--annotations FILE` image ids and category ids are those of a COCO annotation file, found by
@@ -24,14 +27,19 @@ several tiles see are merged: for objects that are small beside their image.
 The lowest score is that with the best F1 in the evaluation of the checkpoint during its training,
 or 0.5 without one; `--threshold` names another.
 
+A camera is predicted for until Ctrl-C or SIGTERM. They also end the prediction for a video file,
+and what was written is kept.
+
 A file that can't be read is named, the others are predicted for, and the exit status is 1. With
 `--threshold=0` all detections are written that `config.eval.num_select` of the run allows: those
 that the COCO metrics are computed from.
 """
 
 import logging
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
@@ -44,8 +52,17 @@ from dn_detr_jax.commands.command_line import (
 from dn_detr_jax.errors import DataError
 from dn_detr_jax.training import stop
 
+if TYPE_CHECKING:
+    from dn_detr_jax.data.images import Exif
+    from dn_detr_jax.inference.image_files import ImageFile
+    from dn_detr_jax.inference.predictor import Predictor
+    from dn_detr_jax.inference.tiles import TiledPredictor
+    from dn_detr_jax.inference.videos import Video
+
+    Finder = Predictor | TiledPredictor
+
 FLAGS = flags.FLAGS
-ARGUMENTS = ("IMAGES...",)
+ARGUMENTS = ("INPUTS...",)
 logger = logging.getLogger(__name__)
 
 
@@ -64,10 +81,10 @@ def define_flags() -> None:
         lower_bound=0.0,
         upper_bound=1.0,
     )
-    flags.DEFINE_integer("batch_size", 8, "Images at a time.", lower_bound=1)
+    flags.DEFINE_integer("batch_size", 8, "Images or frames at a time.", lower_bound=1)
     flags.DEFINE_integer("tile", 0, "Side of tiles in pixels; 0: whole images.", lower_bound=0)
     flags.DEFINE_float("overlap", 0.2, "Share of a tile's side.", lower_bound=0.0, upper_bound=0.9)
-    flags.DEFINE_bool("draw", True, "Write images with boxes.")
+    flags.DEFINE_bool("draw", True, "Write images and videos with boxes.")
     flags.DEFINE_bool("save_txt", False, "Write text files in YOLO's form.")
     flags.DEFINE_bool("save_crops", False, "Write each object as an image.")
     define_step_flag("best")
@@ -81,29 +98,97 @@ def main(argv: Sequence[str]) -> None:
     from dn_detr_jax.inference.predictor import predictor_of, read_run
     from dn_detr_jax.inference.tiles import TiledPredictor
 
-    paths = image_files.find_images(map(local_path, argv[1:]))
+    videos, others = _split(argv[1:])
+    if videos and FLAGS.annotations is not None:
+        raise DataError(f"{videos[0]}: --annotations is for images only")
+    paths = image_files.find_images(others)
     run = read_run(FLAGS.workdir, FLAGS.step)
-    if FLAGS.annotations is None:
-        files = image_files.number_images(paths)
-    else:
+    files: list[ImageFile] = []
+    if FLAGS.annotations is not None:
         files, run = image_files.match_annotations(paths, FLAGS.annotations, run)
+    elif paths:
+        files = image_files.number_images(paths)
     # A batch that is not full takes as long as a full one.
-    most = FLAGS.batch_size if FLAGS.tile else min(FLAGS.batch_size, len(files))
+    most = FLAGS.batch_size if FLAGS.tile or videos else min(FLAGS.batch_size, len(files))
     predictor = predictor_of(run, batch_size=most)
+    finder = TiledPredictor(predictor, FLAGS.tile, FLAGS.overlap) if FLAGS.tile else predictor
     threshold = run.threshold if FLAGS.threshold is None else FLAGS.threshold
     logger.info("detections with scores from %.3f", threshold)
-    failures = image_files.predict_files(
-        TiledPredictor(predictor, FLAGS.tile, FLAGS.overlap) if FLAGS.tile else predictor,
+    failures = []
+    if files:
+        failures += _predict_images(files, finder, threshold, run.config.data.exif)
+    if videos:
+        failures += _predict_videos(videos, finder, threshold)
+    if failures:
+        total = len(files) + len(videos)
+        raise DataError(f"{len(failures)} of {total} files can't be read, named above")
+
+
+def _split(arguments: Iterable[str]) -> tuple[list["Video"], list[Path]]:
+    """Divides the arguments into videos and cameras, each once, and other paths."""
+    from dn_detr_jax.inference.videos import camera_of, video_file
+
+    videos: dict[Video, None] = {}
+    others = []
+    for argument in arguments:
+        video = camera_of(argument)
+        if video is None:
+            path = local_path(argument)
+            video = video_file(path)
+        if video is None:
+            others.append(path)
+        else:
+            videos[video] = None
+    return list(videos), others
+
+
+def _predict_images(
+    files: Sequence["ImageFile"], finder: "Finder", threshold: float, exif: "Exif"
+) -> list[str]:
+    """Predicts for images and returns a message for each that can't be read."""
+    from dn_detr_jax.inference.image_files import predict_files
+
+    failures = predict_files(
+        finder,
         files,
         Path(FLAGS.out),
         threshold,
         draw=FLAGS.draw,
         save_txt=FLAGS.save_txt,
         save_crops=FLAGS.save_crops,
-        exif=run.config.data.exif,
+        exif=exif,
     )
+    _log_failures(failures)
+    print(f"Wrote the detections of {len(files) - len(failures)} images to {FLAGS.out}")
+    return failures
+
+
+def _predict_videos(videos: Sequence["Video"], finder: "Finder", threshold: float) -> list[str]:
+    """Predicts for videos and returns a message for each that can't be read.
+
+    Raises:
+      SystemExit: a signal ended the prediction for a video file.
+    """
+    from dn_detr_jax.inference.video_files import predict_videos
+
+    with stop.StopRequest() as request:
+        done = predict_videos(
+            finder,
+            videos,
+            Path(FLAGS.out),
+            threshold,
+            draw=FLAGS.draw,
+            save_txt=FLAGS.save_txt,
+            save_crops=FLAGS.save_crops,
+            stopped=lambda: request.received,
+        )
+    _log_failures(done.failures)
+    print(f"Wrote the detections of {done.frames} frames to {FLAGS.out}")
+    if done.interrupted:
+        sys.exit(stop.INTERRUPTED)
+    return done.failures
+
+
+def _log_failures(failures: Sequence[str]) -> None:
     for failure in failures:
         logger.error("can't be read: %s", failure)
-    print(f"Wrote the detections of {len(files) - len(failures)} images to {FLAGS.out}")
-    if failures:
-        raise DataError(f"{len(failures)} of {len(files)} files can't be read, named above")
