@@ -1,5 +1,6 @@
 """Exported detectors: run by jax alone in another process, against the predictor."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -66,7 +67,8 @@ def images():
 def exported_file(digits_run, tmp_path_factory):
     """For all platforms, on a machine that has one; two images at a time."""
     path = tmp_path_factory.mktemp("exported") / "new" / "detector.zip"
-    export(read_run(digits_run), path, platforms=("cpu", "cuda", "rocm", "tpu"), batch_size=2)
+    run = dataclasses.replace(read_run(digits_run), threshold=0.31)
+    export(run, path, platforms=("cpu", "cuda", "rocm", "tpu"), batch_size=2)
     return path
 
 
@@ -221,6 +223,17 @@ def test_files_that_are_no_exported_detectors(exported_file, tmp_path):
     assert "metadata.json" in _error_of(other)
     with pytest.raises(FileNotFoundError, match="none"):
         load_exported(tmp_path / "none.zip")
+
+
+def test_the_threshold_is_that_of_the_run(exported_file, detector, tmp_path):
+    """Catches a loader that refuses files of earlier versions, or takes any number."""
+    assert detector.threshold == 0.31
+    path = tmp_path / "other.zip"
+    _rewritten(exported_file, path, lambda metadata: metadata.pop("threshold"))
+    assert load_exported(path).threshold == 0.5
+    for wrong in (1.5, "0.5", float("nan")):
+        _rewritten(exported_file, path, lambda metadata, v=wrong: metadata.update(threshold=v))
+        assert "damaged one" in _error_of(path)
 
 
 def test_another_format_version_or_platform(exported_file, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The HTTP server of an exported detector: answers, limits, what it leaves behind, its page."""
 
 import base64
+import dataclasses
 import http.client
 import io
 import json
@@ -103,10 +104,19 @@ def form(fields):
 
 
 @pytest.fixture(scope="module")
-def artifact(digits_run, tmp_path_factory):
+def stored(predictor):
+    """The threshold of the artifact: between the scores of the first image that differ most."""
+    scores = predictor.predict(IMAGES[0], threshold=0.0).scores
+    place = int(np.argmax(-np.diff(scores)))
+    return float(scores[place : place + 2].mean())
+
+
+@pytest.fixture(scope="module")
+def artifact(digits_run, stored, tmp_path_factory):
     """An exported detector for four images at a time."""
     path = tmp_path_factory.mktemp("artifact") / "detector.zip"
-    export(read_run(digits_run), path, platforms=("cpu",), canvas=CANVAS, batch_size=4)
+    run = dataclasses.replace(read_run(digits_run), threshold=stored)
+    export(run, path, platforms=("cpu",), canvas=CANVAS, batch_size=4)
     return path
 
 
@@ -162,6 +172,19 @@ def test_parallel_requests_equal_the_predictor(server, predictor, detector, monk
         boxes[:, 2:] += boxes[:, :2]
         np.testing.assert_allclose(boxes, expected.boxes, atol=1e-3)
     assert sum(calls) == 20 and max(calls) == 4 and len(calls) < 15
+
+
+def test_requests_without_a_threshold_have_that_of_the_artifact(server, predictor, stored):
+    """Catches a default of the server's own."""
+    expected = predictor.predict(IMAGES[0], threshold=stored)
+    assert 0 < len(expected) < len(predictor.predict(IMAGES[0], threshold=0.0))
+    for status, found in (
+        server.post_json({"image": encoded(IMAGES[0])}),
+        server.post_form([("image", IMAGES[0])]),
+    ):
+        assert status == 200
+        assert [d["class"] for d in found["detections"]] == list(expected.class_names)
+    assert server.ask("GET", "/health")[2]["threshold"] == stored
 
 
 def test_health_and_a_data_url(server, detector):
@@ -295,7 +318,7 @@ def _drop(data, name="scene.png"):
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_chromium() is None, reason="no Chromium")
-def test_the_page_shows_the_detections_of_a_dropped_image(server, predictor, tmp_path):
+def test_the_page_shows_the_detections_of_a_dropped_image(server, predictor, stored, tmp_path):
     """Catches a page that needs the network, that its own policy blocks, or that draws nothing."""
     status, headers, page = server.ask("GET", "/")
     assert status == 200 and b"http" not in page.replace(b"http-equiv", b"")
@@ -304,6 +327,8 @@ def test_the_page_shows_the_detections_of_a_dropped_image(server, predictor, tmp
     with Browser(tmp_path / "profile") as browser:
         browser.open(f"http://127.0.0.1:{server.port}/")
         browser.wait_for("document.getElementById('served').textContent.startsWith('9 classes')")
+        start = float(browser.run("document.getElementById('value').textContent"))
+        assert start == pytest.approx(max(stored, 0.05), abs=0.0051)
         browser.run("document.getElementById('threshold').value = 0.1")
         browser.run(_drop(IMAGES[1]))
         browser.wait_for("!document.getElementById('table').hidden")
@@ -332,7 +357,7 @@ def test_the_page_shows_the_detections_of_a_dropped_image(server, predictor, tmp
 
 
 @pytest.mark.slow
-def test_the_command_serves_until_a_signal(artifact):
+def test_the_command_serves_until_a_signal(artifact, stored):
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": fast_jit.XLA_FLAGS}
     command = [sys.executable, "-m", "dn_detr_jax", "serve", f"--artifact={artifact}", "--port=0"]
     with subprocess.Popen(
@@ -341,6 +366,8 @@ def test_the_command_serves_until_a_signal(artifact):
         line = process.stdout.readline()
         assert line.startswith("Serving on http://127.0.0.1:"), process.stderr.read()
         port = int(line.rpartition(":")[2])
+        said = f"Lowest score: {stored:.3f}, if a request has no threshold\n"
+        assert process.stdout.readline() == said
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         connection.request("GET", "/health")
         assert json.loads(connection.getresponse().read())["status"] == "ok"

@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> None:
     images = batch_size or "any number"
     print(
         f"Wrote {FLAGS.out}, {size:.1f} MB: step {run.step}, {images} x {canvas[0]} x {canvas[1]}, "
-        f"{details}"
+        f"threshold {run.threshold:.3f}, {details}"
     )
 
 

@@ -11,6 +11,9 @@
 and answers {"height", "width", "detections": [{"class", "category_id", "score", "bbox": [left, top,
 width, height]}]}, boxes in pixels of the upright image. `GET /health` says what is served.
 
+A request without a threshold has that of the artifact: the one with the best F1 in the evaluation
+of its checkpoint, or 0.5.
+
 Images that arrive together are detected together, up to the artifact's batch size (`export
 --batch_size`). SIGTERM and Ctrl-C answer the requests under way and end.
 """

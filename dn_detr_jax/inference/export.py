@@ -69,6 +69,7 @@ def export(
         "canvas": [height, width],
         "batch_size": batch_size,
         "num_select": config.eval.num_select,
+        "threshold": run.threshold,
         "short_side": config.data.eval_short_side,
         "max_long_side": config.data.eval_max_long_side,
         "classes": [{"id": category.id, "name": category.name} for category in run.categories],

@@ -1,7 +1,8 @@
 """Writes a detector as ONNX, by jax2onnx, and compares it with the detector before it is kept.
 
 The file takes `images` uint8 [B, H, W, 3] and `sizes` int32 [B, 2] and returns `boxes`, `labels`
-and `scores`, as the detectors of `inference.exported` do. Its metadata has the classes.
+and `scores`, as the detectors of `inference.exported` do. Its metadata (`metadata_props`) has the
+classes, the step and the threshold, texts in JSON.
 """
 
 import contextlib
@@ -73,6 +74,7 @@ def export_onnx(
     converted = _convert(program, canvas, batch_size)
     classes = [{"id": category.id, "name": category.name} for category in run.categories]
     entries = {"classes": json.dumps(classes), "step": str(run.step)}
+    entries["threshold"] = repr(run.threshold)
     onnx.helper.set_model_props(converted, entries)
     with replace_atomically(path) as unfinished:
         onnx.save(converted, unfinished)

@@ -9,6 +9,7 @@ This file imports nothing of its package and may be copied. (`pip install jax fl
     height, width = pixels.shape[:2]
     boxes = found["boxes"][0] * [width, height, width, height]  # left, top, right, bottom
     names = [detector.classes[label]["name"] for label in found["labels"][0]]
+    likely = found["scores"][0] >= detector.threshold
 
 `prepare` resizes as the evaluation does. Another resize must give an image of
 `target_size(height, width)` by bilinear interpolation with a filter that widens when the image
@@ -117,6 +118,8 @@ def _metadata(path: str, archive: zipfile.ZipFile) -> dict[str, Any]:
         raise ValueError(f"{METADATA}: sizes {[*sizes, height, width]}, expected numbers above 0")
     if not all(isinstance(label["name"], str) for label in metadata["classes"]):
         raise ValueError(f"{METADATA}: classes without a name")
+    if not 0 <= metadata.get("threshold", 0.5) <= 1:
+        raise ValueError(f"{METADATA}: threshold {metadata['threshold']}, expected 0 to 1")
     str(metadata["versions"]["jax"])
     return metadata
 
@@ -171,6 +174,8 @@ class ExportedDetector:
         None: any number, and the program is compiled for each.
       num_select: K, detections per image.
       classes: {"id", "name"} of every label; the name of an unused label is "".
+      threshold: the score with the best F1 in the evaluation of the checkpoint, 0.5 without one: a
+        lowest score for those who need one. The detections have all scores.
       metadata: the above, platforms, versions and checkpoint.
     """
 
@@ -183,6 +188,9 @@ class ExportedDetector:
         self.batch_size: int | None = metadata["batch_size"]
         self.num_select: int = metadata["num_select"]
         self.classes: list[dict[str, Any]] = metadata["classes"]
+        self.threshold: float = metadata.get(
+            "threshold", 0.5
+        )  # files of earlier versions have none
         self._params = jax.device_put(params)
         self._program = jax.jit(exported.call)
 

@@ -61,8 +61,13 @@ class Question:
     threshold: float
 
 
-async def read_question(request: Request, limits: Limits) -> Question:
+async def read_question(request: Request, limits: Limits, threshold: float) -> Question:
     """Reads the body of a request.
+
+    Args:
+      request: of `/predict`.
+      limits: of the request.
+      threshold: lowest score, where the request has none.
 
     Raises:
       Refused: the body is too large, malformed or of another type.
@@ -72,8 +77,8 @@ async def read_question(request: Request, limits: Limits) -> Question:
         raise Refused(415, "expected application/json or multipart/form-data")
     body = await _read_body(request, limits.bytes)
     if kind == "application/json":
-        return _from_json(body)
-    return await _from_form(request, body)
+        return _from_json(body, threshold)
+    return await _from_form(request, body, threshold)
 
 
 async def _read_body(request: Request, limit: int) -> bytes:
@@ -89,7 +94,7 @@ async def _read_body(request: Request, limit: int) -> bytes:
     return bytes(body)
 
 
-def _from_json(body: bytes) -> Question:
+def _from_json(body: bytes, threshold: float) -> Question:
     try:
         fields = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -103,14 +108,14 @@ def _from_json(body: bytes) -> Question:
         image = base64.b64decode(encoded, validate=True)
     except ValueError:
         raise Refused(400, "image is not base64") from None
-    return Question(image, _threshold(fields.get("threshold", 0.5)))
+    return Question(image, _threshold(fields.get("threshold", threshold)))
 
 
 class _InMemory(MultiPartParser):
     spool_max_size = sys.maxsize  # larger files would be written to the disk
 
 
-async def _from_form(request: Request, body: bytes) -> Question:
+async def _from_form(request: Request, body: bytes, threshold: float) -> Question:
     async def parts() -> AsyncIterator[bytes]:
         yield body
         yield b""
@@ -124,7 +129,7 @@ async def _from_form(request: Request, body: bytes) -> Question:
     image = form.get("image")
     if not isinstance(image, UploadFile):
         raise Refused(400, "expected a form with the file image, and if you like threshold")
-    return Question(await image.read(), _threshold(form.get("threshold", 0.5)))
+    return Question(await image.read(), _threshold(form.get("threshold", threshold)))
 
 
 def _threshold(value: Any) -> float:

@@ -60,7 +60,7 @@ def make_app(detector: ExportedDetector, limits: Limits) -> Starlette:
         deadline = loop.time() + limits.seconds
         try:
             async with asyncio.timeout_at(deadline):
-                question = await read_question(request, limits)
+                question = await read_question(request, limits, detector.threshold)
         except TimeoutError:
             raise Refused(408, f"not received within {limits.seconds:g} seconds") from None
         try:
@@ -89,6 +89,7 @@ def make_app(detector: ExportedDetector, limits: Limits) -> Starlette:
                 "step": detector.metadata["step"],
                 "canvas": list(detector.canvas),
                 "batch_size": detector.batch_size,
+                "threshold": detector.threshold,
                 "classes": [c["name"] for c in detector.classes if c["name"]],
                 "platform": jax.default_backend(),
                 "waiting": batches.waiting,
@@ -189,5 +190,6 @@ def run_server(detector: ExportedDetector, host: str, port: int, limits: Limits)
         image, size = detector.prepare(np.zeros((8, 8, 3), np.uint8))
         detector(image[None], size[None])
         name = f"[{host}]" if ":" in host else host
-        print(f"Serving on http://{name}:{listener.getsockname()[1]}", flush=True)
+        print(f"Serving on http://{name}:{listener.getsockname()[1]}")
+        print(f"Lowest score: {detector.threshold:.3f}, if a request has no threshold", flush=True)
         make_server(detector, limits).run(sockets=[listener])
