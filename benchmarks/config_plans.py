@@ -201,9 +201,7 @@ def models_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def steps_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Makes the Markdown table of the training steps' plans, for one chip."""
-    titles = (
-        *("config", "chips", "memory, GiB", "operations", "memory traffic", "collectives", "sent"),
-    )
+    titles = (*("config", "chips", "memory, GiB", "operations", "accessed", "collectives", "sent"),)
     cells = []
     for row in rows:
         changed = [f"`{k}={v}`" for k, v in row["settings"].items() if k not in FROM_DATA]

@@ -49,7 +49,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
                 f"{record['devices']}",
                 memory_text(record["bytes_needed"]),
                 quantity(cost["flops"], "FLOP"),
-                quantity(cost["bytes_accessed"], "B"),
+                quantity(cost["main_memory"], "B"),
                 f"{sum(c['count'] for c in cost['collectives'])}",
                 quantity(cost["bytes_sent"], "B"),
                 f"{quantity(bound[bound['bound']], 's')} ({bound['bound']})",
@@ -68,7 +68,7 @@ def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
     devices = [record["devices"] for record in records]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     series = {
-        "memory traffic": [r["cost"]["bytes_accessed"] for r in records],
+        "memory traffic": [r["cost"]["main_memory"] for r in records],
         "memory needed": [r["bytes_needed"] for r in records],
         "sent to other devices": [r["cost"]["bytes_sent"] for r in records],
     }

@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from dn_detr_jax.errors import PreflightError
@@ -15,6 +17,7 @@ from dn_detr_jax.preflight.hlo import (
     parse_loops,
     total_bytes,
 )
+from dn_detr_jax.preflight.traffic import parse_traffic
 
 # Runs in a separate process with eight simulated devices. Prints the texts of compiled programs.
 _SCRIPT = """
@@ -148,6 +151,51 @@ def test_the_text_of_accelerators():
     assert parse_host_transfers(_ACCELERATOR) == (32, 20)
     assert parse_loops(_ACCELERATOR) == [3]
     assert count_rematerialized(_ACCELERATOR) == 1
+
+
+_PLACED = """HloModule jit_step, is_scheduled=true
+
+%fused (p.0: f32[8,4], p.1: f32[4,2]) -> f32[8,2] {
+  %p.0 = f32[8,4]{1,0:T(8,128)S(1)} parameter(0)
+  %p.1 = f32[4,2]{1,0:T(4,128)} parameter(1)
+  ROOT %dot.1 = f32[8,2]{1,0:T(8,128)} dot(%p.0, %p.1), metadata={op_name="jit(step)/inside"}
+}
+
+ENTRY %main (x: f32[64,4], k: f32[4,2]) -> f32[8,2] {
+  %x = f32[64,4]{1,0:T(8,128)} parameter(0)
+  %k = f32[4,2]{1,0:T(4,128)} parameter(1)
+  %slice-start = ((f32[64,4]{1,0:T(8,128)}), f32[8,4]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[0:8], [0:4]}
+  %slice-done = f32[8,4]{1,0:T(8,128)S(1)} slice-done(%slice-start)
+  %fusion.1 = f32[8,2]{1,0:T(8,128)S(1)} fusion(%slice-done, %k), kind=kOutput, calls=%fused, metadata={op_name="jit(step)/jvp(Detector)/dot_general"}
+  %fusion.2 = f32[8,2]{1,0:T(8,128)} fusion(%fusion.1), kind=kLoop, calls=%fused, metadata={op_name="jit(step)/add"}
+  %copy-start = (f32[8,2]{1,0:T(8,128)S(1)}, f32[8,2]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%fusion.2)
+  %copy-done = f32[8,2]{1,0:T(8,128)S(1)} copy-done(%copy-start)
+  ROOT %out = f32[8,2]{1,0:T(8,128)} fusion(%copy-done), kind=kLoop, calls=%fused, metadata={op_name="jit(step)/add"}
+}
+"""  # noqa: E501
+
+
+def test_traffic_is_what_crosses_the_boundary_of_the_chip():
+    """Catches copies counted twice, whole arrays for slices, and results that stay in the chip."""
+    add, product = parse_traffic(_PLACED)
+    # The second fusion writes 64 bytes, the copy reads them, the third fusion writes 64.
+    assert add == ("jit(step)/add", 3 * 64, 3)
+    # A slice of 8 x 4 is read for the first fusion, and the kernel of 4 x 2; its result stays.
+    assert product == ("jit(step)/jvp(Detector)/dot_general", 8 * 4 * 4 + 4 * 2 * 4, 2)
+
+
+def test_traffic_of_a_real_program():
+    """Catches operands or results that are left out, and rounds of a loop."""
+
+    def loop(x, k):
+        return jax.lax.fori_loop(0, 5, lambda _, x: jnp.tanh(x @ k), x)
+
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((300, 200), (200, 200))]
+    program = jax.jit(loop).lower(*shapes).compile().as_text()
+    size = 4 * (300 * 200 + 200 * 200 + 300 * 200)  # of one product
+    extra = 4 * 2 * 300 * 200  # the function after it, unless it is fused
+    total = sum(traffic.bytes for traffic in parse_traffic(program))
+    assert 5 * size <= total <= 5 * (size + extra) + 4 * size
 
 
 def test_text_that_is_no_program_is_refused():

@@ -88,6 +88,11 @@ def test_the_training_step_compiles_for_a_tpu_and_its_cost_is_told(tmp_path):
     assert cost["host"] == {"to_host": 2 * 6 * 3 * 4 + 2 * 3, "from_host": 2 * 3 * 4}
     least = record["roofline_seconds"]
     assert least["compute"] == cost["flops"] / 197e12 > 0
+    assert least["memory"] == cost["main_memory"] / 819e9
+    # Parameters and moments are read and written; the compiler counts the chip's own memory too.
+    assert 2 * state < cost["main_memory"] < cost["bytes_accessed"]
+    sizes = [each["bytes"] for each in cost["traffic"]]
+    assert len(sizes) == 10 and sizes == sorted(sizes, reverse=True)
     assert least["bound"] in ("compute", "memory", "collectives")
     for words in (
         "4 x TPU v5e",
@@ -263,7 +268,17 @@ def _run_of(needed, steps, seconds, total):
     chip = Chip("toy", 10.0, 1.0, 1.0, 1.0)
     canvases = []
     for each, time in zip(needed, seconds, strict=True):
-        cost = time and Cost(0, 0, 0, 0, time, 0.5 * time, [], HostTransfer(0, 0), 0, [])
+        cost = time and Cost(
+            *(0, 0, 0, 0),
+            flops=time,
+            bytes_accessed=9 * time,
+            main_memory=time / 2,
+            traffic=[],
+            collectives=[],
+            host=HostTransfer(0, 0),
+            rematerialized=0,
+            loops=[],
+        )
         config = base_config()
         config.train.batch_size = 6
         fixed = {"chip": chip, "usable": 10.0, "num_parameters": 1, "fixed": 1, "seconds": 1.0}

@@ -19,6 +19,9 @@ from dn_detr_jax.preflight.hlo import (
     parse_host_transfers,
     parse_loops,
 )
+from dn_detr_jax.preflight.traffic import Traffic, parse_traffic
+
+LARGEST = 10  # operations that are kept
 
 
 class Roofline(NamedTuple):
@@ -49,12 +52,15 @@ class Cost:
       temporaries: bytes, at their peak.
       code: bytes of the program.
       flops: operations, as the compiler counts them; 0: it does not.
-      bytes_accessed: by all operations, likewise. The compiler for GPUs counts neither.
+      bytes_accessed: by all operations, likewise, also those within the chip's own memory. The
+        compiler for GPUs counts neither.
+      main_memory: bytes that cross the boundary of the chip, by the text of the program.
+      traffic: of that, the operations with the most.
       collectives: between devices.
       host: bytes that the callback moves.
       rematerialized: instructions that the compiler computes twice to save memory.
       loops: number of rounds of each loop, None if unknown; `flops` and `bytes_accessed` count
-        one round of each.
+        one round of each, `main_memory` and `traffic` all of them.
     """
 
     arguments: int
@@ -63,6 +69,8 @@ class Cost:
     code: int
     flops: float
     bytes_accessed: float
+    main_memory: int
+    traffic: list[Traffic]
     collectives: list[Collective]
     host: HostTransfer
     rematerialized: int
@@ -79,6 +87,7 @@ class Cost:
         if memory is None or text is None:
             raise PreflightError("the compiler reports neither memory nor program")
         counted = compiled.cost_analysis() or {}
+        traffic = parse_traffic(text)
         return cls(
             arguments=memory.argument_size_in_bytes,
             outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
@@ -86,6 +95,8 @@ class Cost:
             code=memory.generated_code_size_in_bytes,
             flops=counted.get("flops", 0.0),
             bytes_accessed=counted.get("bytes accessed", 0.0),
+            main_memory=sum(each.bytes for each in traffic),
+            traffic=traffic[:LARGEST],
             collectives=parse_collectives(text, num_devices),
             host=parse_host_transfers(text),
             rematerialized=count_rematerialized(text),
@@ -106,6 +117,6 @@ class Cost:
         """Returns the least time on a chip."""
         return Roofline(
             self.flops / chip.peak_flops,
-            self.bytes_accessed / chip.memory_bandwidth,
+            self.main_memory / chip.memory_bandwidth,
             self.bytes_sent / chip.interconnect,
         )

@@ -34,6 +34,7 @@ _CALLED = re.compile(
     r"\b(?:calls|body|condition|to_apply|called_computations|branch_computations"
     r"|true_computation|false_computation)=(\{[^}]*\}|%?[\w.-]+)"
 )
+CONTROL = "while", "conditional", "call"  # run the instructions of other computations
 _TRIP_COUNT = re.compile(r'known_trip_count[^\d]*"?n"?[^\d]*(\d+)')
 
 
@@ -75,7 +76,9 @@ class HostTransfer(NamedTuple):
     from_host: int
 
 
-class _Instruction(NamedTuple):
+class Instruction(NamedTuple):
+    """An instruction: the type of its result as the text has it, and its whole line."""
+
     name: str
     type: str
     operation: str
@@ -89,8 +92,8 @@ def parse_collectives(program: str, num_devices: int) -> list[Collective]:
       program: `Compiled.as_text()`.
       num_devices: number of devices of the program.
     """
-    computations, entry = _split(program)
-    runs = _runs(computations, entry)
+    computations, entry = split(program)
+    runs = count_runs(computations, entry)
     found: list[Collective] = []
     seen: set[str] = set()
     for name, instructions in computations.items():
@@ -110,13 +113,13 @@ def parse_collectives(program: str, num_devices: int) -> list[Collective]:
 def parse_host_transfers(program: str) -> HostTransfer:
     """Returns the bytes that callbacks send to the host and get back."""
     sizes = {"send": 0, "recv": 0}
-    computations, entry = _split(program)
-    runs = _runs(computations, entry)
+    computations, entry = split(program)
+    runs = count_runs(computations, entry)
     for name, instructions in computations.items():
         for instruction in instructions:
             if instruction.operation in sizes and "is_host_transfer=true" in instruction.line:
                 # The value comes first; flags and tokens follow.
-                sizes[instruction.operation] += runs[name] * _bytes(_shapes(instruction.type)[:1])
+                sizes[instruction.operation] += runs[name] * bytes_of(_shapes(instruction.type)[:1])
     return HostTransfer(sizes["send"], sizes["recv"])
 
 
@@ -131,8 +134,8 @@ def parse_loops(program: str) -> list[int | None]:
     Compilers count the operations and bytes of one round; `parse_collectives` counts the
     collectives of all rounds.
     """
-    computations, entry = _split(program)
-    runs = _runs(computations, entry)
+    computations, entry = split(program)
+    runs = count_runs(computations, entry)
     every = (i for name, instructions in computations.items() if runs[name] for i in instructions)
     return [_trip_count(i.line, computations) for i in every if i.operation == "while"]
 
@@ -142,24 +145,29 @@ def total_bytes(collectives: Iterable[Collective]) -> int:
     return sum(collective.bytes * collective.count for collective in collectives)
 
 
-def _split(program: str) -> tuple[dict[str, list[_Instruction]], str]:
+def split(program: str) -> tuple[dict[str, list[Instruction]], str]:
     """Returns the instructions of each computation by its name, and the name of the entry."""
-    computations: dict[str, list[_Instruction]] = {}
-    current: list[_Instruction] = []
+    computations: dict[str, list[Instruction]] = {}
+    current: list[Instruction] = []
     entry = ""
     for line in program.splitlines():
         if header := _HEADER.match(line):
             current = computations.setdefault(header[2], [])
             entry = header[2] if header[1] else entry
         elif instruction := _INSTRUCTION.match(line):
-            current.append(_Instruction(instruction[1], instruction[2], instruction[3], line))
+            current.append(Instruction(instruction[1], instruction[2], instruction[3], line))
     if not entry:
         raise PreflightError("not the text of an HLO module: it has no ENTRY")
     return computations, entry
 
 
-def _runs(computations: dict[str, list[_Instruction]], entry: str) -> dict[str, int]:
-    """Returns how often each computation runs in one execution of the program."""
+def count_runs(
+    computations: dict[str, list[Instruction]], entry: str, fused: bool = True
+) -> dict[str, int]:
+    """Returns how often each computation runs in one execution of the program.
+
+    Without `fused`, only those that run instruction by instruction do.
+    """
     runs = dict.fromkeys(computations, 0)
 
     def run(name: str, times: int) -> None:
@@ -168,7 +176,8 @@ def _runs(computations: dict[str, list[_Instruction]], entry: str) -> dict[str, 
             inner = times
             if instruction.operation == "while":
                 inner = times * (_trip_count(instruction.line, computations) or 1)
-            for called in _called(instruction.line):
+            follow = fused or instruction.operation in CONTROL
+            for called in _called(instruction.line) if follow else ():
                 if called in computations:
                     run(called, inner)
 
@@ -176,7 +185,7 @@ def _runs(computations: dict[str, list[_Instruction]], entry: str) -> dict[str, 
     return runs
 
 
-def _trip_count(line: str, computations: dict[str, list[_Instruction]]) -> int | None:
+def _trip_count(line: str, computations: dict[str, list[Instruction]]) -> int | None:
     """Returns the rounds of a while loop: the compiler's note, or the bound of a loop of jax.
 
     `jax.lax.scan` and `fori_loop` count from 0 in steps of 1 while the counter is below a constant.
@@ -201,16 +210,16 @@ def _called(line: str) -> Iterator[str]:
             yield name.strip().lstrip("%")
 
 
-def _collective(instruction: _Instruction, num_devices: int, runs: int) -> Collective | None:
+def _collective(instruction: Instruction, num_devices: int, runs: int) -> Collective | None:
     started = instruction.operation.endswith("-start")
     kind = instruction.operation.removesuffix("-start")
     if kind not in KINDS:
         return None
     group = _group(instruction.line, num_devices)
     # The asynchronous forms return (operands, results, ...), the all-reduce only its results.
-    tuple_of = _elements(instruction.type) if started and kind != "all-reduce" else []
+    tuple_of = elements(instruction.type) if started and kind != "all-reduce" else []
     shapes = _shapes(tuple_of[1] if len(tuple_of) > 1 else instruction.type)
-    size = _bytes(shapes) * (group if kind == "reduce-scatter" else 1)
+    size = bytes_of(shapes) * (group if kind == "reduce-scatter" else 1)
     named = tuple(f"{dtype}[{dimensions}]" for dtype, dimensions in shapes)
     where = re.search(r'op_name="([^"]*)"', instruction.line)
     return Collective(kind, named, size, group, runs, where[1] if where else "")
@@ -220,7 +229,7 @@ def _shapes(text: str) -> list[tuple[str, str]]:
     return [shape for shape in _SHAPE.findall(text) if shape[0] != "token"]
 
 
-def _elements(text: str) -> list[str]:
+def elements(text: str) -> list[str]:
     """Splits a tuple type into its elements, which may be tuples."""
     elements, depth, start = [], 0, 1
     for i, character in enumerate(text):
@@ -231,7 +240,8 @@ def _elements(text: str) -> list[str]:
     return elements
 
 
-def _bytes(shapes: Iterable[tuple[str, str]]) -> int:
+def bytes_of(shapes: Iterable[tuple[str, str]]) -> int:
+    """Returns the bytes of arrays, pairs of dtype and dimensions such as ("f32", "4,2")."""
     total = 0
     for dtype, dimensions in shapes:
         size = _bits(dtype)

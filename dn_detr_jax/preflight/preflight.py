@@ -99,6 +99,7 @@ class Preflight(NamedTuple):
             cost = dataclasses.asdict(self.cost)
             cost["collectives"] = [c._asdict() for c in self.cost.collectives]
             cost["host"] = self.cost.host._asdict()
+            cost["traffic"] = [t._asdict() for t in self.cost.traffic]
             record["cost"] = cost | {"bytes_sent": self.cost.bytes_sent}
         if self.cost and self.chip:
             bound = self.cost.roofline(self.chip)

@@ -65,8 +65,6 @@ def run_table(run: WholeRun) -> str:
             ("at least", f"{run.hours:.1f} hours for the training"),
             ("", "bounds from peak figures, not measured; without evaluation and the matching"),
         ]
-        if any(result.cost and not result.cost.bytes_accessed for result in run.canvases):
-            rows.append(("", "and without memory traffic, which is not counted for GPUs"))
     total = sum(result.seconds for result in run.canvases)
     rows.append(("compiled", f"in {total:.0f} s by {_compiler()}"))
     return _lines(rows)
@@ -103,16 +101,18 @@ def _memory_rows(result: Preflight) -> list[tuple[str, str]]:
 def _cost_rows(cost: Cost) -> list[tuple[str, str]]:
     rows = [
         ("operations", f"{quantity(cost.flops, 'FLOP')} per device"),
-        (
-            "memory traffic",
-            f"{quantity(cost.bytes_accessed, 'B')} per device"
-            if cost.bytes_accessed
-            else "not counted by the compiler for GPUs",
+        ("memory traffic", f"{quantity(cost.main_memory, 'B')} per device"),
+        *(
+            (f"  {quantity(each.bytes, 'B')}", short_name(each.where) or "added by the compiler")
+            for each in cost.traffic
         ),
     ]
+    if cost.bytes_accessed:
+        text = f"{quantity(cost.bytes_accessed, 'B')}, within the chip too"
+        rows.append(("accessed in all", text))
     rounds = ["?" if n is None else str(n) for n in cost.loops if n != 1]
     if rounds:
-        text = f"both too low: of each loop one round is counted, of {', '.join(rounds)}"
+        text = f"operations and accesses too low: one round is counted of {', '.join(rounds)}"
         rows.append(("", text))
     rows.append(("sent to devices", f"{quantity(cost.bytes_sent, 'B')} per device"))
     for kind in sorted({c.kind for c in cost.collectives}):
@@ -130,16 +130,29 @@ def _roofline_rows(result: Preflight, bound: Roofline) -> list[tuple[str, str]]:
     rate = result.config.train.batch_size / bound.seconds
     return [
         ("least time per step", f"{quantity(bound.seconds, 's')}, bound by {bound.bound}"),
-        *(
-            (f"  {name}", quantity(seconds, "s"))
-            for name, seconds in bound._asdict().items()
-            if seconds or name != "memory"
-        ),
+        *((f"  {name}", quantity(getattr(bound, name), "s")) for name in bound._fields),
         (
             "at most",
             f"{rate:,.0f} images per second on all devices; without the matching on the host",
         ),
     ]
+
+
+def short_name(where: str) -> str:
+    """Shortens jax's name of an operation: the pass, and its last parts.
+
+    Examples:
+      >>> short_name("jit(packed)/transpose(jvp(Detector))/encoder/layer0/dot_general")
+      'backward: encoder/layer0/dot_general'
+      >>> short_name("jit(packed)/jvp(Detector)/backbone/stem_conv/conv_general_dilated")
+      'forward: backbone/stem_conv/conv_general_dilated'
+      >>> short_name("jit(packed)/cond/branch_0_fun/reduce_sum")
+      'cond/branch_0_fun/reduce_sum'
+    """
+    for mark, name in (("transpose(jvp(Detector))/", "backward"), ("jvp(Detector)/", "forward")):
+        if mark in where:
+            return f"{name}: {where.split(mark, 1)[1]}"
+    return where.split("/", 1)[-1]
 
 
 def memory_text(size: float) -> str:
