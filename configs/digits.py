@@ -1,9 +1,9 @@
-"""DN-DETR on scenes of handwritten digits: learns from scratch on two CPU cores within minutes.
+"""DN-DAB-DETR on scenes of handwritten digits: learns from scratch on a CPU within minutes.
 
-    python train.py --config configs/digits.py --workdir runs/digits
+    python train.py --config configs/digits.py --workdir runs/dab
 
-Two CPU cores: 14 minutes with installation and data. AP 0.58 and 0.62, AP50 0.80 and 0.85 on unseen
-digits, in two runs with other random choices.
+AP 0.61 to 0.63 on unseen digits in three runs; `digits_deformable.py` learns faster, and
+`docs/models.md` compares the two.
 
 What differs from the published settings, and why, for a training of a few minutes:
 

@@ -224,7 +224,8 @@ def _finish(run: "_Run", shapes: PyTree) -> Evaluation | None:
         evaluation = run.last_evaluation[1]
     average = run.checkpoints.has_average(step)
     report.print_result(evaluation, run.checkpoints.directory / str(step), average)
-    report.save_run_figures(run.setup, run.programs.detect, params, run.checkpoints.workdir)
+    workdir = run.checkpoints.workdir
+    report.save_run_figures(run.setup, run.programs.detect, params, workdir, evaluation)
     return evaluation
 
 

@@ -67,7 +67,7 @@ def evaluate(config: ConfigDict, workdir: Path, step: str | int = "best") -> Eva
     print_result(evaluation, workdir / "checkpoints" / str(found.step), found.is_average)
     with _optional("the evaluation is not recorded"):
         _write_record(workdir, setup.config, found, evaluation)
-    _save_evaluation_figures(setup, detect, found, workdir)
+    _save_evaluation_figures(setup, detect, found, workdir, evaluation)
     return evaluation
 
 
@@ -87,7 +87,13 @@ def print_result(evaluation: Evaluation | None, checkpoint: Path, average: bool)
         print(f"checkpoint  {checkpoint}", flush=True)
 
 
-def save_run_figures(setup: Setup, detect: Callable, params: PyTree, workdir: Path) -> None:
+def save_run_figures(
+    setup: Setup,
+    detect: Callable,
+    params: PyTree,
+    workdir: Path,
+    evaluation: Evaluation | None = None,
+) -> None:
     """Draws detections, denoising and curves of a training into its work directory.
 
     All processes take part in the detection; the first one draws. Figures that can't be drawn or
@@ -98,13 +104,14 @@ def save_run_figures(setup: Setup, detect: Callable, params: PyTree, workdir: Pa
       detect: `Programs.detect`.
       params: to detect with.
       workdir: of the training.
+      evaluation: of these parameters, for the lowest score that is drawn; None: that is 0.5.
     """
     if not setup.config.eval.pictures:
         _print_folder(None)
         return
     folder = Path(workdir) / "pictures"
     with _optional("the figures are not complete"):
-        drawn = _detections(setup, detect, params)
+        drawn = _detections(setup, detect, params, evaluation)
         if jax.process_index() != 0:
             return
         if setup.config.dn.groups:
@@ -118,14 +125,14 @@ def save_run_figures(setup: Setup, detect: Callable, params: PyTree, workdir: Pa
 
 
 def _save_evaluation_figures(
-    setup: Setup, detect: Callable, found: RestoredParams, workdir: Path
+    setup: Setup, detect: Callable, found: RestoredParams, workdir: Path, evaluation: Evaluation
 ) -> None:
     if not setup.config.eval.pictures:
         _print_folder(None)
         return
     folder = workdir / "evaluations" / f"step_{found.step}"
     with _optional("the figures are not complete"):
-        drawn = _detections(setup, detect, found.params)
+        drawn = _detections(setup, detect, found.params, evaluation)
         if jax.process_index() != 0:
             return
         figures.save(drawn | _curves(workdir), folder)
@@ -174,14 +181,21 @@ def _write_record(
     write_json_atomically(workdir / "evaluations" / f"step_{found.step}.json", record)
 
 
-def _detections(setup: Setup, detect: Callable, params: PyTree) -> dict[str, np.ndarray]:
-    """Draws detections; {} on all processes but the first, and without validation data."""
+def _detections(
+    setup: Setup, detect: Callable, params: PyTree, evaluation: Evaluation | None
+) -> dict[str, np.ndarray]:
+    """Draws detections; {} on all processes but the first, and without validation data.
+
+    Those with scores from the threshold with the best F1 on are drawn, as by `predict`.
+    """
     if setup.validation is None:
         return {}
     shown = figures.detected(params, detect, setup.validation, setup.config, setup.mesh)
     if jax.process_index() != 0:
         return {}
-    return {"detections": render_detections(shown, setup.class_names)}
+    best = evaluation.metrics.get("threshold", math.nan) if evaluation else math.nan
+    lowest = best if math.isfinite(best) else 0.5
+    return {"detections": render_detections(shown, setup.class_names, lowest)}
 
 
 def denoising_figures(config: ConfigDict) -> dict[str, np.ndarray]:
