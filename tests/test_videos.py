@@ -234,7 +234,8 @@ def test_arguments_are_divided(tmp_path):
     (tmp_path / "folder.mp4").mkdir()
     (tmp_path / "A.MP4").write_bytes(b"")
     names = ["a.jpg", "A.MP4", "folder.mp4", "A.MP4"]
-    found, others = predict._split(["camera:0", *(str(tmp_path / name) for name in names)])
+    arguments = ["camera:0", *(str(tmp_path / name) for name in names)]
+    found, others = predict._split(arguments, allow_urls=False)
     assert found == [Video(0), Video(tmp_path / "A.MP4")]
     assert others == [tmp_path / "a.jpg", tmp_path / "folder.mp4"]
     with pytest.raises(DataError, match=r"none\.mkv: there is no such file"):

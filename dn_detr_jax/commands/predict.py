@@ -27,6 +27,9 @@ several tiles see are merged: for objects that are small beside their image.
 The lowest score is that with the best F1 in the evaluation of the checkpoint during its training,
 or 0.5 without one; `--threshold` names another.
 
+With `--allow_urls` arguments may be URLs of images, http or https, of at most 20 MiB and 50 million
+pixels. An answer may take 30 seconds.
+
 A camera is predicted for until Ctrl-C or SIGTERM. They also end the prediction for a video file,
 and what was written is kept.
 
@@ -57,6 +60,7 @@ if TYPE_CHECKING:
     from dn_detr_jax.inference.image_files import ImageFile
     from dn_detr_jax.inference.predictor import Predictor
     from dn_detr_jax.inference.tiles import TiledPredictor
+    from dn_detr_jax.inference.urls import Url
     from dn_detr_jax.inference.videos import Video
 
     Finder = Predictor | TiledPredictor
@@ -84,6 +88,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("batch_size", 8, "Images or frames at a time.", lower_bound=1)
     flags.DEFINE_integer("tile", 0, "Side of tiles in pixels; 0: whole images.", lower_bound=0)
     flags.DEFINE_float("overlap", 0.2, "Share of a tile's side.", lower_bound=0.0, upper_bound=0.9)
+    flags.DEFINE_bool("allow_urls", False, "Fetch images of http and https.")
     flags.DEFINE_bool("draw", True, "Write images and videos with boxes.")
     flags.DEFINE_bool("save_txt", False, "Write text files in YOLO's form.")
     flags.DEFINE_bool("save_crops", False, "Write each object as an image.")
@@ -98,7 +103,7 @@ def main(argv: Sequence[str]) -> None:
     from dn_detr_jax.inference.predictor import predictor_of, read_run
     from dn_detr_jax.inference.tiles import TiledPredictor
 
-    videos, others = _split(argv[1:])
+    videos, others = _split(argv[1:], FLAGS.allow_urls)
     if videos and FLAGS.annotations is not None:
         raise DataError(f"{videos[0]}: --annotations is for images only")
     paths = image_files.find_images(others)
@@ -124,13 +129,19 @@ def main(argv: Sequence[str]) -> None:
         raise DataError(f"{len(failures)} of {total} files can't be read, named above")
 
 
-def _split(arguments: Iterable[str]) -> tuple[list["Video"], list[Path]]:
-    """Divides the arguments into videos and cameras, each once, and other paths."""
+def _split(arguments: Iterable[str], allow_urls: bool) -> tuple[list["Video"], list["Path | Url"]]:
+    """Divides the arguments into videos and cameras, each once, and other paths and URLs."""
+    from dn_detr_jax.inference.urls import Url, is_url
     from dn_detr_jax.inference.videos import camera_of, video_file
 
     videos: dict[Video, None] = {}
-    others = []
+    others: list[Path | Url] = []
     for argument in arguments:
+        if is_url(argument):
+            if not allow_urls:
+                raise DataError(f"{argument}: a URL is fetched only with --allow_urls")
+            others.append(Url(argument))
+            continue
         video = camera_of(argument)
         if video is None:
             path = local_path(argument)

@@ -1,4 +1,4 @@
-"""Predictions for image files: ids and sizes by file name, COCO results as JSON, drawn images."""
+"""Predictions for image files and URLs: ids by file name, COCO results as JSON, drawn images."""
 
 import dataclasses
 import io
@@ -17,12 +17,21 @@ from dn_detr_jax.checkpoints.categories import match_labels, matched_categories
 from dn_detr_jax.data import coco
 from dn_detr_jax.data.annotations import Annotations, label_categories
 from dn_detr_jax.data.findings import Findings
-from dn_detr_jax.data.images import SUFFIXES, Exif, PixelRange, decode, read_header, size_of_boxes
+from dn_detr_jax.data.images import (
+    SUFFIXES,
+    Exif,
+    PixelRange,
+    decode,
+    decode_upright,
+    read_header,
+    size_of_boxes,
+)
 from dn_detr_jax.errors import DataError
 from dn_detr_jax.files import write_text_atomically
 from dn_detr_jax.inference.other_outputs import save_cropped, write_class_names, write_yolo
-from dn_detr_jax.inference.predictor import Predictor, Run, read_image
+from dn_detr_jax.inference.predictor import Predictor, Run
 from dn_detr_jax.inference.tiles import TiledPredictor
+from dn_detr_jax.inference.urls import Url
 from dn_detr_jax.visualize.boxes import draw_detections
 from dn_detr_jax.visualize.save import save_jpeg
 
@@ -36,33 +45,34 @@ class ImageFile:
     """A file to predict for.
 
     Attributes:
-      path: of the file.
+      path: of the file, or its address.
       image_id: in the results.
       size: annotated height and width, None if there is no annotation.
     """
 
-    path: Path
+    path: Path | Url
     image_id: int
     size: tuple[int, int] | None = None
 
 
-def find_images(arguments: Iterable[str | os.PathLike]) -> list[Path]:
+def find_images(arguments: Iterable[str | os.PathLike | Url]) -> list[Path | Url]:
     """Finds the files that are named, and the images in the folders that are named, each once.
 
     A folder's images are recognized by their suffix, in any case. The log names its other files and
-    its subfolders, except for the `._` files of macOS.
+    its subfolders, except for the `._` files of macOS. URLs are not looked at.
 
     Raises:
       DataError: a missing file or folder, or a folder without images.
     """
-    found: dict[Path, None] = {}
-    for argument in map(Path, arguments):
-        if argument.is_dir():
-            found |= dict.fromkeys(_images_in(argument))
-        elif argument.exists():
-            found[argument] = None
+    found: dict[Path | Url, None] = {}
+    for argument in arguments:
+        path = argument if isinstance(argument, Url) else Path(argument)
+        if isinstance(path, Path) and path.is_dir():
+            found |= dict.fromkeys(_images_in(path))
+        elif isinstance(path, Url) or path.exists():
+            found[path] = None
         else:
-            raise DataError(f"{argument}: there is no such file or folder")
+            raise DataError(f"{path}: there is no such file or folder")
     return list(found)
 
 
@@ -84,7 +94,7 @@ def _images_in(folder: Path) -> list[Path]:
     return images
 
 
-def number_images(paths: Sequence[Path]) -> list[ImageFile]:
+def number_images(paths: Sequence[Path | Url]) -> list[ImageFile]:
     """Gives every file an image id: the number in its name, or its position.
 
     The names' numbers are used if every name is a number and no two are equal.
@@ -110,7 +120,7 @@ def number_images(paths: Sequence[Path]) -> list[ImageFile]:
 
 
 def match_annotations(
-    paths: Sequence[Path], annotations: str | os.PathLike, run: Run
+    paths: Sequence[Path | Url], annotations: str | os.PathLike, run: Run
 ) -> tuple[list[ImageFile], Run]:
     """Takes image ids, sizes and category ids from a COCO annotation file.
 
@@ -148,15 +158,18 @@ def match_annotations(
     return files, dataclasses.replace(run, categories=categories)
 
 
-def _match_images(paths: Sequence[Path], table: Annotations, annotations: Path) -> list[ImageFile]:
-    positions = match_file_names(paths, table.file_names)
+def _match_images(
+    paths: Sequence[Path | Url], table: Annotations, annotations: Path
+) -> list[ImageFile]:
+    local = [path.path if isinstance(path, Url) else path for path in paths]
+    positions = match_file_names(local, table.file_names)
     missing = [str(path) for path, found in zip(paths, positions, strict=True) if not found]
     if missing:
         raise DataError(
             f"{annotations}: {len(missing)} of {len(paths)} images are not in it: "
             f"{_listed(missing)}"
         )
-    taken: dict[int, Path] = {}
+    taken: dict[int, Path | Url] = {}
     files = []
     for path, found in zip(paths, positions, strict=True):
         position = found[0]
@@ -283,10 +296,10 @@ def predict_files(
 
 
 def _read(file: ImageFile, exif: Exif, pixel_range: PixelRange) -> np.ndarray:
-    if file.size is None:
-        return read_image(file.path, pixel_range)
     data = file.path.read_bytes()
     try:
+        if file.size is None:
+            return decode_upright(data, pixel_range)
         header = read_header(io.BytesIO(data))
         return decode(data, size_of_boxes(header, file.size, exif), exif, pixel_range)
     except DataError as error:
