@@ -184,6 +184,20 @@ def test_traffic_is_what_crosses_the_boundary_of_the_chip():
     assert product == ("jit(step)/jvp(Detector)/dot_general", 8 * 4 * 4 + 4 * 2 * 4, 2)
 
 
+def test_a_workspace_is_no_traffic():
+    """Catches megabytes that a library reserves for every small product on a GPU."""
+    program = """HloModule jit_step
+
+ENTRY %main (a: f32[8,4], b: f32[4,2]) -> f32[8,2] {
+  %a = f32[8,4]{1,0} parameter(0)
+  %b = f32[4,2]{1,0} parameter(1)
+  %product = (f32[8,2]{1,0}, s8[8388608]{0}) custom-call(%a, %b), custom_call_target="__cublas$gemm"
+  ROOT %first = f32[8,2]{1,0} get-tuple-element(%product), index=0
+}
+"""
+    assert [traffic.bytes for traffic in parse_traffic(program)] == [4 * (32 + 8 + 16)]
+
+
 def test_traffic_of_a_real_program():
     """Catches operands or results that are left out, and rounds of a loop."""
 

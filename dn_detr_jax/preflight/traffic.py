@@ -18,6 +18,8 @@ from dn_detr_jax.preflight import hlo
 _TYPE = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
 _NAME = re.compile(r'op_name="([^"]*)"')
 _OPERAND = re.compile(r"%([\w.-]+)")
+# The last result of cuBLAS and cuDNN, of which they use what they need.
+_WORKSPACE = re.compile(r", (?:/\*[^*]*\*/)?s8\[\d+\](?:\{[^}]*\})?\)$")
 _COPIES = "copy-start", "slice-start", "async-start"
 # What moves no data, and the second halves of asynchronous operations.
 _WITHOUT = {
@@ -90,8 +92,11 @@ def _traffic(instructions: Sequence[hlo.Instruction]) -> Iterable[tuple[str, int
             producer = names.get(read[0], "") if read else ""
             yield user_of(instruction.name) or producer, sides * _size(target)
         else:
+            result = instruction.type
+            if instruction.operation == "custom-call":
+                result = _WORKSPACE.sub(")", result)
             size = sum(_in_memory(types.get(operand, "")) for operand in read)
-            yield names.get(instruction.name, ""), size + _in_memory(instruction.type)
+            yield names.get(instruction.name, ""), size + _in_memory(result)
 
 
 def _operands(instruction: hlo.Instruction) -> list[str]:
