@@ -2,7 +2,7 @@
 # starts within seconds. ARGS adds arguments: make train ARGS="--config.dn.groups=0"
 
 VENV ?= .venv
-CONFIG ?= configs/digits_deformable.py
+CONFIG ?= configs/digits_quick.py
 WORKDIR ?= runs/digits
 ARGS ?=
 TREES = data/trees

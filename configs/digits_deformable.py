@@ -1,14 +1,13 @@
-"""DN-Deformable-DETR on scenes of handwritten digits: learns from scratch within minutes on a CPU.
+"""DN-Deformable-DETR on scenes of handwritten digits, a small detector from scratch.
 
-    python train.py --config configs/digits_deformable.py --workdir runs/digits
+    python train.py --config configs/digits_deformable.py --workdir runs/digits_deformable
 
-This is what `make train` trains. Data and losses are those of `digits.py`, so that the two can be
-compared; the steps are fewer than half. Here an encoder layer works on strides 4, 8 and 16, and
-each decoder layer has its own heads. `docs/digits.md` has AP and duration, `docs/models.md` the
-curves of both configs.
+Data and losses are those of `digits.py`, so that the two can be compared; the schedule is half as
+long. Here an encoder of two layers works on strides 4, 8 and 16, and each decoder layer has its own
+heads. AP 0.63 to 0.65 on unseen digits in three runs of 1,500 steps, and 0.76 in one run of 3,000;
+`docs/models.md` has the curves.
 
-To vary: `--config.dn.groups=0` (DAB-Deformable-DETR), `--config.model.encoder_layers=2`,
-`--config.train.duration="4 epochs"`.
+To vary: `--config.dn.groups=0` (DAB-Deformable-DETR), `--config.train.duration="4 epochs"`.
 """
 
 from dn_detr_jax.config import base_config, load_config
@@ -19,13 +18,13 @@ def get_config():
     plain, config = load_config("digits"), base_config("dn_deformable_detr")
     for section in ("data", "dn", "loss", "optimizer", "train", "eval"):
         config[section] = plain[section]
-    config.train.duration = "1.8 epochs"
+    config.train.duration = "2 epochs"
     config.model.update(
         num_classes=10,
         hidden_dim=96,
         num_heads=4,
         ffn_dim=192,
-        encoder_layers=1,
+        encoder_layers=2,
         decoder_layers=3,
         num_queries=20,
         backbone_levels=2,

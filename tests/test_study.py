@@ -119,7 +119,7 @@ def test_a_training_is_kept_and_not_repeated(tmp_path, monkeypatch):
 @pytest.mark.parametrize("row", [*study.ROWS, *study.FAMILY, *study.CONFIGS])
 def test_every_row_is_a_right_config(row):
     """Catches a misspelled key hours into a study; `update` refuses unknown keys."""
-    config = load_config((study.FAMILY | study.CONFIGS).get(row, ("digits_deformable", {}))[0])
+    config = load_config((study.FAMILY | study.CONFIGS).get(row, ("digits_quick", {}))[0])
     config.update_from_flattened_dict(study.settings(row))
     validate(config)
     images = 6000 if config.data.name == "digits" else 56
@@ -140,7 +140,7 @@ def test_kept_metrics_are_of_the_settings_of_their_rows():
 def test_every_table_has_known_rows_and_every_row_a_table():
     named = {row for table in study.TABLES.values() for row in table.rows}
     assert named == {*study.ROWS, *study.FAMILY, *study.CONFIGS}
-    every = {*study.ROWS, *study.FAMILY, "digits", "digits_deformable"}
+    every = {*study.ROWS, *study.FAMILY, "digits", "digits_deformable", "digits_quick"}
     assert set(study.chosen_rows("")) == every
     assert study.chosen_rows("^trees") == list(study.TREES)
     assert study.chosen_rows("^groups") == ["groups_1", "groups_3", "groups_10"]
