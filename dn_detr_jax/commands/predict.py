@@ -1,4 +1,4 @@
-"""Finds the objects in images and videos: detections as JSON, drawn boxes.
+"""Finds objects in images and videos: detections as JSON, drawn boxes.
 
     python -m dn_detr_jax predict --workdir runs/coco_r50 street.jpg photographs/ --out found
     python -m dn_detr_jax predict --workdir runs/coco_r50 street.mp4 camera:0 --out found

@@ -1,4 +1,4 @@
-"""Compiles the training step for absent TPUs and GPUs and reports its cost.
+"""Compiles the training step for absent TPUs and GPUs; reports its cost.
 
     python -m dn_detr_jax preflight --config configs/coco_r50.py --topology v5e:4x4 \\
         --batch_per_device 2 --config.model.dtype=bfloat16
