@@ -275,14 +275,16 @@ def render_table(table: Table, curves: Mapping[str, Curves]) -> str:
             continue
         own = curves[name]
         ap = own.final("eval/AP")
-        apart = ap.min() > base.max() or ap.max() < base.min()
+        apart = "yes" if ap.min() > base.max() or ap.max() < base.min() else "no"
+        if min(len(ap), len(base)) < 2:
+            apart = "one seed has none"
         same = name == table.rows[0]
         cells = (
             f"`{name}`",
             str(len(ap)),
             _spread(ap, 3),
             "" if same else f"{ap.mean() - base.mean():+.3f}",
-            "" if same else ("yes" if apart else "no"),
+            "" if same else apart,
             _spread(own.final("eval/instability"), 2),
             str(own.reached(base.mean()) or "not reached"),
         )

@@ -46,6 +46,11 @@ def test_a_table_has_means_ranges_and_what_exceeds_the_spread(tmp_path):
         "| `dn` | 3 | 0.600 (0.500 to 0.700) | +0.350 | yes | 2.00 (1.00 to 3.00) | 500 |",
         "| `groups_1` | 2 | 0.390 (0.280 to 0.500) | +0.140 | no | 2.50 (2.00 to 3.00) | 500 |",
     ]
+    write(tmp_path, "groups_10", [0.9])
+    alone = study.render_table(
+        table, curves | {"groups_3": study.read_curves("groups_10", tmp_path)}
+    )
+    assert "| +0.650 | one seed has none |" in alone
     with pytest.raises(DataError, match="none: no metrics"):
         study.render_table(table, {"dn": curves["dn"]})
 
