@@ -102,8 +102,12 @@ def test_the_first_canvas_is_compiled_alone_and_waits_for_no_other(setup, compil
     assert sorted(compiler.started) == sorted([A, B, C, B])  # the last is the detection's
 
 
-def test_closed_programs_start_no_other(setup, compiler):
-    """Catches a stopped run that compiles on; what a caller still needs is compiled for it."""
+def test_closed_programs_start_no_other(setup, compiler, caplog):
+    """Catches a stopped run that compiles on, and lines after the last one of the command.
+
+    What a caller still needs is compiled for it.
+    """
+    caplog.set_level("INFO")
     programs = Programs(setup, compiler, state=())
     programs.compile_ahead([A, B])
     programs.close()
@@ -113,6 +117,7 @@ def test_closed_programs_start_no_other(setup, compiler):
     programs.compile_others()
     assert compiler.started == [A]
     assert programs.train_step(B) == B
+    assert "compiled" not in caplog.text
 
 
 def test_without_validation_only_training_steps_are_compiled(setup, compiler):

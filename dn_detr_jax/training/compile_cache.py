@@ -14,6 +14,7 @@ import platform
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,10 @@ jax.monitoring.register_event_listener(_cache_hits)
 
 
 def compile_and_log(
-    lowered: jax.stages.Lowered, name: str, options: dict[str, Any] | None = None
+    lowered: jax.stages.Lowered,
+    name: str,
+    options: dict[str, Any] | None = None,
+    wanted: Callable[[], bool] = lambda: True,
 ) -> jax.stages.Compiled:
     """Compiles a program, and logs the time and whether it came from the cache.
 
@@ -91,9 +95,11 @@ def compile_and_log(
       lowered: program.
       name: for the log, such as "train for 800 x 1344".
       options: of the compiler.
+      wanted: asked when it is compiled; False: nothing is logged.
     """
     start, hits = time.monotonic(), _cache_hits.count
     program = lowered.compile(options)
     source = ", from the cache" if _cache_hits.count > hits else ""
-    logger.info("compiled %s in %.1f s%s", name, time.monotonic() - start, source)
+    if wanted():
+        logger.info("compiled %s in %.1f s%s", name, time.monotonic() - start, source)
     return program

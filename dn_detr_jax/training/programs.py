@@ -78,6 +78,7 @@ class Programs:
         self._compiling: dict[_Task, Future] = {}
         self._agreed: set[_Task] = set()  # all processes have them
         self._ahead: list[_Task] = []
+        self._closed = False
 
     def compile_ahead(self, canvases: Sequence[Canvas]) -> None:
         """Starts to compile for a training on CPUs; else does nothing. It can be called again.
@@ -141,8 +142,11 @@ class Programs:
         self._ready(self._eval_tasks)
 
     def close(self) -> None:
-        """Starts no further program; those that are being compiled end in the background."""
-        self._ahead = []
+        """Starts no further program; those that are being compiled end in the background, unlogged.
+
+        A line about them would come after the last words of the command.
+        """
+        self._ahead, self._closed = [], True
         with self._lock:
             cancelled = [task for task, future in self._compiling.items() if future.cancel()]
             for task in cancelled:
@@ -175,4 +179,5 @@ class Programs:
     def _compile(self, task: _Task, lowered: jax.stages.Lowered | None) -> Callable:
         purpose, canvas = task
         name = purpose if canvas is None else "{} for {} x {}".format(purpose, *canvas)
-        return compile_and_log(lowered or self._lower(task), name, self._options)
+        lowered = lowered or self._lower(task)
+        return compile_and_log(lowered, name, self._options, wanted=lambda: not self._closed)
