@@ -13,10 +13,9 @@ GIB = 2**30
 
 def table(result: Preflight) -> str:
     """Formats a result as a table."""
-    device = result.mesh.devices.flat[0].device_kind
     height, width = result.canvas
     rows = [
-        ("devices", f"{result.mesh.size} x {result.chip.name if result.chip else device}"),
+        ("devices", _devices(result)),
         (
             "step",
             f"{result.config.train.batch_size} images of {height} x {width}, "
@@ -36,9 +35,8 @@ def table(result: Preflight) -> str:
 def run_table(run: WholeRun) -> str:
     """Formats the cost of a whole training as a table, with a line for each canvas."""
     first, plan = run.canvases[0], run.plan
-    device = first.mesh.devices.flat[0].device_kind
     rows = [
-        ("devices", f"{first.mesh.size} x {first.chip.name if first.chip else device}"),
+        ("devices", _devices(first)),
         (
             "training",
             f"{plan.total:,} steps of {first.config.train.batch_size} images, {plan.per_epoch:,} "
@@ -68,6 +66,11 @@ def run_table(run: WholeRun) -> str:
     total = sum(result.seconds for result in run.canvases)
     rows.append(("compiled", f"in {total:.0f} s by {_compiler()}"))
     return _lines(rows)
+
+
+def _devices(result: Preflight) -> str:
+    device = result.mesh.devices.flat[0].device_kind
+    return f"{result.mesh.size} x {result.chip.name if result.chip else device}"
 
 
 def _compiler() -> str:
