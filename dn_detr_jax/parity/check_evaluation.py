@@ -164,9 +164,7 @@ def check_detections(report: Report, prepared: PreparedCase, outputs: dict[str, 
     """
     case = prepared.case
     scores = outputs["scores"]
-    score_atol, box_atol = (
-        float(x[-1].item()) for x in (prepared.limits.scores, prepared.limits.boxes)
-    )
+    score_atol, box_atol = prepared.limits.last
     report.array("eval.post_scores", scores, atol=prepared.limit(score_atol))
     stored = case.stored("eval.post_scores")
     error = np.abs(case.part("eval.post_scores", scores) - stored).max(initial=0.0)

@@ -240,9 +240,7 @@ def _compare_detections(
 ) -> None:
     """Compares scores, and the rest of the detections where no other score is close."""
     case, scores = runner.case, outputs["scores"]
-    score_atol, box_atol = (
-        float(x[-1].item()) for x in (runner.limits.scores, runner.limits.boxes)
-    )
+    score_atol, box_atol = runner.limits.last
     report.array(f"{run}.post_scores", scores, atol=runner.limit(score_atol))
     probabilities = 1 / (1 + np.exp(-outputs["pred_logits"][-1].astype(np.float64)))
     flat = probabilities.reshape(len(probabilities), -1)

@@ -76,6 +76,11 @@ class DecoderLimits:
         """Of probabilities: the slope of a sigmoid is at most 1/4."""
         return self.logits / 4
 
+    @property
+    def last(self) -> tuple[float, float]:
+        """Of the scores and the boxes of the last layer, which detections are made of."""
+        return float(self.scores[-1].item()), float(self.boxes[-1].item())
+
 
 @dataclasses.dataclass
 class PreparedCase:
