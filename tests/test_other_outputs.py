@@ -6,14 +6,15 @@ from PIL import Image
 from test_detections import some
 
 from dn_detr_jax.data.coco_classes import Category
-from dn_detr_jax.inference.other_outputs import save_cropped, write_class_names, write_yolo
+from dn_detr_jax.inference.other_outputs import OtherOutputs
 
 
 def test_text_files_are_in_the_form_of_yolo(tmp_path):
     """Catches numbers of labels in place of classes, and corners in place of centers."""
     categories = [Category(10, "bed"), Category(20, ""), Category(30, ""), Category(40, "cat")]
-    numbers = write_class_names(categories, tmp_path)
-    write_yolo(some(), numbers, tmp_path / "labels" / "a.txt")
+    others = OtherOutputs(tmp_path, categories, txt=True, crops=False)
+    others.write("a", np.zeros((48, 64, 3), np.uint8), some())
+    assert not (tmp_path / "crops").exists()
     lines = (tmp_path / "labels" / "a.txt").read_text().splitlines()
     rows = np.array([[float(value) for value in line.split()] for line in lines])
     np.testing.assert_array_equal(rows[:, 0], [1, 0])
@@ -37,8 +38,8 @@ def test_text_files_are_in_the_form_of_yolo(tmp_path):
 def test_objects_as_images(tmp_path):
     """Catches another order of axes, and a class name that leaves the folder."""
     pixels = np.zeros((48, 64, 3), np.uint8)
-    save_cropped(some(), pixels, tmp_path, "a")
-    with Image.open(tmp_path / "cat" / "a_0.jpg") as crop:
+    OtherOutputs(tmp_path, [], txt=False, crops=True).write("a", pixels, some())
+    with Image.open(tmp_path / "crops" / "cat" / "a_0.jpg") as crop:
         assert crop.size == (29, 38)
-    with Image.open(tmp_path / "bed" / "a_1.jpg") as crop:
+    with Image.open(tmp_path / "crops" / "bed" / "a_1.jpg") as crop:
         assert crop.size == (3, 3)

@@ -15,7 +15,7 @@ import sys, time
 from dn_detr_jax.training.stop import StopRequest, end_on_signals
 if sys.argv[1] == "program":
     end_on_signals()
-with StopRequest() as stop:
+with StopRequest(**dict(zip(("first", "lost"), sys.argv[3:]))) as stop:
     print("ready", flush=True)
     while not (stop.received and sys.argv[2] == "stops"):
         sorted(range(10**5))
@@ -48,16 +48,23 @@ def test_a_loop_is_asked_to_stop_and_afterwards_a_signal_ends_the_program(number
     assert stderr.endswith("SIGTERM: ended; nothing was to be saved; the same command continues\n")
 
 
-def test_a_second_ctrl_c_ends_at_once():
+@pytest.mark.parametrize(
+    "words, first, lost",
+    [
+        ((), "saving after this step", "the same command continues"),
+        (("ending", "it is lost"), "ending", "it is lost"),
+    ],
+)
+def test_a_second_ctrl_c_ends_at_once(words, first, lost):
     """Catches a program that can't be left while its main thread is busy."""
-    with start("program", "goes on") as process:
+    with start("program", "goes on", *words) as process:
         process.send_signal(signal.SIGINT)
-        assert "saving after this step" in process.stderr.readline()
+        assert first in process.stderr.readline()
         time.sleep(0.15)
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert stderr == "Ctrl-C twice: ended at once; the same command continues\n"
+    assert stderr == f"Ctrl-C twice: ended at once; {lost}\n"
 
 
 def test_ctrl_c_passed_on_by_a_launcher_counts_once():

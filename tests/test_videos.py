@@ -16,6 +16,7 @@ from dn_detr_jax.commands import predict
 from dn_detr_jax.errors import DataError
 from dn_detr_jax.files import read_json_lines
 from dn_detr_jax.inference import video_files, videos
+from dn_detr_jax.inference.other_outputs import OtherOutputs
 from dn_detr_jax.inference.tiles import TiledPredictor
 from dn_detr_jax.inference.video_files import predict_videos
 from dn_detr_jax.inference.videos import Video, VideoReader, camera_of, video_file, write_video
@@ -72,9 +73,8 @@ def test_frames_have_the_detections_of_images(predictor, street, tmp_path):
 
     The odd number of frames leaves the last batch half full.
     """
-    done = predict_videos(
-        predictor, [Video(street)], tmp_path, THRESHOLD, save_txt=True, save_crops=True
-    )
+    others = OtherOutputs(tmp_path, predictor.categories, txt=True, crops=True)
+    done = predict_videos(predictor, [Video(street)], tmp_path, THRESHOLD, others=others)
     assert done == (5, [], False)
     frames, _ = frames_of(street)
     records = read_json_lines(tmp_path / "videos" / "street.jsonl")
@@ -263,10 +263,12 @@ def test_ctrl_c_ends_with_readable_results(predictor, tmp_path, monkeypatch, cap
 
     monkeypatch.setattr(video_files, "VideoReader", Interrupted)
     monkeypatch.setattr(predict.stop, "StopRequest", Request)
-    values = {"out": str(tmp_path), "draw": True, "save_txt": False, "save_crops": False}
+    values = {"out": str(tmp_path), "draw": True}
     monkeypatch.setattr(predict, "FLAGS", types.SimpleNamespace(**values))
     with pytest.raises(SystemExit) as ended:
-        predict._predict_videos([Video(path)], predictor, THRESHOLD)
+        predict._predict_videos(
+            [Video(path)], predictor, THRESHOLD, OtherOutputs(tmp_path, [], txt=False, crops=False)
+        )
     records = read_json_lines(tmp_path / "videos" / "long.jsonl")
     assert ended.value.code == 130 and 0 < len(records) < 8
     assert (

@@ -58,6 +58,7 @@ from dn_detr_jax.training import stop
 if TYPE_CHECKING:
     from dn_detr_jax.data.images import Exif
     from dn_detr_jax.inference.image_files import ImageFile
+    from dn_detr_jax.inference.other_outputs import OtherOutputs
     from dn_detr_jax.inference.predictor import Predictor
     from dn_detr_jax.inference.tiles import TiledPredictor
     from dn_detr_jax.inference.urls import Url
@@ -100,13 +101,14 @@ def main(argv: Sequence[str]) -> None:
     stop.end_on_signals("the results were not written", stop.INTERRUPTED)
     log_to_terminal()
     from dn_detr_jax.inference import image_files
+    from dn_detr_jax.inference.other_outputs import OtherOutputs
     from dn_detr_jax.inference.predictor import predictor_of, read_run
     from dn_detr_jax.inference.tiles import TiledPredictor
 
-    videos, others = _split(argv[1:], FLAGS.allow_urls)
+    videos, images = _split(argv[1:], FLAGS.allow_urls)
     if videos and FLAGS.annotations is not None:
         raise DataError(f"{videos[0]}: --annotations is for images only")
-    paths = image_files.find_images(others)
+    paths = image_files.find_images(images)
     run = read_run(FLAGS.workdir, FLAGS.step)
     files: list[ImageFile] = []
     if FLAGS.annotations is not None:
@@ -119,11 +121,12 @@ def main(argv: Sequence[str]) -> None:
     finder = TiledPredictor(predictor, FLAGS.tile, FLAGS.overlap) if FLAGS.tile else predictor
     threshold = run.threshold if FLAGS.threshold is None else FLAGS.threshold
     logger.info("detections with scores from %.3f", threshold)
+    others = OtherOutputs(Path(FLAGS.out), finder.categories, FLAGS.save_txt, FLAGS.save_crops)
     failures = []
     if files:
-        failures += _predict_images(files, finder, threshold, run.config.data.exif)
+        failures += _predict_images(files, finder, threshold, others, run.config.data.exif)
     if videos:
-        failures += _predict_videos(videos, finder, threshold)
+        failures += _predict_videos(videos, finder, threshold, others)
     if failures:
         total = len(files) + len(videos)
         raise DataError(f"{len(failures)} of {total} files can't be read, named above")
@@ -154,7 +157,11 @@ def _split(arguments: Iterable[str], allow_urls: bool) -> tuple[list["Video"], l
 
 
 def _predict_images(
-    files: Sequence["ImageFile"], finder: "Finder", threshold: float, exif: "Exif"
+    files: Sequence["ImageFile"],
+    finder: "Finder",
+    threshold: float,
+    others: "OtherOutputs",
+    exif: "Exif",
 ) -> list[str]:
     """Predicts for images and returns a message for each that can't be read."""
     from dn_detr_jax.inference.image_files import predict_files
@@ -165,8 +172,7 @@ def _predict_images(
         Path(FLAGS.out),
         threshold,
         draw=FLAGS.draw,
-        save_txt=FLAGS.save_txt,
-        save_crops=FLAGS.save_crops,
+        others=others,
         exif=exif,
     )
     _log_failures(failures)
@@ -174,7 +180,9 @@ def _predict_images(
     return failures
 
 
-def _predict_videos(videos: Sequence["Video"], finder: "Finder", threshold: float) -> list[str]:
+def _predict_videos(
+    videos: Sequence["Video"], finder: "Finder", threshold: float, others: "OtherOutputs"
+) -> list[str]:
     """Predicts for videos and returns a message for each that can't be read.
 
     Raises:
@@ -182,15 +190,15 @@ def _predict_videos(videos: Sequence["Video"], finder: "Finder", threshold: floa
     """
     from dn_detr_jax.inference.video_files import predict_videos
 
-    with stop.StopRequest() as request:
+    first = "ending after this frame; once more to end at once"
+    with stop.StopRequest(first=first, lost="the video was not finished") as request:
         done = predict_videos(
             finder,
             videos,
             Path(FLAGS.out),
             threshold,
             draw=FLAGS.draw,
-            save_txt=FLAGS.save_txt,
-            save_crops=FLAGS.save_crops,
+            others=others,
             stopped=lambda: request.received,
         )
     _log_failures(done.failures)

@@ -28,7 +28,7 @@ from dn_detr_jax.data.images import (
 )
 from dn_detr_jax.errors import DataError
 from dn_detr_jax.files import write_text_atomically
-from dn_detr_jax.inference.other_outputs import save_cropped, write_class_names, write_yolo
+from dn_detr_jax.inference.other_outputs import OtherOutputs
 from dn_detr_jax.inference.predictor import Predictor, Run
 from dn_detr_jax.inference.tiles import TiledPredictor
 from dn_detr_jax.inference.urls import Url
@@ -233,8 +233,7 @@ def predict_files(
     threshold: float,
     *,
     draw: bool = True,
-    save_txt: bool = False,
-    save_crops: bool = False,
+    others: OtherOutputs | None = None,
     exif: Exif = "auto",
 ) -> list[str]:
     """Predicts for files and writes `detections.json`, `images.json` and drawn images.
@@ -246,8 +245,7 @@ def predict_files(
       out: folder for the results; files of the same names are replaced.
       threshold: lowest score.
       draw: whether to write the images with boxes.
-      save_txt: whether to write text files in YOLO's form, see `other_outputs`.
-      save_crops: whether to write each object as an image.
+      others: writes what else is wanted of each image.
       exif: `config.data.exif` for annotated images.
 
     Returns:
@@ -258,7 +256,6 @@ def predict_files(
     """
     out.mkdir(parents=True, exist_ok=True)
     names = _output_names(files)
-    numbers = write_class_names(predictor.categories, out) if save_txt else {}
     failures: list[str] = []
     results: dict[int, list[dict]] = {}
     images: dict[int, dict] = {}
@@ -285,10 +282,8 @@ def predict_files(
                 pixels, found.boxes, found.labels, found.scores, found.class_names
             )
             save_jpeg(drawn, out / "pictures" / names[index])
-        if save_txt:
-            write_yolo(found, numbers, out / "labels" / Path(names[index]).with_suffix(".txt"))
-        if save_crops:
-            save_cropped(found, pixels, out / "crops", Path(names[index]).stem)
+        if others is not None:
+            others.write(Path(names[index]).stem, pixels, found)
     in_order = sorted(results)
     _write_json(out / "detections.json", [line for i in in_order for line in results[i]])
     _write_json(out / "images.json", [images[i] for i in in_order])

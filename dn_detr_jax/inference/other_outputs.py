@@ -13,7 +13,32 @@ from dn_detr_jax.inference.detections import Detections
 from dn_detr_jax.visualize.save import save_jpeg
 
 
-def write_class_names(categories: Sequence[Category], out: Path) -> dict[int, int]:
+class OtherOutputs:
+    """Writes what is wanted beside the records and the drawn images."""
+
+    def __init__(self, out: Path, categories: Sequence[Category], txt: bool, crops: bool):
+        """Writes nothing yet.
+
+        Args:
+          out: folder for the results.
+          categories: the classes, by label.
+          txt: whether to write `labels/STEM.txt` in YOLO's form, and `data.yaml` with the classes.
+          crops: whether to write each object as `crops/CLASS/STEM_NUMBER.jpg`.
+        """
+        self._out, self._categories, self._txt, self._crops = out, categories, txt, crops
+        self._numbers: dict[int, int] | None = None
+
+    def write(self, stem: str, pixels: np.ndarray, found: Detections) -> None:
+        """Writes the files of an image or a frame, of pixels uint8 [H, W, 3]."""
+        if self._txt:
+            if self._numbers is None:
+                self._numbers = _write_class_names(self._categories, self._out)
+            _write_yolo(found, self._numbers, self._out / "labels" / f"{stem}.txt")
+        if self._crops:
+            _save_cropped(found, pixels, self._out / "crops", stem)
+
+
+def _write_class_names(categories: Sequence[Category], out: Path) -> dict[int, int]:
     """Writes `data.yaml` with the names of the classes.
 
     Returns:
@@ -26,7 +51,7 @@ def write_class_names(categories: Sequence[Category], out: Path) -> dict[int, in
     return {label: number for number, label in enumerate(labels)}
 
 
-def write_yolo(found: Detections, numbers: dict[int, int], path: Path) -> None:
+def _write_yolo(found: Detections, numbers: dict[int, int], path: Path) -> None:
     """Writes the detections of an image in YOLO's form: class, x, y, width, height, score.
 
     Args:
@@ -46,7 +71,7 @@ def write_yolo(found: Detections, numbers: dict[int, int], path: Path) -> None:
     write_text_atomically(path, "".join(f"{line}\n" for line in lines))
 
 
-def save_cropped(found: Detections, pixels: np.ndarray, folder: Path, stem: str) -> None:
+def _save_cropped(found: Detections, pixels: np.ndarray, folder: Path, stem: str) -> None:
     """Writes each object as `folder/CLASS/STEM_NUMBER.jpg`, numbered by descending score.
 
     Args:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from dn_detr_jax.errors import DataError
 from dn_detr_jax.inference.detections import Detections
-from dn_detr_jax.inference.other_outputs import save_cropped, write_class_names, write_yolo
+from dn_detr_jax.inference.other_outputs import OtherOutputs
 from dn_detr_jax.inference.predictor import Predictor
 from dn_detr_jax.inference.tiles import TiledPredictor
 from dn_detr_jax.inference.videos import Frame, Video, VideoReader, write_video
@@ -39,8 +39,7 @@ def predict_videos(
     threshold: float,
     *,
     draw: bool = True,
-    save_txt: bool = False,
-    save_crops: bool = False,
+    others: OtherOutputs | None = None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Done:
     """Predicts for the frames of videos and writes `videos/NAME.jsonl` and `videos/NAME.mp4`.
@@ -54,8 +53,7 @@ def predict_videos(
       out: folder for the results; files of the same names are replaced.
       threshold: lowest score.
       draw: whether to write the annotated videos.
-      save_txt: whether to write a text file for each frame in YOLO's form, see `other_outputs`.
-      save_crops: whether to write each object of each frame as an image.
+      others: writes what else is wanted of each frame.
       stopped: whether to end after the frame that was written last.
 
     Raises:
@@ -65,14 +63,6 @@ def predict_videos(
     stems = _stems(videos)
     for video, stem in zip(videos, stems, strict=True):
         _check_place(video, out / "videos" / f"{stem}.mp4")
-    numbers = write_class_names(predictor.categories, out) if save_txt else {}
-
-    def save_others(name: str, pixels: np.ndarray, found: Detections) -> None:
-        if save_txt:
-            write_yolo(found, numbers, out / "labels" / f"{name}.txt")
-        if save_crops:
-            save_cropped(found, pixels, out / "crops", name)
-
     failures: list[str] = []
     total, interrupted = 0, False
     for video, stem in zip(videos, stems, strict=True):
@@ -89,7 +79,8 @@ def predict_videos(
             # Frames have one size, so that batches fill up in the order of the frames.
             for frame, found in predictor.stream(frames, threshold):
                 write(frame, found)
-                save_others(f"{stem}_{frame.number:06}", frame.pixels, found)
+                if others is not None:
+                    others.write(f"{stem}_{frame.number:06}", frame.pixels, found)
                 total += 1
                 if stopped():
                     interrupted = isinstance(video.source, Path)

@@ -51,12 +51,25 @@ class StopRequest:
 
     Attributes:
       name: of the signal, for messages; None until one has come.
+      lost: what a second Ctrl-C leaves behind, for its message.
     """
 
-    def __init__(self, several_processes: bool = False):
-        """Watches nothing yet."""
+    def __init__(
+        self,
+        several_processes: bool = False,
+        first: str = "saving after this step; once more to end at once without saving",
+        lost: str = "the same command continues",
+    ):
+        """Watches nothing yet.
+
+        Args:
+          several_processes: whether JAX has a handler of SIGTERM.
+          first: what the first Ctrl-C does, for its message.
+          lost: see above.
+        """
         self.name: str | None = None
-        self._several = several_processes
+        self.lost = lost
+        self._first, self._several = first, several_processes
         self._watcher: _Watcher | None = None
 
     @property
@@ -85,7 +98,7 @@ class StopRequest:
         first = self.name is None
         self.name = self.name or _NAMES[signal.Signals(number)]
         if first and number == signal.SIGINT:
-            _write("Ctrl-C: saving after this step; once more to end at once without saving")
+            _write(f"Ctrl-C: {self._first}")
             if self._several:
                 os.kill(os.getpid(), signal.SIGTERM)
 
@@ -140,7 +153,8 @@ class _Watcher(threading.Thread):
             if before is not None and now - before < _SAME_SECONDS:
                 return
             if before is not None:
-                _end("Ctrl-C twice: ended at once; the same command continues", INTERRUPTED)
+                what = self._what if request is None else request.lost
+                _end(f"Ctrl-C twice: ended at once; {what}", INTERRUPTED)
         if request is None:
             _end(f"{_NAMES[signal.Signals(number)]}: ended; {self._what}", self._status)
         else:
