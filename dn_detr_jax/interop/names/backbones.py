@@ -119,8 +119,10 @@ def buffers(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def is_buffer(name: str) -> bool:
-    """Whether a name is one of `buffers`."""
-    return any(re.fullmatch(names.buffer, name) for names in BACKBONES if names.buffer)
+    """Whether a name is one of `buffers`, or of the steps that PyTorch's batch norm counts."""
+    return name.endswith(".num_batches_tracked") or any(
+        re.fullmatch(names.buffer, name) for names in BACKBONES if names.buffer
+    )
 
 
 # For files of a backbone alone, whatever the variant that it is a part of.
