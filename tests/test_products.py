@@ -1,5 +1,7 @@
 """Layers with their own derivatives against the plain forms, gradients included."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from fast_jit import fast_jit
 from flax import linen as nn
 
 from dn_detr_jax.models.attention import attention
+from dn_detr_jax.models.depthwise import DepthwiseConv, convolution, shifted_sum
 from dn_detr_jax.models.products import PointwiseConv, matmul
 
 INIT = nn.initializers.normal(0.1)
@@ -62,6 +65,25 @@ def test_pointwise_convolution_equals_the_general_one(dtype, stride):
     params = ours.init(jax.random.key(1), x)
     jax.tree.map(np.testing.assert_array_equal, params, general.init(jax.random.key(1), x))
     assert_same(results(ours.apply, params, x), results(general.apply, params, x), dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_depthwise_convolution_equals_the_general_one(dtype, stride):
+    """Catches shifts in the wrong direction, strides that begin elsewhere at odd or even sizes, and
+    another parameter.
+    """
+    x = np.random.default_rng(0).normal(size=(2, 5, 8, 6)).astype(np.float32)
+    ours = DepthwiseConv(INIT, stride, dtype)
+    general = nn.Conv(
+        6, (3, 3), stride, 1, feature_group_count=6, use_bias=False, kernel_init=INIT, dtype=dtype
+    )
+    params = ours.init(jax.random.key(1), x)
+    jax.tree.map(np.testing.assert_array_equal, params, general.init(jax.random.key(1), x))
+    assert_same(results(ours.apply, params, x), results(general.apply, params, x), dtype)
+    arguments = jnp.asarray(x, dtype), params["params"]["kernel"].astype(dtype)
+    forms = [functools.partial(form, stride=stride) for form in (convolution, shifted_sum)]
+    assert_same(results(forms[0], *arguments), results(forms[1], *arguments), dtype)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 
 from dn_detr_jax.arrays import Array, Bool, Float, Int
 from dn_detr_jax.models.backbones.resnet import FrozenBatchNorm, Masks, kaiming_normal
+from dn_detr_jax.models.depthwise import DepthwiseConv
 from dn_detr_jax.models.products import PointwiseConv
 
 # (expansion, channels, blocks, stride of the first) of each group of blocks.
@@ -41,14 +42,16 @@ class _Convolution(nn.Module):
     features: int
     size: int = 1
     stride: int = 1
-    groups: int = 1
+    depthwise: bool = False
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "B h w _"]) -> Float[jax.Array, "B h2 w2 {self.features}"]:
         """Convolves and normalizes."""
         conv: nn.Module
-        if self.size == 1:
+        if self.depthwise:
+            conv = DepthwiseConv(kaiming_normal, self.stride, self.dtype, name="conv")
+        elif self.size == 1:
             conv = PointwiseConv(
                 self.features, kaiming_normal, self.stride, self.dtype, name="conv"
             )
@@ -58,7 +61,6 @@ class _Convolution(nn.Module):
                 (self.size, self.size),
                 strides=self.stride,
                 padding=self.size // 2,
-                feature_group_count=self.groups,
                 use_bias=False,
                 kernel_init=kaiming_normal,
                 dtype=self.dtype,
@@ -89,7 +91,7 @@ class _Block(nn.Module):
             y = nn.relu6(_Convolution(hidden, dtype=self.dtype, name="expand")(y))
         if self.mask_padding:
             y = jnp.where(valid, y, 0)
-        depthwise = _Convolution(hidden, 3, self.stride, hidden, self.dtype, name="depthwise")
+        depthwise = _Convolution(hidden, 3, self.stride, True, self.dtype, name="depthwise")
         y = _Convolution(self.features, dtype=self.dtype, name="project")(nn.relu6(depthwise(y)))
         return x + y if x.shape == y.shape else y
 
