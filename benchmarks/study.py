@@ -42,8 +42,9 @@ from dn_detr_jax.files import read_json_lines
 
 FLAGS = flags.FLAGS
 RESULTS = ROOT / "benchmarks" / "study"
+EARLIER_LAYERS = tuple(f"eval/instability_layer_{number}" for number in range(1, 6))
 KEPT = (
-    *("eval/AP", "eval/AP50", "eval/instability"),
+    *("eval/AP", "eval/AP50", "eval/instability", *EARLIER_LAYERS),
     *("train/loss", "train/loss_ce", "train/dn_loss_ce"),
 )
 # Equal for all rows. Of `digits_quick`, whose schedule ends with the training.
@@ -230,6 +231,12 @@ class Curves:
         """Returns the values [seeds] of the last evaluation."""
         return self.values[name][:, -1]
 
+    def instability_by_layer(self) -> list[float]:
+        """Returns the mean of the last evaluation for each layer; empty if a seed lacks them."""
+        earlier = [self.final(name).mean() for name in EARLIER_LAYERS]
+        known = [float(value) for value in earlier if not np.isnan(value)]
+        return [*known, float(self.final("eval/instability").mean())] if known else []
+
     def reached(self, value: float) -> int | None:
         """Returns the first step with a mean AP of at least `value`; None if there is none."""
         above = self.values["eval/AP"].mean(axis=0) >= value
@@ -268,8 +275,10 @@ def render_table(table: Table, curves: Mapping[str, Curves]) -> str:
     if first is None:
         raise DataError(f"{table.rows[0]}: no metrics to compare the other rows with")
     base = first.final("eval/AP")
-    titles = "| row | seeds | AP | difference | larger than the spread | IS | steps to AP"
-    lines = [f"{titles} {base.mean():.3f} |", "|---|---|---|---|---|---|---|"]
+    titles = (
+        "| row | seeds | AP | difference | larger than the spread | IS | IS by layer | steps to AP"
+    )
+    lines = [f"{titles} {base.mean():.3f} |", "|---|---|---|---|---|---|---|---|"]
     for name in table.rows:
         if name not in curves:
             continue
@@ -286,6 +295,7 @@ def render_table(table: Table, curves: Mapping[str, Curves]) -> str:
             "" if same else f"{ap.mean() - base.mean():+.3f}",
             "" if same else apart,
             _spread(own.final("eval/instability"), 2),
+            " / ".join(f"{value:.2f}" for value in own.instability_by_layer()),
             str(own.reached(base.mean()) or "not reached"),
         )
         lines.append(f"| {' | '.join(cells)} |")

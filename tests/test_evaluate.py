@@ -21,14 +21,14 @@ def finds_everything(config):
 
     def detect(params, batch):
         batch = {name: np.asarray(value) for name, value in batch.items()}
+        slots = np.arange(batch["valid"].shape[1]) % queries
+        found = np.where(batch["valid"], slots, -1).astype(np.int32)
         return {
             "image_id": batch["image_id"],
             "scores": batch["valid"].astype(np.float32),
             "labels": np.where(batch["valid"], batch["labels"], -1),
             "boxes": batch["boxes"],
-            "assignment": np.where(
-                batch["valid"], np.arange(batch["valid"].shape[1]) % queries, -1
-            ).astype(np.int32),
+            "assignment": np.stack([found] * config.model.decoder_layers, axis=1),
         }
 
     return detect

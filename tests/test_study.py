@@ -27,6 +27,8 @@ def write(results, row, finals, instability=2.0):
             line = {"step": step, "eval/AP": final * step / STEPS[-1]}
             if step > STEPS[0]:
                 line["eval/instability"] = instability + seed
+                if instability > 1:
+                    line["eval/instability_layer_1"] = 5.0 + seed
             lines.append(line)
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -40,11 +42,12 @@ def test_a_table_has_means_ranges_and_what_exceeds_the_spread(tmp_path):
     curves = {row: study.read_curves(row, tmp_path) for row in table.rows[:3]}
     assert study.read_curves("groups_3", tmp_path) is None
     head, _, *rows = study.render_table(table, curves).splitlines()
-    assert head.endswith("| IS | steps to AP 0.250 |")
+    assert head.endswith("| IS | IS by layer | steps to AP 0.250 |")
     assert rows == [
-        "| `none` | 3 | 0.250 (0.200 to 0.300) |  |  | 3.00 (2.00 to 4.00) | 750 |",
-        "| `dn` | 3 | 0.600 (0.500 to 0.700) | +0.350 | yes | 2.00 (1.00 to 3.00) | 500 |",
-        "| `groups_1` | 2 | 0.390 (0.280 to 0.500) | +0.140 | no | 2.50 (2.00 to 3.00) | 500 |",
+        "| `none` | 3 | 0.250 (0.200 to 0.300) |  |  | 3.00 (2.00 to 4.00) | 6.00 / 3.00 | 750 |",
+        "| `dn` | 3 | 0.600 (0.500 to 0.700) | +0.350 | yes | 2.00 (1.00 to 3.00) |  | 500 |",
+        "| `groups_1` | 2 | 0.390 (0.280 to 0.500) | +0.140 | no | 2.50 (2.00 to 3.00) | "
+        "5.50 / 2.50 | 500 |",
     ]
     write(tmp_path, "groups_10", [0.9])
     alone = study.render_table(

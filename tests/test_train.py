@@ -132,7 +132,9 @@ def test_killed_and_terminated_run_ends_like_an_undisturbed_one(
     assert evaluations(workdir) == evaluations(finished[0])
     assert [line["step"] for line in evaluations(workdir)] == [3, 6, 8]
     last = evaluations(workdir)[-1]
-    assert {"eval/instability", "eval/threshold", "eval/F1", "eval_class_F1/3"} <= last.keys()
+    assert {"eval/threshold", "eval/F1", "eval_class_F1/3"} <= last.keys()
+    layers = {name for name in last if name.startswith("eval/instability")}
+    assert layers == {"eval/instability", "eval/instability_layer_1"}
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks at the process in /proc")

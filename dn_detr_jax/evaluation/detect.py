@@ -53,19 +53,20 @@ def detect(
 def eval_step(
     params: PyTree, batch: Batch, *, model: nn.Module, config: ConfigDict
 ) -> dict[str, Shaped[jax.Array, "B ..."]]:
-    """Detects objects, and computes the cost of matching the last decoder layer.
+    """Detects objects, and computes the cost of matching the decoder layers.
 
     Returns:
       `scores`, `labels` and `boxes` as `select_detections`; `image_id` int32 [B]; and `cost`, the
-      argument of `matching.assign`, float32 [B, 1, N, M].
+      argument of `matching.assign`, float32 [B, L, N, M].
     """
     settings = loss_settings(config)
     images = normalize_images(batch["image"], batch["size"])
     outputs: Any = model.apply({"params": params}, images, batch["size"])
-    logits, boxes = outputs["pred_logits"][-1:], outputs["pred_boxes"][-1:]
+    logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
     part = MatchedPart(logits, boxes, batch, Totals.of(batch, None), settings)
     cost, _ = matching.sanitize(part.cost(), batch["valid"])
-    detections = select_detections(logits[0], boxes[0], config.eval.num_select, settings.class_loss)
+    last = logits[-1], boxes[-1]
+    detections = select_detections(*last, config.eval.num_select, settings.class_loss)
     return detections | {"image_id": batch["image_id"], "cost": cost}
 
 
@@ -86,11 +87,11 @@ def jit_match(mesh: Mesh) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """Jits the matching of detections.
 
     Returns:
-      A function of `cost` float32 [B, 1, N, M] of `eval_step` and `valid` bool [B, M], which gives
-      the query matched to each object, -1 for padding, int32 [B, M], gathered on every device.
+      A function of `cost` float32 [B, L, N, M] of `eval_step` and `valid` bool [B, M], which gives
+      the query matched to each object, -1 for padding, int32 [B, L, M], gathered on every device.
     """
 
     def match(cost, valid):
-        return matching.assign(cost, valid, mesh)[:, 0]
+        return matching.assign(cost, valid, mesh)
 
     return jax.jit(match, in_shardings=over_data(mesh), out_shardings=replicated(mesh))

@@ -5,6 +5,7 @@ Precision, recall and F1 are measured at an IoU of 0.5, see `operating_points`.
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable
 
 import jax
@@ -39,7 +40,8 @@ class Evaluation:
     Attributes:
       metrics: COCO metrics by name (`AP`, `AP50`, ..., `ARl`), 0 to 1, NaN where nothing counts;
         `threshold`, the score with the best F1 of all classes, and `precision`, `recall` and `F1`
-        there; and `instability`, entries per image, once two evaluations can be compared.
+        there; and `instability` of the last decoder layer and `instability_layer_1` ... of the
+        others, entries per image, once two evaluations can be compared.
       per_class: AP by class name.
       class_figures: by name of the figure (`operating_points.CLASS_FIGURES`), then by class name.
         Precision, recall and F1 are those at the threshold of all classes; `threshold` is the
@@ -81,7 +83,8 @@ class Evaluator:
         self.instability = None
         if config.eval.instability_images:
             subset = dataset.image_ids[: config.eval.instability_images].tolist()
-            self.instability = MatchingInstability(subset, self._num_queries)
+            layers = config.model.decoder_layers
+            self.instability = MatchingInstability(subset, layers, self._num_queries)
 
     def __call__(self, params: dict, *, compare: bool = True) -> Evaluation:
         """Evaluates; every process takes part and gets the result.
@@ -157,9 +160,10 @@ class Evaluator:
         )
         metrics = dict(zip(names, map(float, scalars), strict=True))
         if instability is not None:
-            changed = instability.finish(self._config.data.skip_bad)
-            if changed is not None:
-                metrics["instability"] = changed
+            *earlier, last = instability.finish(self._config.data.skip_bad).tolist()
+            changed = {f"instability_layer_{n}": value for n, value in enumerate(earlier, start=1)}
+            changed["instability"] = last
+            metrics |= {name: value for name, value in changed.items() if not math.isnan(value)}
         return Evaluation(
             metrics,
             ap,

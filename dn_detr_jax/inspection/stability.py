@@ -1,7 +1,7 @@
 """How the matching of a run changes from one kept checkpoint to the next, in every decoder layer.
 
-`evaluation.instability` defines the instability (IS). A training records that of the last layer at
-every evaluation. Here the checkpoints that the run still has are applied to the same images.
+`evaluation.instability` defines the instability (IS). A training records it at every evaluation.
+Here the checkpoints that the run still has are applied to the same images.
 """
 
 import dataclasses
@@ -51,8 +51,8 @@ def measure(
       shown: ids of images whose queries are kept; they must be among the batches.
     """
     steps: list[int] = []
-    changed: list[list[float]] = []
-    of_layer: list[MatchingInstability] = []
+    changed: list[np.ndarray] = []
+    measured: MatchingInstability | None = None
     queries: dict[int, list[np.ndarray]] = {image_id: [] for image_id in shown}
     ids: list[int] = []
     for step, params in checkpoints:
@@ -62,21 +62,16 @@ def measure(
             for row in np.flatnonzero(batch["image_id"] >= 0).tolist():
                 found[int(batch["image_id"][row])] = assignment[:, row]
         ids = sorted(found)
-        table = np.stack([found[image_id] for image_id in ids], axis=1)  # [L, images, M]
-        if not of_layer:
-            of_layer = [MatchingInstability(ids, num_queries) for _ in table]
-        for measure_of, assignment in zip(of_layer, table, strict=True):
-            measure_of.update(np.array(ids), match_vectors(assignment, num_queries))
-        finished = [measure_of.finish() for measure_of in of_layer]
-        if steps:
-            changed.append([value for value in finished if value is not None])
+        table = np.stack([found[image_id] for image_id in ids])  # [images, L, M]
+        measured = measured or MatchingInstability(ids, table.shape[1], num_queries)
+        measured.update(np.array(ids), match_vectors(table, num_queries))
+        changed.append(measured.finish())
         steps.append(step)
         for image_id, of_image in queries.items():
             of_image.append(found[image_id][-1])
-    layers = len(of_layer)
     return Stability(
         tuple(steps),
-        np.array(changed, np.float64).reshape(-1, layers),
+        np.array(changed[1:]).reshape(-1, changed[0].size if changed else 0),
         {image_id: np.stack(of_image) for image_id, of_image in queries.items() if of_image},
         len(ids),
     )

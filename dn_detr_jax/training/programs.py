@@ -128,8 +128,8 @@ class Programs:
         The first call waits for the programs of all canvases of the validation images.
 
         Returns:
-          The detections of `eval_step`, with `assignment` int32 [B, M], the query matched to each
-          object, -1 for padding, in place of the costs.
+          The detections of `eval_step`, with `assignment` int32 [B, L, M], the query matched to
+          each object in each decoder layer, -1 for padding, in place of the costs.
         """
         programs = dict(zip(self._eval_tasks, self._ready(self._eval_tasks), strict=True))
         height, width = batch["image"].shape[1:3]
