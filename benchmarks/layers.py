@@ -76,7 +76,8 @@ class Layers(nn.Module):
         """Maps [B, K, D] to [B, K, D]."""
 
         def run(layer, x):
-            return layer(Levels(x, position, valid, ((1, x.shape[1]),)), train=False)
+            ratios = jnp.ones((len(x), 1, 2))
+            return layer(Levels(x, position, valid, ratios, ((1, x.shape[1]),)), train=False)
 
         if not self.scan:
             for _ in range(self.num_layers):

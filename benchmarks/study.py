@@ -275,10 +275,10 @@ def render_table(table: Table, curves: Mapping[str, Curves]) -> str:
     if first is None:
         raise DataError(f"{table.rows[0]}: no metrics to compare the other rows with")
     base = first.final("eval/AP")
-    titles = (
-        "| row | seeds | AP | difference | larger than the spread | IS | IS by layer | steps to AP"
-    )
-    lines = [f"{titles} {base.mean():.3f} |", "|---|---|---|---|---|---|---|---|"]
+    by_layer = any(own.instability_by_layer() for own in curves.values())
+    titles = ["row", "seeds", "AP", "difference", "larger than the spread", "IS"]
+    titles += [*(["IS by layer"] if by_layer else []), f"steps to AP {base.mean():.3f}"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for name in table.rows:
         if name not in curves:
             continue
@@ -288,16 +288,16 @@ def render_table(table: Table, curves: Mapping[str, Curves]) -> str:
         if min(len(ap), len(base)) < 2:
             apart = "one seed has none"
         same = name == table.rows[0]
-        cells = (
+        cells = [
             f"`{name}`",
             str(len(ap)),
             _spread(ap, 3),
             "" if same else f"{ap.mean() - base.mean():+.3f}",
             "" if same else apart,
             _spread(own.final("eval/instability"), 2),
-            " / ".join(f"{value:.2f}" for value in own.instability_by_layer()),
+            *([" / ".join(f"{x:.2f}" for x in own.instability_by_layer())] if by_layer else []),
             str(own.reached(base.mean()) or "not reached"),
-        )
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
