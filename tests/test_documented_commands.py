@@ -1,8 +1,7 @@
 """Every command in the documents parses: programs, flags, config keys and values, files.
 
-Commands are taken from code blocks and from inline code. Nothing is computed or downloaded: most of
-them are run by the tests of their own part. Those that no other test runs are run at the end, at a
-small size.
+Commands are taken from code blocks and from inline code. Here nothing is computed or downloaded:
+`test_run_documents` runs those of code blocks.
 """
 
 import dataclasses
@@ -16,21 +15,12 @@ import tomllib
 from pathlib import Path
 
 import pytest
-import test_own_data
 from absl import flags
-from coco_directory import write_coco
-from data import tiny_finetune
 from ml_collections import config_flags
-from tiny_detector import random_params
 
-from dn_detr_jax.checkpoints.manager import Checkpoints
-from dn_detr_jax.checkpoints.run_config import read_categories
 from dn_detr_jax.config import find_config, validate
 from dn_detr_jax.config.experiments import experiment_names
-from dn_detr_jax.data.coco_classes import Category
-from dn_detr_jax.data.datasets import open_dataset
 from dn_detr_jax.errors import Error
-from dn_detr_jax.models.registry import abstract_params, build_model
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
@@ -47,11 +37,13 @@ class Command:
       place: document and line.
       words: as a shell splits them.
       partial: in running text or with "...": required flags and arguments may be left out.
+      needs: what this machine may lack, of the comment "# needs ..." above it in its block.
     """
 
     place: str
     words: tuple[str, ...]
     partial: bool = False
+    needs: str = ""
 
 
 def blocks(text):
@@ -91,10 +83,10 @@ def split(line):
     return words
 
 
-def command(place, words, partial=False):
+def command(place, words, partial=False, needs=""):
     """Makes a command without "..."."""
     left = tuple(word for word in words if word != "...")
-    return Command(place, left, partial or len(left) < len(words))
+    return Command(place, left, partial or len(left) < len(words), needs)
 
 
 def commands_of(text, name):
@@ -104,12 +96,14 @@ def commands_of(text, name):
         joined = re.sub(r"\\\n", lambda _: " \r", block)  # \r keeps the line numbers
         # A command in the quotes of another program may have several lines.
         joined = re.sub(r'="\n', '="\r', joined)
-        line = first
+        line, needs = first, ""
         for text_line in joined.split("\n"):
+            if match := re.fullmatch(r" *# needs (.*)", text_line):
+                needs = match[1]
             for part in text_line.replace("\r", " ").split(" && "):
                 words = split(part.strip())
                 if words:
-                    found.append(command(f"{name}:{line}", words))
+                    found.append(command(f"{name}:{line}", words, needs=needs))
             line += 1 + text_line.count("\r")
     prose = without_blocks(text)
     for match in re.finditer(r"`([^`]+)`", prose):
@@ -152,6 +146,7 @@ def test_commands_are_found():
         "Run `python -m dn_detr_jax check DIR` or `make test`:\n\n"
         "    pip install x && python train.py --config a \\\n"
         '        "--config.b=(1, 2)"  # why\n'
+        "    # needs a GPU\n"
         "    dn-detr check d [--decode] ... | head\n\nas said\n\n"
         '```\ngcloud ssh --command="\n  cd x && python train.py \\\n    --workdir=y"\n```\n\n'
         "```python\npython = 3\n```\nIn `--config.dn.groups=0` and `makes`\n"
@@ -159,8 +154,8 @@ def test_commands_are_found():
     assert commands_of(text, "a.md") == [
         Command("a.md:3", ("pip", "install", "x")),
         Command("a.md:3", ("python", "train.py", "--config", "a", "--config.b=(1, 2)")),
-        Command("a.md:5", ("dn-detr", "check", "d", "--decode"), partial=True),
-        Command("a.md:10", ("python", "train.py", "--workdir=y")),
+        Command("a.md:6", ("dn-detr", "check", "d", "--decode"), partial=True, needs="a GPU"),
+        Command("a.md:11", ("python", "train.py", "--workdir=y")),
         Command("a.md:1", ("python", "-m", "dn_detr_jax", "check", "DIR"), partial=True),
         Command("a.md:1", ("make", "test"), partial=True),
     ]
@@ -236,11 +231,11 @@ WRONG = {
     Command("", ("python", "-m", "benchmarks.none")): "none",
     Command("", ("python", "docs/none.py")): "none",
 }
-# Targets that start train.py: the config that they name, and what they add.
+# Targets that start train.py: the config and the work directory that they name, and what they add.
 TRAINED_BY_MAKE = {
-    "train": ("configs/digits.py", ()),
-    "eval": ("configs/digits.py", ("--eval_only",)),
-    "trees": ("configs/trees.py", ()),
+    "train": ("configs/digits_quick.py", "runs/digits", ()),
+    "eval": ("configs/digits_quick.py", "runs/digits", ("--eval_only",)),
+    "trees": ("configs/trees.py", "runs/trees", ()),
 }
 
 
@@ -250,10 +245,10 @@ def python_words(found):
     if program == "make":
         values = dict(word.split("=", 1) for word in words if "=" in word)
         for target in set(words) & set(TRAINED_BY_MAKE):
-            config, added = TRAINED_BY_MAKE[target]
-            given = ["--config", values.get("CONFIG", config), *added]
-            arguments = shlex.split(values.get("ARGS", ""))
-            return ["train.py", *given, "--workdir", values.get("WORKDIR", "run"), *arguments]
+            config, workdir, added = TRAINED_BY_MAKE[target]
+            given = ["--config", values.get("CONFIG", config)]
+            given += ["--workdir", values.get("WORKDIR", workdir)]
+            return ["train.py", *given, *added, *shlex.split(values.get("ARGS", ""))]
         return None
     if program == "dn-detr":
         return ["-m", "dn_detr_jax", *words]
@@ -317,6 +312,16 @@ def test_commands_of_make_have_targets(errors):
         assert not set(named) & set(TRAINED_BY_MAKE) or errors[found] == "", errors[found]
 
 
+@pytest.mark.parametrize("target", TRAINED_BY_MAKE)
+def test_make_starts_what_is_tested(target):
+    """Catches a target whose command is another than the one that the tests of documents run."""
+    words = ["make", target, "ARGS=--config.seed=2"]
+    given = "--dry-run", "--assume-old=.venv/.installed", "--assume-old=data/trees/tiles"
+    done = subprocess.run([*words, *given], cwd=ROOT, capture_output=True, text=True, check=True)
+    _, *started = shlex.split(done.stdout.splitlines()[-1])
+    assert started == python_words(Command("", tuple(words)))
+
+
 def test_installed_files_and_extras_exist():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     for found in with_program("pip"):
@@ -361,59 +366,3 @@ def test_overrides_fit_a_config():
         if not any(fits((*words, *more), config) for more in others for config in order)
     ]
     assert not wrong, "\n".join(wrong)
-
-
-def documented(document, name):
-    """Returns the arguments of the first command of a document with a name."""
-    return next(
-        list(found.words[3:])
-        for found in COMMANDS
-        if found.place.startswith(f"{document}:") and found.words[1:2] == ("-m",)
-        if found.words[3] == name
-    )
-
-
-def test_figures_and_files_of_pytorch(tmp_path):
-    """Runs documented commands that no other test runs. Catches one that parses and then fails."""
-    config = tiny_finetune.get_config()
-    config.data.dir = str(write_coco(tmp_path / "data", train=8))
-    open_dataset(config.data, "train")  # packs the images, as a training does
-    config.model.num_classes = 3
-    official = {"encoder_layers": 1}
-    official |= {"backbone.norm": "frozen_batch_norm", "backbone.stem": "standard"}
-    config.model.update_from_flattened_dict(official)
-    categories = [Category(label, f"class {label}") for label in range(3)]
-    with Checkpoints(tmp_path / "run", config, categories=categories) as checkpoints:
-        checkpoints.save(1, {"params": random_params(abstract_params(build_model(config.model)))})
-    line = json.dumps({"step": 1, "train/loss": 2.0, "eval/AP": 0.5}) + "\n"
-    for name in ("run", "plain"):
-        (tmp_path / name).mkdir(exist_ok=True)
-        (tmp_path / name / "metrics.jsonl").write_text(line)
-    small = {"curves.png": "curves.png", "noise": "noise", "r50.pth": "a.pth"}
-    small |= {"checkpoint.pth": "a.pth", "runs/official": "imported"}
-    small |= {"runs/digits": "run", "runs/plain": "plain", "runs/r50": "run"}
-    small = {value: str(tmp_path / path) for value, path in small.items()}
-    tiny = str(ROOT / "tests" / "data" / "tiny_finetune.py")
-    small |= {"digits": tiny, "configs/coco_r50.py": tiny}
-    commands = [
-        documented("docs/digits.md", "visualize"),
-        [
-            *documented("docs/denoising.md", "visualize-noise"),
-            f"--config.data.dir={config.data.dir}",
-        ],
-        documented("docs/weights.md", "export-torch"),
-        [
-            *documented("docs/training.md", "import"),
-            "--config.model.num_classes=0",
-            *(f"--config.model.{key}={value}" for key, value in official.items()),
-        ],
-    ]
-    lines = []
-    for words in commands:
-        pairs = [word.rpartition("=") for word in words]
-        words = [f"{key}{equals}{small.get(value, value)}" for key, equals, value in pairs]
-        lines.append(words)
-    driven(test_own_data.DRIVER, lines, tmp_path)
-    figures = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png")}
-    assert {"curves.png", "noise/noised_boxes.png", "noise/attention_mask.png"} <= figures
-    assert read_categories(tmp_path / "imported") is not None

@@ -201,8 +201,8 @@ def test_only_the_first_process_speaks(two):
     """Catches a table printed by every process."""
     assert "AP50" in two.text(0, "out") and "step 12/12" in two.text(0)
     assert two.text(1) == ""
-    spoken = [line for line in two.text(1, "out").splitlines() if not line.startswith("[Gloo]")]
-    assert spoken == []
+    lines = two.text(1, "out").splitlines()  # two threads of Gloo may write two ends of lines
+    assert [line for line in lines if line and not line.startswith("[Gloo]")] == []
 
 
 @pytest.mark.slow

@@ -169,7 +169,8 @@ def test_a_camera_is_read_until_a_stop(predictor, street, tmp_path, monkeypatch)
     assert camera_of("camera:3") == Video(3) and str(Video(3)) == "camera:3"
     assert camera_of("camera:") is camera_of("camera:x") is camera_of("3") is None
     ticks = iter(range(100))
-    monkeypatch.setattr(videos.time, "monotonic", lambda: next(ticks))
+    # Not `time.monotonic` itself, which other threads call.
+    monkeypatch.setattr(videos, "time", types.SimpleNamespace(monotonic=lambda: next(ticks)))
     monkeypatch.setattr(videos.cv2, "VideoCapture", camera)
     looks = iter([False, False, False, True])
     done = predict_videos(
