@@ -1,4 +1,7 @@
-"""Every variant with feature levels: a step of training, detections, and padding."""
+"""Every variant with feature levels: a step of training; and the proposals of an encoder.
+
+Other properties of every variant are in `test_plug_in.py` and `test_family_runs.py`.
+"""
 
 import functools
 
@@ -29,7 +32,7 @@ def flat(tree):
 
 
 class Family:
-    """The model of a variant with random parameters, and its compiled functions."""
+    """The model of a variant with random parameters, and its compiled gradient."""
 
     def __init__(self, name):
         self.config = tiny_config.levels(name)
@@ -37,7 +40,6 @@ class Family:
         self.model, self.mesh = build_model(self.config.model), make_mesh(1)
         self.params = random_params(abstract_params(self.model))
         self.gradient = fast_jit(jax.value_and_grad(self._loss, has_aux=True))
-        self.apply = fast_jit(lambda p, *inputs: self.model.apply({"params": p}, *inputs))
 
     def _loss(self, params, batch):
         rest = {"model": self.model, "config": self.config, "mesh": self.mesh}
@@ -69,19 +71,6 @@ def test_gradient_reaches_every_parameter(family):
     zero = {path for path, size in largest.items() if size < 1e-6}
     biases = {path for path in largest if path.endswith("/bias")}
     assert zero == {path for path in biases if "key" in path.split("/")[-2]}
-
-
-def test_detections_do_not_depend_on_the_canvas(family):
-    """Catches padding in convolutions, norms, positions, ratios and selected proposals."""
-    batch = image_batch()
-    image = batch["image"].astype(np.float32) / 255
-    rows, columns = np.mgrid[:64, :64]
-    inside = (rows < batch["size"][:, :1, None]) & (columns < batch["size"][:, 1:, None])
-    image = image * inside[..., None]
-    wider = np.pad(image, ((0, 0), (0, 64), (0, 64), (0, 0)))
-    small, large = (family.apply(family.params, x, batch["size"]) for x in (image, wider))
-    for name in ("pred_logits", "pred_boxes"):
-        np.testing.assert_allclose(small[name], large[name], atol=2e-4, err_msg=name)
 
 
 def test_initial_values_of_the_encoder_only_model():

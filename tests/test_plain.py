@@ -1,4 +1,4 @@
-"""Plain DN-DETR: a training step, what denoising queries may not change, scores, and padding."""
+"""Plain DN-DETR: a training step, and scores; what else holds is in `test_plug_in.py`."""
 
 import jax
 import numpy as np
@@ -6,7 +6,7 @@ import pytest
 from data import tiny as tiny_config
 from fast_jit import fast_jit
 from flax import traverse_util
-from tiny_detector import denoising_queries, image_batch, object_noise, random_params
+from tiny_detector import image_batch, random_params
 
 from dn_detr_jax.config import base_config, validate
 from dn_detr_jax.evaluation.detect import eval_step
@@ -59,30 +59,6 @@ def test_gradient_reaches_every_parameter(plain):
     leaves = traverse_util.flatten_dict(gradient, sep="/").items()
     zero = {path for path, leaf in leaves if np.abs(leaf).max() < 1e-7}
     assert zero == {path for path, _ in leaves if "key/bias" in path}
-
-
-def test_denoising_queries_do_not_change_the_others(plain):
-    """Catches denoising queries behind the others, or visible to them; there are 3 groups of 4."""
-    batch = image_batch()
-    dn = denoising_queries(batch, object_noise())
-    got = plain.detect(plain.params, batch["image"], batch["size"], dn)
-    want = plain.detect(plain.params, batch["image"], batch["size"])
-    for name, values in want.items():
-        assert got[name].shape[2] == 12 + values.shape[2]
-        np.testing.assert_allclose(got[name][:, :, 12:], values, atol=1e-5, err_msg=name)
-    moved = dn.replace(boxes=dn.boxes * 0.5)
-    other = plain.detect(plain.params, batch["image"], batch["size"], moved)
-    assert np.abs(other["pred_boxes"] - got["pred_boxes"])[:, 0, :12].max() > 1e-4
-
-
-def test_detections_do_not_depend_on_the_canvas(plain):
-    """Catches padding that is attended to."""
-    batch = image_batch()
-    wider = np.pad(batch["image"], ((0, 0), (0, 32), (0, 32), (0, 0)))
-    want = plain.detect(plain.params, batch["image"], batch["size"])
-    got = plain.detect(plain.params, wider, batch["size"])
-    for name, values in want.items():
-        np.testing.assert_allclose(got[name], values, atol=5e-5, err_msg=name)
 
 
 def test_scores_are_probabilities_without_no_object(plain):

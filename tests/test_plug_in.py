@@ -49,7 +49,11 @@ SMALL = {
     "model.encoder_layers": 1,
     "model.decoder_layers": 2,
     "model.num_queries": 7,
+    "model.backbone_levels": 2,
+    "model.encoder_points": 2,
+    "model.decoder_points": 2,
     "model.backbone.depth": 18,
+    "model.backbone.stages": 2,
     "model.backbone.width": 8,
     "model.backbone.norm": "group_norm",
     "model.backbone.stem": "light",
@@ -62,7 +66,7 @@ def test_the_page_runs(monkeypatch):
     page = run_page(lambda block: "register(" not in block)  # that one has been run above
     # The bridge trains the same detector, from other initial parameters.
     assert len(page.losses) == len(page.nnx_losses) == 20
-    found = page.model.apply({"params": page.params}, page.images, page.sizes)
+    found = jax.eval_shape(page.model.apply, {"params": page.params}, page.images, page.sizes)
     assert found["pred_boxes"].shape == (2, 2, 10, 4)
     assert {"small_detr", "toy", "dn_dab_detr"} <= set(NAMES)
 
@@ -111,7 +115,7 @@ def case(request):
 def image_batch(canvas=(64, 64)):
     image = np.zeros((2, *canvas, 3), np.uint8)
     image[:, :64, :64] = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3))
-    return image, np.int32([[64, 64], [40, 56]])
+    return image, np.int32([[64, 64], [33, 50]])
 
 
 def queries(objects=3, seed=0, box_noise=0.4):
@@ -166,12 +170,13 @@ def test_any_scale_of_noise_gives_finite_outputs_and_gradients(case):
 
 
 def test_padded_keys_are_not_attended_to(case):
-    """A canvas of twice the size and five slots for three objects give the same results.
+    """A larger canvas and five slots for three objects give the same results.
 
-    Catches attention to padded pixels and to empty denoising slots.
+    Catches padding in convolutions, norms, positions, ratios of levels and selected proposals, and
+    attention to padded pixels and to empty denoising slots.
     """
     dn, match, _, _ = case.run(case.params, *image_batch(), queries())
-    wide_dn, wide_match = case.detect(case.params, *image_batch((64, 128)), queries(objects=5))
+    wide_dn, wide_match = case.detect(case.params, *image_batch((96, 128)), queries(objects=5))
 
     def real(outputs, objects):  # of the denoising queries
         by_slot = {

@@ -23,7 +23,7 @@ from dn_detr_jax.config import base_config
 from dn_detr_jax.errors import UnsupportedCase
 from dn_detr_jax.interop.convert import flat
 from dn_detr_jax.interop.names.dn_dab_detr import NAMES
-from dn_detr_jax.models.registry import abstract_params, build_model, trainable
+from dn_detr_jax.models.registry import abstract_params, build_model
 from dn_detr_jax.parity import check_evaluation, check_training, reference
 from dn_detr_jax.parity.check import check
 from dn_detr_jax.parity.comparison import Report
@@ -472,22 +472,3 @@ def test_other_cases_are_set_up(tmp_path, counts, change):
         np.testing.assert_array_equal(np.asarray(prepared.dn.labels)[rows], flipped)
     else:
         assert prepared.dn is None
-
-
-@pytest.mark.parametrize(
-    ("overrides", "total", "trained"),
-    [
-        ({}, 43_694_977, 43_472_577),
-        ({"num_patterns": 3}, 43_695_745, 43_473_345),
-        ({"depth": 101}, 62_634_881, 62_412_481),
-    ],
-)
-def test_sizes_of_the_published_models(overrides, total, trained):
-    """Parameters of the PyTorch code, without the frozen batch norms, which are buffers there."""
-    config = base_config().model
-    (config.backbone if "depth" in overrides else config).update(overrides)
-    params = abstract_params(build_model(config))
-    sizes = {path: leaf.size for path, leaf in flat(params).items()}
-    buffers = sum(n for path, n in sizes.items() if re.search(r"backbone/.*norm\d?/", path))
-    assert sum(sizes.values()) - buffers == total
-    assert sum(n for path, n in sizes.items() if trainable(params, config)[path]) == trained

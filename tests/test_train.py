@@ -25,6 +25,7 @@ from dn_detr_jax.training import stop
 
 _ROOT = Path(__file__).parent.parent
 _CONFIG = _ROOT / "tests" / "data" / "tiny.py"
+_SMALLER = _ROOT / "tests" / "data" / "tiny_processes.py"
 # Optimizing the tiny programs takes longer than running them.
 _ENV = os.environ | {
     "JAX_PLATFORMS": "cpu",
@@ -32,20 +33,20 @@ _ENV = os.environ | {
 }
 
 
-def _command(workdir, digits_dir, *arguments):
+def _command(workdir, digits_dir, *arguments, config=_CONFIG):
     return [
         sys.executable,
         str(_ROOT / "train.py"),
-        f"--config={_CONFIG}",
+        f"--config={config}",
         f"--workdir={workdir}",
         f"--config.data.dir={digits_dir}",
         *arguments,
     ]
 
 
-def _run(workdir, digits_dir, *arguments):
+def _run(workdir, digits_dir, *arguments, config=_CONFIG):
     return subprocess.run(
-        _command(workdir, digits_dir, *arguments),
+        _command(workdir, digits_dir, *arguments, config=config),
         env=_ENV,
         capture_output=True,
         text=True,
@@ -235,7 +236,7 @@ def test_a_second_training_in_a_work_directory_is_refused(tmp_path, digits_dir):
 
 def test_loss_that_is_not_finite_ends_the_run(tmp_path, digits_dir):
     """Catches a run that continues with NaN, or saves it."""
-    done = _run(tmp_path, digits_dir, "--config.optimizer.learning_rate=1e30")
+    done = _run(tmp_path, digits_dir, "--config.optimizer.learning_rate=1e30", config=_SMALLER)
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]
     pattern = r"error: step [2-5]: not finite: \w+.*; batch of images (\d+, ){7}\d+\. "
