@@ -10,7 +10,7 @@ Three facts shape this module:
 - `jax.pure_callback` inside a plain multi-device `jax.jit` makes the compiler gather its operands
   on one device. Inside `jax.shard_map` each device calls with its own shard.
 - The callback receives jax arrays, and a jax operation inside a callback can hang the CPU backend.
-  The callback therefore converts them to NumPy arrays first.
+  The callback therefore converts them to NumPy arrays first, and gets them in pieces (`_pieces`).
 - An exception inside a callback is lost on TPU. Costs are therefore made finite on the device, and
   the training loop gets the number of entries that were not.
 """
@@ -32,6 +32,7 @@ from dn_detr_jax.losses import DEFAULT_CLASS_LOSS, ClassLoss
 # Replaces costs that are not finite, and bounds the others. It is far above any real cost (|cost|
 # stays below some hundreds for normalized boxes), and small enough for exact sums in float32.
 MAX_COST = 1e6
+_PIECE = 16_384  # numbers of a piece of the costs: 64 KiB
 
 
 def matching_cost(
@@ -153,6 +154,19 @@ def solve_on_host(
     return result
 
 
+def _pieces(cost: jax.Array, platform: str) -> list[jax.Array]:
+    """Flattens costs and, on CPUs, cuts them into pieces below 100 KiB.
+
+    jax copies the arguments of a callback into arrays, on CPUs larger ones by a thread of the pool
+    that runs the programs. With as many devices as cores, one of each say, all those threads may
+    wait in callbacks for such copies.
+    """
+    flat = cost.reshape(-1)
+    if platform != "cpu":
+        return [flat]
+    return jnp.split(flat, np.arange(_PIECE, flat.size, _PIECE))
+
+
 def assign(
     cost: Float[Array, "B L N M"], valid: Bool[Array, "B M"], mesh: Mesh | None = None
 ) -> Int[jax.Array, "B L M"]:
@@ -176,19 +190,27 @@ def assign_all(
     if not problems:
         return []
     shapes = [(cost.shape[1], cost.shape[3]) for cost, _ in problems]
-
-    def solve(problems):
-        # One array for all: a callback with several results does not lower inside `shard_map` in
-        # some versions of jax.
-        found = [solve_on_host(np.asarray(c).swapaxes(2, 3), valid) for c, valid in problems]
-        return np.concatenate([x.reshape(len(x), -1) for x in found], axis=1)
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
     def call(problems):
         # Transposed on the device, so that the host reads the costs of an object as one row.
-        by_object = [(cost.swapaxes(2, 3), valid) for cost, valid in problems]
+        by_object = [cost.swapaxes(2, 3) for cost, _ in problems]
+        sizes = [cost.shape for cost in by_object]
+
+        def solve(given):
+            # One array for all: a callback with several results does not lower inside `shard_map`
+            # in some versions of jax.
+            found = []
+            for (pieces, valid), size in zip(given, sizes, strict=True):
+                cost = np.concatenate([np.asarray(piece) for piece in pieces]).reshape(size)
+                found.append(solve_on_host(cost.swapaxes(2, 3), valid).reshape(len(cost), -1))
+            return np.concatenate(found, axis=1)
+
+        pieces = [_pieces(cost, platform) for cost in by_object]
+        given = [(cost, valid) for cost, (_, valid) in zip(pieces, problems, strict=True)]
         total = sum(layers * objects for layers, objects in shapes)
-        shape = jax.ShapeDtypeStruct((len(problems[0][0]), total), jnp.int32)
-        return jax.pure_callback(solve, shape, by_object, vmap_method="sequential")
+        shape = jax.ShapeDtypeStruct((len(by_object[0]), total), jnp.int32)
+        return jax.pure_callback(solve, shape, given, vmap_method="sequential")
 
     if mesh is not None:
         call = jax.shard_map(call, mesh=mesh, in_specs=P("data"), out_specs=P("data"))

@@ -1,7 +1,10 @@
 """`jax.jit` for tests: programs run only a few times, so they are compiled quickly."""
 
+import atexit
 import functools
 import os
+import shutil
+import tempfile
 
 import jax
 
@@ -11,9 +14,18 @@ from dn_detr_jax.training.compile_options import known_options
 jax.config.update("jax_platforms", "cpu")
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-# Tests, and the processes that they start, neither use nor fill the user's compiled programs.
-jax.config.update("jax_enable_compilation_cache", False)
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+# Tests, and the processes that they start, share compiled programs, and not with the user.
+CACHE = "TESTS_COMPILATION_CACHE"
+if CACHE not in os.environ:  # set in the processes of pytest-xdist, which inherit it
+    os.environ[CACHE] = tempfile.mkdtemp(prefix="tests-compilation-cache-")
+    atexit.register(shutil.rmtree, os.environ[CACHE], ignore_errors=True)
+for name, value in {
+    "jax_enable_compilation_cache": True,
+    "jax_compilation_cache_dir": os.environ[CACHE],
+    "jax_persistent_cache_min_compile_time_secs": 0.2,
+}.items():
+    jax.config.update(name, value)
+    os.environ[name.upper()] = str(value)
 
 # These reduce the compile time to a half or a third; numbers stay within float tolerance. jaxlib
 # 0.11 removed the second option.

@@ -241,13 +241,13 @@ def test_without_a_home_directory_programs_are_not_kept(monkeypatch, caplog):
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "expanduser", unknown)
-    before = jax.config.jax_enable_compilation_cache, jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_enable_compilation_cache", True)
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
     try:
         use_compile_cache("~/.cache/dn_detr_jax")
-        assert jax.config.jax_compilation_cache_dir == before[1] is None
+        assert jax.config.jax_compilation_cache_dir is None
     finally:
-        jax.config.update("jax_enable_compilation_cache", before[0])
+        jax.config.update("jax_compilation_cache_dir", before)
     assert re.search("programs are not kept: .*home directory", caplog.text)
 
 

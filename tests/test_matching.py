@@ -1,6 +1,10 @@
 """Costs against a plain loop and assignments against SciPy, for all sizes and values."""
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import oracle
@@ -173,3 +177,40 @@ def test_bound_is_far_above_real_costs():
         logits, np.ones((1, 1, 1, 4), np.float32), np.zeros((1, 1), int), np.zeros((1, 1, 4))
     )
     assert np.isfinite(cost).all() and np.abs(cost).max() < matching.MAX_COST / 1000
+
+
+# The first program is still running when the matching is called, as in a training. Arrays of
+# different sizes in between move the costs in memory: only some places are copied by a thread.
+ONE_CORE = """
+import faulthandler, os
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
+faulthandler.dump_traceback_later(60, exit=True)
+import jax, jax.numpy as jnp, numpy as np
+from dn_detr_jax import matching
+from dn_detr_jax.sharding import make_mesh
+slow = jax.jit(lambda a, cost: cost + 0 * (a @ a @ a).sum())
+rng = np.random.default_rng(0)
+a, cost = jnp.ones((400, 400)), rng.random((6, 3, 100, 49), np.float32)
+valid, kept = np.ones((6, 49), bool), []
+want = matching.solve_on_host(cost, valid)
+for devices in (1, 2):
+    match = jax.jit(lambda c, v: matching.assign(c, v, make_mesh(devices)))
+    for _ in range(10):
+        kept.append(np.empty(rng.integers(1, 10**6), np.uint8))
+        np.testing.assert_array_equal(match(slow(a, cost), valid), want)
+print("done")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux only")
+def test_matching_on_one_core_ends():
+    """Catches a callback that waits for a copy which only its own thread could make."""
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_CORE],
+        cwd=Path(__file__).parent.parent,
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "done\n", done.stderr
