@@ -59,6 +59,7 @@ DN = {"dn.groups": 5, "dn.label_noise": 0.2, "dn.box_noise": 0.4}
 ROWS: dict[str, dict[str, Any]] = {
     "dn": {},
     "none": {"dn.groups": 0},
+    **{f"dn_{n}_steps": {"train.duration": f"{n} steps"} for n in (375, 450)},
     **{f"groups_{n}": {"dn.groups": n} for n in (1, 3, 10)},
     **{f"box_{n}": {"dn.box_noise": n} for n in (0.0, 0.2, 0.8)},
     "box_center": {"dn.box_parts": "center"},
@@ -123,6 +124,7 @@ class Table:
 
 TABLES = {
     "denoising": Table(("none", "dn"), figure=True),
+    "schedules": Table(("none", "dn_375_steps", "dn_450_steps", "dn")),
     "dab": Table(("dab_none", "dab_dn"), figure=True),
     "dino": Table(("dino_none", "dino_dn"), figure=True),
     "groups": Table(("dn", "groups_1", "groups_3", "groups_10")),
