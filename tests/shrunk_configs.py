@@ -23,7 +23,8 @@ def shrunk(config: ConfigDict, coco_dir: Path, digits_dir: Path) -> ConfigDict:
 
     What stays is the variant, the family and norm of the backbone and its dilation, the number of
     levels, patterns, where queries start, denoising, matching, losses, the kind of the schedule,
-    augmentation and classes. ResNets of all depths become one. No backbone is pretrained.
+    augmentation and classes. ResNets of all depths become one, and so do Swin Transformers. No
+    backbone is pretrained.
 
     Args:
       config: of `configs/`.
@@ -47,7 +48,7 @@ def shrunk(config: ConfigDict, coco_dir: Path, digits_dir: Path) -> ConfigDict:
     stages = model.get("backbone_levels", 2)
     if backbone.kind == "swin":
         depths, heads = (2, 1, 1, 1)[:stages], (1, 1, 2, 2)[:stages]
-        backbone.swin.update(channels=8, depths=depths, heads=heads, window=2)
+        backbone.swin.update(channels=8, depths=depths, heads=heads, window=2, drop_path=0.1)
     elif backbone.kind == "mobilenet_v2":
         backbone.mobilenet_v2.width = 0.1
         backbone.frozen_stages = 3  # the backward pass of all takes long to compile

@@ -73,7 +73,7 @@ def test_a_report_replaces_marked_tables_alone(tmp_path):
     with Image.open(document.parent / "images" / "study_denoising.png") as image:
         assert len(np.unique(np.asarray(image).reshape(-1, 3), axis=0)) > 10
     document.write_text(text.replace("denoising", "nonsense"))
-    with pytest.raises(DataError, match="no table 'nonsense'; tables: denoising, dab"):
+    with pytest.raises(DataError, match="no table 'nonsense'; tables: denoising, schedules"):
         study.write_report(document, tmp_path)
 
 

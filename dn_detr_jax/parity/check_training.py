@@ -39,7 +39,7 @@ from dn_detr_jax.parity.prepared import (
     reference_terms,
     stored_selection,
 )
-from dn_detr_jax.sharding import make_mesh
+from dn_detr_jax.sharding import make_mesh, replicated
 from dn_detr_jax.training.optimizer import make_optimizer
 from dn_detr_jax.training.step import criterion
 
@@ -96,7 +96,9 @@ def run_steps(prepared: PreparedCase, count: int = 3) -> list[dict[str, Any]]:
         jax.value_and_grad(loss_of, has_aux=True), compiler_options=prepared.compiler_options
     )
     update = jax.jit(update, compiler_options=prepared.compiler_options)
-    params, opt_state = prepared.params, optimizer.init(prepared.params)
+    # On the mesh from the start, as the updated ones are: each program is compiled once.
+    params = jax.device_put(prepared.params, replicated(mesh))
+    opt_state = jax.device_put(optimizer.init(params), replicated(mesh))
     results = []
     for selected in selections(prepared.case, count):
         (total, result), grads = gradient(params, prepared.batch, prepared.dn, selected)
