@@ -155,15 +155,15 @@ def solve_on_host(
 
 
 def _pieces(cost: jax.Array, platform: str) -> list[jax.Array]:
-    """Flattens costs and, on CPUs, cuts them into pieces below 100 KiB.
+    """Cuts costs into pieces below 100 KiB on CPUs, and leaves them whole elsewhere.
 
     jax copies the arguments of a callback into arrays, on CPUs larger ones by a thread of the pool
     that runs the programs. With as many devices as cores, one of each say, all those threads may
     wait in callbacks for such copies.
     """
-    flat = cost.reshape(-1)
     if platform != "cpu":
-        return [flat]
+        return [cost]
+    flat = cost.reshape(-1)
     return jnp.split(flat, np.arange(_PIECE, flat.size, _PIECE))
 
 
@@ -202,7 +202,7 @@ def assign_all(
             # in some versions of jax.
             found = []
             for (pieces, valid), size in zip(given, sizes, strict=True):
-                cost = np.concatenate([np.asarray(piece) for piece in pieces]).reshape(size)
+                cost = np.concatenate([np.asarray(x) for x in pieces]).reshape(size)
                 found.append(solve_on_host(cost.swapaxes(2, 3), valid).reshape(len(cost), -1))
             return np.concatenate(found, axis=1)
 
