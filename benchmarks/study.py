@@ -59,7 +59,7 @@ DN = {"dn.groups": 5, "dn.label_noise": 0.2, "dn.box_noise": 0.4}
 ROWS: dict[str, dict[str, Any]] = {
     "dn": {},
     "none": {"dn.groups": 0},
-    **{f"dn_{n}_steps": {"train.duration": f"{n} steps"} for n in (375, 450)},
+    "dn_450_steps": {"train.duration": "450 steps"},
     **{f"groups_{n}": {"dn.groups": n} for n in (1, 3, 10)},
     **{f"box_{n}": {"dn.box_noise": n} for n in (0.0, 0.2, 0.8)},
     "box_center": {"dn.box_parts": "center"},
@@ -101,10 +101,10 @@ _FRESH = {
     "optimizer.lr_multipliers": (),
 }
 TREES = {
-    "trees": ("trees", {}, 1000),
-    "trees_none": ("trees", {"dn.groups": 0}, 1000),
-    "trees_fresh": ("trees", _FRESH, 1000),
-    "trees_fresh_none": ("trees", _FRESH | {"dn.groups": 0}, 1000),
+    "trees": ("trees", {}, 1200),
+    "trees_none": ("trees", {"dn.groups": 0}, 1200),
+    "trees_fresh": ("trees", _FRESH, 1200),
+    "trees_fresh_none": ("trees", _FRESH | {"dn.groups": 0}, 1200),
 }
 CONFIGS |= TREES
 
@@ -124,7 +124,7 @@ class Table:
 
 TABLES = {
     "denoising": Table(("none", "dn"), figure=True),
-    "schedules": Table(("none", "dn_375_steps", "dn_450_steps", "dn")),
+    "schedules": Table(("none", "dn_450_steps")),
     "dab": Table(("dab_none", "dab_dn"), figure=True),
     "dino": Table(("dino_none", "dino_dn"), figure=True),
     "groups": Table(("dn", "groups_1", "groups_3", "groups_10")),
@@ -145,6 +145,8 @@ TABLES = {
 
 def settings(row: str) -> dict[str, Any]:
     """Returns the config values of a row by key, without the seed."""
+    if row in TREES:
+        return CONFIGS[row][1]
     if row in CONFIGS:
         return {"train.eval_every": "250 steps"} | CONFIGS[row][1]
     if row in FAMILY:

