@@ -53,7 +53,7 @@ def run_epoch(measure, epoch, batch=2, order=IDS):
 @pytest.mark.parametrize("seed", range(4))
 def test_equals_the_definition(seed):
     epochs = random_assignments(seed)
-    measure = MatchingInstability(IDS, L, N)
+    measure = MatchingInstability(IDS, N)
     measured = [run_epoch(measure, epoch) for epoch in epochs]
     assert np.isnan(measured[0]).all()
     assert measured[1:] == [slow_instability(*pair) for pair in itertools.pairwise(epochs)]
@@ -61,7 +61,7 @@ def test_equals_the_definition(seed):
 
 
 def test_a_moved_object_counts_twice_and_an_exchange_twice():
-    measure = MatchingInstability([1, 2], 1, num_queries=4)
+    measure = MatchingInstability([1, 2], num_queries=4)
     for epoch, expected in (
         ([[0, 1], [2, -1]], np.nan),
         ([[0, 1], [2, -1]], 0.0),
@@ -74,7 +74,7 @@ def test_a_moved_object_counts_twice_and_an_exchange_twice():
 
 def test_order_and_batches_do_not_matter():
     epochs = random_assignments(9)
-    measures = [MatchingInstability(IDS, L, N) for _ in range(2)]
+    measures = [MatchingInstability(IDS, N) for _ in range(2)]
     for number, epoch in enumerate(epochs):
         order = np.random.default_rng(number).permutation(IDS).tolist()
         results = run_epoch(measures[0], epoch), run_epoch(measures[1], epoch, 3, order)
@@ -84,18 +84,16 @@ def test_order_and_batches_do_not_matter():
 @pytest.mark.parametrize("done", range(6))
 def test_resuming_changes_nothing(done):
     epochs = random_assignments(3)
-    whole = MatchingInstability(IDS, L, N)
+    whole = MatchingInstability(IDS, N)
     expected = [run_epoch(whole, epoch) for epoch in epochs]
-    first = MatchingInstability(IDS, L, N)
+    first = MatchingInstability(IDS, N)
     before = [run_epoch(first, epoch) for epoch in epochs[:done]]
     state = {key: value.copy() for key, value in first.state_dict().items()}
-    assert {key: (v.shape, v.dtype) for key, v in state.items()} == {
-        key: (v.shape, v.dtype) for key, v in MatchingInstability(IDS, L, N).state_dict().items()
-    }
     if done < len(epochs):  # an interrupted epoch has no effect
         first.update(IDS[:1], match_vectors(epochs[done][IDS[0]][None], N))
-    np.testing.assert_equal(first.state_dict(), state)
-    second = MatchingInstability(IDS, L, N)
+    if done:
+        np.testing.assert_equal(first.state_dict(), state)
+    second = MatchingInstability(IDS, N)
     second.load_state_dict(state)
     after = [run_epoch(second, epoch) for epoch in epochs[done:]]
     np.testing.assert_equal(before + after, expected)
@@ -104,20 +102,20 @@ def test_resuming_changes_nothing(done):
 def test_the_state_of_version_0_1_is_that_of_the_last_layer():
     """Catches a run that is refused after an update, and changes counted from nothing."""
     first, second, third, *_ = random_assignments(3)
-    measure = MatchingInstability(IDS, L, N)
+    measure = MatchingInstability(IDS, N)
     run_epoch(measure, first)
     state = measure.state_dict()
-    resumed = MatchingInstability(IDS, L, N)
+    resumed = MatchingInstability(IDS, N)
     resumed.load_state_dict(state | {"previous": state["previous"][:, -1]})
     expected = [np.nan, slow_instability(first, second)[-1]]
     np.testing.assert_equal(run_epoch(resumed, second), expected)
     assert run_epoch(resumed, third) == slow_instability(second, third)
-    with pytest.raises(ValueError, match=r"shape \(5, 2, 8\)"):
+    with pytest.raises(ValueError, match=r"shape \(5, 1, 8\).* 5 images and 12 queries"):
         resumed.load_state_dict(state | {"previous": np.zeros((5, 8), np.int32)})
 
 
 def test_a_missing_image_is_an_error():
-    measure = MatchingInstability(IDS, L, N)
+    measure = MatchingInstability(IDS, N)
     for epoch in random_assignments(0)[:2]:
         assignment = np.stack([epoch[i] for i in IDS if i != 23])
         measure.update([i for i in IDS if i != 23], match_vectors(assignment, N))
@@ -130,7 +128,7 @@ def test_a_missing_image_is_an_error():
 def test_absent_images_count_as_unchanged_where_they_may():
     """Covers a first image that is absent from the start, and a last one that disappears."""
     first, second, third, *_ = random_assignments(3)
-    measure = MatchingInstability(IDS, L, N)
+    measure = MatchingInstability(IDS, N)
 
     def run(epoch, absent):
         for image_id in IDS:
@@ -147,7 +145,7 @@ def test_absent_images_count_as_unchanged_where_they_may():
 
 def test_images_outside_the_set_are_ignored():
     epochs = random_assignments(1)
-    measure = MatchingInstability(IDS, L, N)
+    measure = MatchingInstability(IDS, N)
     for number, epoch in enumerate(epochs[:2]):
         measure.update([1000, -1], np.full((2, L, N), number, np.int32))
         result = run_epoch(measure, epoch)
@@ -160,14 +158,19 @@ def test_errors_name_what_is_wrong():
     with pytest.raises(ValueError, match=r"\(2, 3\)"):
         match_vectors(np.zeros((2, 3), int), 5)
     with pytest.raises(ValueError, match="3 ids, 2 of them distinct"):
-        MatchingInstability([1, 2, 1], L, N)
-    measure = MatchingInstability(IDS, L, N)
+        MatchingInstability([1, 2, 1], N)
+    measure = MatchingInstability(IDS, N)
     with pytest.raises(ValueError, match=r"\(1, 2, 12\), got \(1, 2, 5\)"):
         measure.update([7], np.zeros((1, L, 5), np.int32))
-    with pytest.raises(ValueError, match=r"shape \(5, 2, 8\)"):
-        measure.load_state_dict(MatchingInstability(IDS, L, 8).state_dict())
+    other = MatchingInstability(IDS, 8)
+    other.update(IDS, np.zeros((5, L, 8), np.int32))
+    other.finish()
+    with pytest.raises(ValueError, match=r"shape \(5, 2, 8\).* 5 images and 12 queries"):
+        measure.load_state_dict(other.state_dict())
+    with pytest.raises(ValueError, match="1 decoder layers after those of 2"):
+        other.update(IDS, np.zeros((5, 1, 8), np.int32))
     with pytest.raises(ValueError, match="image 41, where this run measures image 40"):
-        measure.load_state_dict(MatchingInstability([41, *IDS[1:]], L, N).state_dict())
+        measure.load_state_dict(MatchingInstability([41, *IDS[1:]], N).state_dict())
 
 
 def test_no_objects_at_all():

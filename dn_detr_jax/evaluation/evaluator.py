@@ -83,8 +83,7 @@ class Evaluator:
         self.instability = None
         if config.eval.instability_images:
             subset = dataset.image_ids[: config.eval.instability_images].tolist()
-            layers = config.model.decoder_layers
-            self.instability = MatchingInstability(subset, layers, self._num_queries)
+            self.instability = MatchingInstability(subset, self._num_queries)
 
     def __call__(self, params: dict, *, compare: bool = True) -> Evaluation:
         """Evaluates; every process takes part and gets the result.
@@ -160,10 +159,10 @@ class Evaluator:
         )
         metrics = dict(zip(names, map(float, scalars), strict=True))
         if instability is not None:
-            *earlier, last = instability.finish(self._config.data.skip_bad).tolist()
-            changed = {f"instability_layer_{n}": value for n, value in enumerate(earlier, start=1)}
-            changed["instability"] = last
-            metrics |= {name: value for name, value in changed.items() if not math.isnan(value)}
+            changed = instability.finish(self._config.data.skip_bad).tolist()
+            names = [f"instability_layer_{n}" for n in range(1, len(changed))] + ["instability"]
+            found = dict(zip(names, changed, strict=False))  # nothing if no image was readable
+            metrics |= {name: value for name, value in found.items() if not math.isnan(value)}
         return Evaluation(
             metrics,
             ap,

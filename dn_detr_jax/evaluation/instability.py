@@ -51,19 +51,19 @@ class MatchingInstability:
     """Compares the match vectors of each epoch with those of the epoch before.
 
     The images must come with the same transforms and the same order of objects in every epoch.
-    Between epochs, `state_dict` is the whole state, with shapes that are known from the start, so
-    that a run resumed from a checkpoint reports the values of an uninterrupted one.
+    Between epochs, `state_dict` is the whole state, so that a run resumed from a checkpoint reports
+    the values of an uninterrupted one. The number of decoder layers, L, is that of the first
+    vectors.
 
     Args:
       image_ids: ids of the images to measure on, each once.
-      num_layers: L, the number of decoder layers.
       num_queries: N, the length of a match vector.
 
     Raises:
       ValueError: no image, or a duplicate id.
     """
 
-    def __init__(self, image_ids: Sequence[int], num_layers: int, num_queries: int) -> None:
+    def __init__(self, image_ids: Sequence[int], num_queries: int) -> None:
         self._ids = np.asarray(image_ids, np.int64).reshape(-1)
         self._row = {image_id: row for row, image_id in enumerate(self._ids.tolist())}
         if not 0 < len(self._row) == len(self._ids):
@@ -71,7 +71,7 @@ class MatchingInstability:
                 f"expected at least one image id and each once, got {len(self._ids)} ids, "
                 f"{len(self._row)} of them distinct"
             )
-        self._previous = np.full((len(self._ids), num_layers, num_queries), _NEVER, np.int32)
+        self._previous = np.full((len(self._ids), 0, num_queries), _NEVER, np.int32)
         self._current = self._previous.copy()
 
     def update(self, image_ids: np.ndarray, vectors: np.ndarray) -> None:
@@ -85,6 +85,8 @@ class MatchingInstability:
           ValueError: wrong shapes.
         """
         image_ids, vectors = np.asarray(image_ids), np.asarray(vectors)
+        if vectors.ndim == 3 and vectors.shape[1] != self._previous.shape[1]:
+            self._set_layers(vectors.shape[1])
         expected = (len(image_ids), *self._previous.shape[1:])
         if vectors.shape != expected:
             raise ValueError(f"expected match vectors of shape {expected}, got {vectors.shape}")
@@ -92,6 +94,15 @@ class MatchingInstability:
             row = self._row.get(image_id)
             if row is not None:
                 self._current[row] = vector
+
+    def _set_layers(self, layers: int) -> None:
+        """Takes over the number of layers; one known layer is the last, as in `load_state_dict`."""
+        images, known, queries = self._previous.shape
+        if known > 1 or (self._current != _NEVER).any():
+            raise ValueError(f"match vectors of {layers} decoder layers after those of {known}")
+        previous = np.full((images, layers, queries), _NEVER, np.int32)
+        previous[:, layers - known :] = self._previous
+        self._previous, self._current = previous, np.full_like(previous, _NEVER)
 
     def finish(self, absent_unchanged: bool = False) -> np.ndarray:
         """Ends the epoch and returns its instability.
@@ -124,8 +135,8 @@ class MatchingInstability:
         """Returns the match vectors that the next epoch is compared with; call it between epochs.
 
         Returns:
-          `image_ids` int32 [I] and `previous` int32 [I, L, N] (-2 everywhere before the first
-          epoch has ended), copies.
+          `image_ids` int32 [I] and `previous` int32 [I, L, N], L of 0 before the first epoch;
+          copies.
         """
         return {"image_ids": self._ids.astype(np.int32), "previous": self._previous.copy()}
 
@@ -135,19 +146,16 @@ class MatchingInstability:
         A state with `previous` [I, N], as of version 0.1, is of the last layer alone.
 
         Raises:
-          ValueError: the state is of other images or of another number of layers or queries.
+          ValueError: the state is of other images or of another number of queries.
         """
         image_ids, previous = np.asarray(state["image_ids"]), np.asarray(state["previous"])
+        images, _, queries = self._previous.shape
         if previous.ndim == 2:
-            of_layers = np.full(
-                (len(previous), *self._previous.shape[1:2], previous.shape[1]), _NEVER
-            )
-            of_layers[:, -1] = previous
-            previous = of_layers
-        if previous.shape != self._previous.shape:
+            previous = previous[:, None]
+        if previous.ndim != 3 or (len(previous), previous.shape[2]) != (images, queries):
             raise ValueError(
                 f"the stored match vectors have shape {previous.shape}, this run measures "
-                f"{self._previous.shape} (images, layers, queries)"
+                f"{images} images and {queries} queries"
             )
         if not np.array_equal(image_ids, self._ids):
             first = int(np.flatnonzero(image_ids != self._ids)[0])

@@ -63,7 +63,7 @@ def measure(
                 found[int(batch["image_id"][row])] = assignment[:, row]
         ids = sorted(found)
         table = np.stack([found[image_id] for image_id in ids])  # [images, L, M]
-        measured = measured or MatchingInstability(ids, table.shape[1], num_queries)
+        measured = measured or MatchingInstability(ids, num_queries)
         measured.update(np.array(ids), match_vectors(table, num_queries))
         changed.append(measured.finish())
         steps.append(step)
