@@ -14,7 +14,6 @@ from dn_detr_jax.evaluation.labels import with_labels_of_run
 from dn_detr_jax.models.registry import num_matching_queries
 from dn_detr_jax.sharding import make_mesh
 
-
 LAYERS = 3  # a variant need not have a key for their number
 
 
