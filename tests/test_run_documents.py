@@ -51,12 +51,7 @@ SMALL = {
     "configs/digits.py": CONFIG,
     "configs/digits_quick.py": CONFIG,
     "digits": CONFIG,
-    "configs/finetune.py": TINY_FINETUNE,
-    "configs/finetune.py:aerial": str(ROOT / "configs" / "finetune.py:aerial"),
-    "DIR": "mydata",
     "runs/plain": "runs/digits",
-    "docs/evidence.md": "evidence.md",
-    "docs/models.md": "models.md",
     "data/trees/photographs/val": "data_of_trees",
 }
 MEASURED = ["--canvas=32x32", "--batch_size=1", "--rounds=1", "--steps=1"]
@@ -107,9 +102,10 @@ def program(words):
 
 
 def kind(words):
-    """The program and its flags, whatever their values and the changes to the config."""
+    """The program, its flags, and whether it reads a video; not the changes to the config."""
     named = {word.partition("=")[0] for word in words if word.startswith("--")}
-    return program(words), frozenset(name for name in named if not name.startswith("--config."))
+    flags = frozenset(name for name in named if not name.startswith("--config."))
+    return program(words), flags, any(word.endswith(".mp4") for word in words)
 
 
 def elsewhere(found, words):
