@@ -202,7 +202,9 @@ def assign_all(
             # in some versions of jax.
             found = []
             for (pieces, valid), size in zip(given, sizes, strict=True):
-                cost = np.concatenate([np.asarray(x) for x in pieces]).reshape(size)
+                arrays = [np.asarray(piece) for piece in pieces]
+                whole = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+                cost = whole.reshape(size)
                 found.append(solve_on_host(cost.swapaxes(2, 3), valid).reshape(len(cost), -1))
             return np.concatenate(found, axis=1)
 
