@@ -17,6 +17,7 @@ from dn_detr_jax.config import validate
 from dn_detr_jax.criterion import LossSettings, Totals, parts_with_proposals
 from dn_detr_jax.losses import SigmoidFocalLoss
 from dn_detr_jax.models.decoder import DecoderLayer
+from dn_detr_jax.models.draws import draw_together
 from dn_detr_jax.models.layers import LayerConfig
 from dn_detr_jax.models.levels import Levels
 from dn_detr_jax.models.proposals import SelectedProposals, token_boxes
@@ -93,7 +94,7 @@ def test_initial_values_of_the_encoder_only_model():
         params = flat(model.init(key, image, size)["params"])
         return {path: params[path] for path in wanted}
 
-    found = jax.device_get(fast_jit(init)(jax.random.key(0)))
+    found = jax.device_get(fast_jit(draw_together(init))(jax.random.key(0)))
     bounds = {path: np.sqrt(6 / sum(x.shape)) for path, x in found.items() if x.ndim == 2}
     for path in ("input_proj0/kernel", "input_proj0/bias"):  # PyTorch's default
         bounds[path] = found["input_proj0/kernel"].shape[0] ** -0.5

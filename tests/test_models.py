@@ -23,6 +23,7 @@ from dn_detr_jax.denoising import Denoising
 from dn_detr_jax.errors import ConfigError
 from dn_detr_jax.models import attention, position
 from dn_detr_jax.models.backbones.resnet import ResNet
+from dn_detr_jax.models.draws import draw_together
 from dn_detr_jax.models.heads import LayerHeads, SharedHeads
 from dn_detr_jax.models.images import IMAGE_MEAN, IMAGE_STD, normalize_images, valid_tokens
 from dn_detr_jax.models.levels import Levels
@@ -183,7 +184,7 @@ def start(tiny):
         params = tiny.model.init(key, image, size)["params"]
         return {name: params[name] for name in ("box_head", "class_head", "anchors")}
 
-    return fast_jit(init)(jax.random.key(0))
+    return fast_jit(draw_together(init))(jax.random.key(0))
 
 
 def test_first_predictions(tiny, start):
@@ -211,11 +212,11 @@ def test_random_anchors_cover_the_image():
         config.random_refpoints_xy = uniform
         model = build_model(config)
         size = jnp.full((1, 2), CANVAS)
-        init = fast_jit(
-            lambda key: model.init(key, jnp.zeros((1, CANVAS, CANVAS, 3)), size)["params"][
-                "anchors"
-            ]
-        )
+
+        def init(key):
+            return model.init(key, jnp.zeros((1, CANVAS, CANVAS, 3)), size)["params"]["anchors"]
+
+        init = fast_jit(draw_together(init))
         return np.asarray(jax.nn.sigmoid(init(jax.random.key(0))))
 
     shares = np.histogram(anchors(True)[:, :2], 4, (0, 1))[0] / 4000

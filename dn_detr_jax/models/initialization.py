@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from dn_detr_jax.models.draws import draw_together
+
 
 @functools.lru_cache(maxsize=8)
 def initializer(model: nn.Module) -> Callable[[jax.Array], dict]:
@@ -16,6 +18,7 @@ def initializer(model: nn.Module) -> Callable[[jax.Array], dict]:
     once, for shapes and values alike.
     """
 
+    @draw_together
     def initial_params(key: jax.Array) -> dict:
         # Parameters do not depend on the size of the image.
         return model.init(key, jnp.zeros((1, 64, 64, 3)), jnp.full((1, 2), 64))["params"]
