@@ -180,3 +180,16 @@ def test_matching_apart_is_that_of_the_costs():
     valid = np.array([[True, True], [True, False]])
     found = jit_match(make_mesh(1))(cost.astype(np.float32), valid)
     np.testing.assert_array_equal(found, [[[2, 1]], [[0, -1]]])
+
+
+@pytest.mark.parametrize(("before", "after"), [(1.0, 0.1), (0.3, 0.3), (0.0, 0.0)])
+def test_short_programs_are_kept_unless_the_user_says_from_when(before, after):
+    """Catches programs of a start that are compiled anew each time, and a lost setting."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    kept = getattr(jax.config, name)
+    try:
+        jax.config.update(name, before)
+        use_compile_cache("")
+        assert getattr(jax.config, name) == after
+    finally:
+        jax.config.update(name, kept)

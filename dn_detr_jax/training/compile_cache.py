@@ -26,6 +26,11 @@ from dn_detr_jax.errors import ConfigError, one_line
 
 logger = logging.getLogger(__name__)
 
+# JAX keeps programs that took a second. What a start compiles before its first step takes less in
+# part, and each costs time again.
+_KEPT_FROM = 0.1  # seconds
+_JAX_KEEPS_FROM = 1.0
+
 
 def use_compile_cache(cache_dir: str) -> None:
     """Starts to store compiled programs on disk, and to load those that are there.
@@ -35,6 +40,9 @@ def use_compile_cache(cache_dir: str) -> None:
         missing home directory, is a warning. A folder that JAX has from elsewhere, such as from
         JAX_COMPILATION_CACHE_DIR, stays in use.
     """
+    minimum = "jax_persistent_cache_min_compile_time_secs"
+    if getattr(jax.config, minimum) == _JAX_KEEPS_FROM:
+        jax.config.update(minimum, _KEPT_FROM)
     # jax adds its options at run time: type checkers do not know them.
     enabled = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     used_already = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
