@@ -210,7 +210,7 @@ def test_a_signal_stops_all_a_lost_process_ends_the_other_and_both_resume(
     two, tmp_path, digits_dir
 ):
     """Catches hangs, processes that stop at different steps, damaged checkpoints, lost bits."""
-    with Run(tmp_path / "run", digits_dir, 2, 4) as run:
+    with Run(tmp_path / "run", digits_dir, 2, 4, "--config.eval.pictures=0") as run:
         run.until_step(2)
         run.processes[1].send_signal(signal.SIGTERM)
         assert run.wait() == [0, 0], run.text(0) + run.text(1)
@@ -219,7 +219,7 @@ def test_a_signal_stops_all_a_lost_process_ends_the_other_and_both_resume(
     stopped = max(steps)
     assert 2 <= stopped < 12
 
-    with Run(tmp_path / "run", digits_dir, 2, 4) as run:
+    with Run(tmp_path / "run", digits_dir, 2, 4, "--config.eval.pictures=0") as run:
         run.until_step(stopped + 1)
         killed = time.monotonic()
         run.processes[1].kill()
@@ -229,7 +229,7 @@ def test_a_signal_stops_all_a_lost_process_ends_the_other_and_both_resume(
     assert last.startswith("error: process 0: process 1 has ended unexpectedly"), run.text(0)
     assert "Traceback" not in run.text(0) and "Check failure" not in run.text(0)
 
-    resumed = _finished(tmp_path / "run", digits_dir, 2, 4)
+    resumed = _finished(tmp_path / "run", digits_dir, 2, 4, "--config.eval.pictures=0")
     assert "continuing from step" in resumed.text(0)
     _assert_same_bits(run.workdir, two.workdir)
 

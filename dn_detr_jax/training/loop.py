@@ -303,7 +303,8 @@ class _Run:
     ):
         self.setup, self.programs, self.checkpoints = setup, programs, checkpoints
         self.last_evaluation: tuple[int, Evaluation] | None = None
-        self._plan, self._guard, self._schedule = plan, guard, schedule
+        self._plan, self._guard = plan, guard
+        self._schedule = jax.jit(schedule)  # a program in place of one for each operation
         self._patience, self._evaluator = patience, evaluator
         self._window = Window()
 
