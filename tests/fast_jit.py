@@ -8,8 +8,6 @@ import tempfile
 
 import jax
 
-from dn_detr_jax.training.compile_options import known_options
-
 # All tests run on the CPU, even if libtpu is installed without a TPU.
 jax.config.update("jax_platforms", "cpu")
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -29,12 +27,15 @@ for name, value in {
 
 # These reduce the compile time to a half or a third; numbers stay within float tolerance. jaxlib
 # 0.11 removed the second option.
-OPTIONS = known_options(
-    {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}, jax.devices()[0]
-)
+OPTIONS: dict[str, int | bool] = {"xla_backend_optimization_level": 0}
+if jax.__version_info__ < (0, 11):
+    OPTIONS["xla_cpu_use_fusion_emitters"] = False
 
-# The same for processes that tests start, and for `config.compile.options`.
+# The same for operations outside of `fast_jit`, for processes that tests start, and for
+# `config.compile.options`.
 XLA_FLAGS = " ".join(f"--{name}={str(value).lower()}" for name, value in OPTIONS.items())
+if XLA_FLAGS not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS}".strip()
 CONFIG = tuple(f"cpu:{name}={str(value).lower()}" for name, value in OPTIONS.items())
 
 fast_jit = functools.partial(jax.jit, compiler_options=OPTIONS)
