@@ -238,10 +238,9 @@ def test_a_signal_stops_all_a_lost_process_ends_the_other_and_both_resume(
 def test_one_process_goes_on_with_what_two_began(one, two, tmp_path, digits_dir):
     """On twice the devices; catches checkpoints that depend on the number of processes."""
     workdir = shutil.copytree(two.workdir, tmp_path / "run")
-    for step in (6, 9, 12):
-        shutil.rmtree(workdir / "checkpoints" / str(step))
+    shutil.rmtree(workdir / "checkpoints" / "12")
     run = _finished(workdir, digits_dir, 1, 8, "--config.eval.pictures=0")
-    assert "continuing from step 3" in run.text(0)
+    assert "continuing from step 6" in run.text(0)
     _assert_same_training(run.workdir, one)
 
 

@@ -32,6 +32,7 @@ ROOT = Path(__file__).parent.parent
 ELSEWHERE = {
     "train.py --coordinator_address": "test_processes.py::test_two_processes_train_what_one_trains",
     "make test": "test_commands.py::test_every_command_has_help_without_jax",  # by running at all
+    "inspect --workdir": "test_inspection.py::test_the_page_stands_alone_and_shows_names_as_text",
     "serve": "test_serve.py::test_the_command_serves_until_a_signal",
     "check-reference": "test_reference.py::test_command_prints_one_json_object",
     "benchmarks.study": "test_study.py::test_a_training_is_kept_and_not_repeated",

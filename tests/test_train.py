@@ -40,6 +40,7 @@ def _command(workdir, digits_dir, *arguments, config=_CONFIG):
         f"--config={config}",
         f"--workdir={workdir}",
         f"--config.data.dir={digits_dir}",
+        "--config.model.encoder_layers=0",  # compiles faster
         *arguments,
     ]
 
@@ -70,7 +71,7 @@ def _lines(workdir):
 
 def _interrupt(workdir, digits_dir, number, at_step):
     """Runs until `at_step` is logged, then sends the signal; returns (exit status, stderr)."""
-    command = _command(workdir, digits_dir)
+    command = _command(workdir, digits_dir, "--config.eval.pictures=0")
     with subprocess.Popen(command, env=_ENV, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 500
         while all(line["step"] < at_step for line in _lines(workdir)):
@@ -115,7 +116,7 @@ def test_killed_and_terminated_run_ends_like_an_undisturbed_one(
     stopped = max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
     assert 4 <= stopped < 8, stderr
     assert f"Ctrl-C: saved step {stopped}; the same command continues" in stderr
-    done = _run(workdir, digits_dir, "--config.train.profile=1 steps")
+    done = _run(workdir, digits_dir, "--config.train.profile=1 steps", "--config.eval.pictures=0")
     assert done.returncode == 0, done.stderr
     assert f"continuing from step {stopped}" in done.stderr
     assert "steps 8 to 8 profiled" in done.stderr

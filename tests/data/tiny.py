@@ -112,7 +112,7 @@ def processes() -> ConfigDict:
     config = get_config()
     config.model.update(encoder_layers=0, decoder_layers=1, num_queries=12)
     config.model.backbone.stages = 1
-    config.train.update(duration="12 steps", eval_every="6 steps", checkpoint_every="3 steps")
+    config.train.update(duration="12 steps", eval_every="6 steps", checkpoint_every="6 steps")
     config.checkpoint.keep_latest = 20
     config.eval.pictures = 2
     return config
