@@ -5,8 +5,8 @@
 
 The benchmark starts train.py with the flags after `--`, each time in a new work directory, and
 waits until the first step is trained and logged. All starts share an empty cache of compiled
-programs, so that the second start finds what the first one has stored. Then the work directory is
-used by `python -m dn_detr_jax predict` for one image of noise, twice.
+programs, so that the second start finds what the first one has stored, and modules as bytecode.
+Then the work directory is used by `python -m dn_detr_jax predict` for one image of noise, twice.
 
 Seconds are counted from the command, in wall-clock time and in time of all CPU cores together.
 CPU time of other processes does not count, so that it is the steadier figure on a busy machine.
@@ -116,6 +116,7 @@ def main(argv: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
+        env.pop("PYTHONDONTWRITEBYTECODE", None)  # else every start compiles all modules
         for number in range(1, FLAGS.starts + 1):
             row = start_training(workdir := folder / f"run_{number}", argv[1:], env)
             report.add({"command": "train", "start": number, **row})
