@@ -35,6 +35,9 @@ _JAX_KEEPS_FROM = 1.0
 def use_compile_cache(cache_dir: str) -> None:
     """Starts to store compiled programs on disk, and to load those that are there.
 
+    Programs that took 0.1 s to compile are stored, unless the user has set another limit by
+    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS.
+
     Args:
       cache_dir: `config.compile.cache_dir`; empty: no cache. A folder that can't be written, or a
         missing home directory, is a warning. A folder that JAX has from elsewhere, such as from
