@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import traverse_util
@@ -29,6 +28,7 @@ from dn_detr_jax.interop.hub import weights_path
 from dn_detr_jax.interop.names.elsewhere import source_of
 from dn_detr_jax.interop.state_dicts import unwrapped
 from dn_detr_jax.models.draws import draw_together
+from dn_detr_jax.models.initialization import initial_params
 from dn_detr_jax.models.registry import (
     abstract_params,
     build_model,
@@ -144,7 +144,7 @@ def _fresh_heads(model: nn.Module, seed: int) -> dict[str, np.ndarray]:
     @jax.jit
     @draw_together  # computes nothing but what is returned
     def init(key):
-        params = flat(model.init(key, jnp.zeros((1, 64, 64, 3)), jnp.full((1, 2), 64))["params"])
+        params = flat(initial_params(model, key))
         return {path: params[path] for path in head_paths(params)}
 
     return jax.device_get(init(jax.random.key(seed)))

@@ -10,6 +10,11 @@ from flax import linen as nn
 from dn_detr_jax.models.draws import draw_together
 
 
+def initial_params(model: nn.Module, key: jax.Array) -> dict:
+    """Draws the parameters of a detector, which do not depend on the size of the image."""
+    return model.init(key, jnp.zeros((1, 64, 64, 3)), jnp.full((1, 2), 64))["params"]
+
+
 @functools.lru_cache(maxsize=8)
 def initializer(model: nn.Module) -> Callable[[jax.Array], dict]:
     """Jits the initialization: a function key -> parameters.
@@ -17,10 +22,4 @@ def initializer(model: nn.Module) -> Callable[[jax.Array], dict]:
     Every call for an equal model gives the same function, so that one process traces the model
     once, for shapes and values alike.
     """
-
-    @draw_together
-    def initial_params(key: jax.Array) -> dict:
-        # Parameters do not depend on the size of the image.
-        return model.init(key, jnp.zeros((1, 64, 64, 3)), jnp.full((1, 2), 64))["params"]
-
-    return jax.jit(initial_params)
+    return jax.jit(draw_together(functools.partial(initial_params, model)))
