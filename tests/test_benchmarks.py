@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 from data import tiny as tiny_config
-from fast_jit import XLA_FLAGS, fast_jit
+from fast_jit import fast_jit
 from tiny_detector import denoising_queries, image_batch, object_noise
 
 from benchmarks import common, gpu_plan, matching, peer, start, step_parts, train_step
@@ -29,16 +29,11 @@ from dn_detr_jax.training.state import abstract_state
 from dn_detr_jax.training.step import abstract_batch, jit_train_step
 
 _ROOT = Path(__file__).parent.parent
-_ENV = os.environ | {
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": XLA_FLAGS,
-}
 
 
 def _run(benchmark, *arguments):
     return subprocess.run(
         [sys.executable, "-m", f"benchmarks.{benchmark}", *arguments],
-        env=_ENV,
         cwd=_ROOT,
         capture_output=True,
         text=True,

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fast_jit
 import jax
 import numpy as np
 import pytest
@@ -92,10 +91,8 @@ def _compile(folder, *arguments):
     """Returns the output, and the programs that came from the cache."""
     env = os.environ | {
         "PYTHONPATH": f"{_ROOT}{os.pathsep}{_ROOT / 'tests' / 'data'}",
-        "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": "",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "XLA_FLAGS": fast_jit.XLA_FLAGS,
     }
     done = subprocess.run(
         [sys.executable, "-c", _SCRIPT, str(folder), *arguments],

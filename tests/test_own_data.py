@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -10,7 +9,6 @@ import sys
 import zipfile
 from pathlib import Path
 
-import fast_jit
 import pytest
 from coco_directory import document, write_split
 from data import tiny_finetune
@@ -129,7 +127,6 @@ def run(commands, folder, official, workdir, out):
     done = subprocess.run(
         [sys.executable, "-c", DRIVER],
         input="\n".join(lines) + "\n",
-        env=os.environ | {"XLA_FLAGS": fast_jit.XLA_FLAGS},
         capture_output=True,
         text=True,
         timeout=1800,

@@ -16,7 +16,6 @@ import sys
 import time
 from pathlib import Path
 
-import fast_jit
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -35,11 +34,7 @@ class Run:
         self.outputs.mkdir(exist_ok=True)
         command = [sys.executable, str(_ROOT / "train.py"), f"--config={_CONFIG}"]
         command += [f"--workdir={workdir}", f"--config.data.dir={digits_dir}", *arguments]
-        env = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": str(devices // processes),
-            "XLA_FLAGS": fast_jit.XLA_FLAGS,
-        }
+        env = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices // processes)}
         address = f"localhost:{_free_port()}"
         self.processes = []
         for index in range(processes):

@@ -43,7 +43,7 @@ AMPLIFIED = (
 @pytest.fixture(scope="module")
 def components():
     """Returns the output of the command, in a process that does not optimize the programs."""
-    environment = os.environ | {"XLA_FLAGS": fast_jit.XLA_FLAGS, "PYTHONPATH": str(DATA.parents[2])}
+    environment = os.environ | {"PYTHONPATH": str(DATA.parents[2])}
     path = DATA / "components.npz"
     command = [sys.executable, "-m", "dn_detr_jax", "check-reference", str(path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

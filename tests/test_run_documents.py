@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import cv2
-import fast_jit
 import numpy as np
 import pytest
 import test_own_data
@@ -202,7 +201,7 @@ def test_commands_run(folder):
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, str(ROOT)],
         input="".join(f"{json.dumps(small(words))}\n" for _, words in commands),
-        env=os.environ | {"XLA_FLAGS": fast_jit.XLA_FLAGS, "PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         cwd=folder,

@@ -10,7 +10,6 @@ import re
 import subprocess
 import sys
 
-import fast_jit
 import numpy as np
 import pytest
 
@@ -132,11 +131,7 @@ for devices, sharded in ((4, True), (2, True), (1, False)):
 (folder / "facts.json").write_text(json.dumps(facts))
 """
 
-_FOUR_DEVICES = {
-    "JAX_PLATFORMS": "cpu",
-    "JAX_NUM_CPU_DEVICES": "4",
-    "XLA_FLAGS": fast_jit.XLA_FLAGS,
-}
+_FOUR_DEVICES = {"JAX_NUM_CPU_DEVICES": "4"}
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import fast_jit
 import numpy as np
 import pytest
 
@@ -74,9 +73,7 @@ config.model.num_queries = 10
 _ROOT = Path(__file__).parents[1]
 _EIGHT_DEVICES = {
     "PYTHONPATH": f"{_ROOT}{os.pathsep}{_ROOT / 'tests' / 'data'}",
-    "JAX_PLATFORMS": "cpu",
     "JAX_NUM_CPU_DEVICES": "8",
-    "XLA_FLAGS": fast_jit.XLA_FLAGS,
 }
 
 

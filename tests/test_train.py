@@ -11,7 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-import fast_jit
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -26,11 +25,6 @@ from dn_detr_jax.training import stop
 _ROOT = Path(__file__).parent.parent
 _CONFIG = _ROOT / "tests" / "data" / "tiny.py"
 _SMALLER = _ROOT / "tests" / "data" / "tiny_processes.py"
-# Optimizing the tiny programs takes longer than running them.
-_ENV = os.environ | {
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": fast_jit.XLA_FLAGS,
-}
 
 
 def _command(workdir, digits_dir, *arguments, config=_CONFIG):
@@ -48,7 +42,6 @@ def _command(workdir, digits_dir, *arguments, config=_CONFIG):
 def _run(workdir, digits_dir, *arguments, config=_CONFIG):
     return subprocess.run(
         _command(workdir, digits_dir, *arguments, config=config),
-        env=_ENV,
         capture_output=True,
         text=True,
         timeout=600,
@@ -72,7 +65,7 @@ def _lines(workdir):
 def _interrupt(workdir, digits_dir, number, at_step):
     """Runs until `at_step` is logged, then sends the signal; returns (exit status, stderr)."""
     command = _command(workdir, digits_dir, "--config.eval.pictures=0")
-    with subprocess.Popen(command, env=_ENV, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 500
         while all(line["step"] < at_step for line in _lines(workdir)):
             assert process.poll() is None, process.stderr.read()
@@ -144,7 +137,7 @@ def test_killed_and_terminated_run_ends_like_an_undisturbed_one(
 def test_a_signal_during_start_up_ends_at_once_with_status_0(tmp_path, digits_dir, number):
     """Catches a job that counts as failed if it is preempted before its first step."""
     command = _command(tmp_path, digits_dir)
-    with subprocess.Popen(command, env=_ENV, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         status, deadline = Path(f"/proc/{process.pid}/status"), time.monotonic() + 60
         handled = 0
         while not handled >> (signal.SIGTERM - 1) & 1:  # its handler is installed last
