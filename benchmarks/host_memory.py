@@ -56,6 +56,21 @@ def define_flags() -> None:
     flags.DEFINE_string("json", "", "Write the rows to this file, too.")
 
 
+def check_steps(config: ConfigDict) -> None:
+    """Checks that the second half of a training has a logged step for each part of the fit.
+
+    Raises:
+      ConfigError: it has fewer, or a duration is not in steps.
+    """
+    durations = config.train.duration, config.train.log_every
+    for key, value in zip(("duration", "log_every"), durations, strict=True):
+        if not value.endswith("steps"):
+            raise ConfigError(f"train.{key}", value, "in steps")
+    total, every = (int(value.split()[0]) for value in durations)
+    if total < 2 * PARTS * every:
+        raise ConfigError("train.duration", total, f"{2 * PARTS} times train.log_every or more")
+
+
 @dataclasses.dataclass(frozen=True)
 class Sample:
     """Memory after a step, in MB."""
@@ -141,8 +156,7 @@ def measure(folder: Path) -> None:
 def main(argv: Sequence[str]) -> None:
     """Runs the benchmark."""
     del argv
-    if not FLAGS.config.train.duration.endswith("steps"):
-        raise ConfigError("train.duration", FLAGS.config.train.duration, "in steps")
+    check_steps(FLAGS.config)
     if FLAGS.folder:
         folder = Path(FLAGS.folder).absolute()
         folder.mkdir(parents=True)

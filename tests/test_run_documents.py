@@ -26,8 +26,7 @@ from dn_detr_jax.data.datasets import open_dataset
 from dn_detr_jax.models.registry import abstract_params, build_model
 
 ROOT = Path(__file__).parent.parent
-# Tests that run the same program, because it needs more than a folder of files. Of the last three,
-# whose runs take minutes, they run the parts.
+# Tests that run the same program, because it needs more than a folder of files.
 ELSEWHERE = {
     "train.py --coordinator_address": "test_processes.py::test_two_processes_train_what_one_trains",
     "make test": "test_commands.py::test_every_command_has_help_without_jax",  # by running at all
@@ -37,11 +36,6 @@ ELSEWHERE = {
     "benchmarks.study": "test_study.py::test_a_training_is_kept_and_not_repeated",
     "benchmarks.deformable": "test_benchmarks.py::test_deformable_sampling_is_compared",
     "benchmarks.train_step": "test_benchmarks.py::test_the_step_is_timed",
-    "benchmarks.start": "test_benchmarks.py::test_a_start_is_measured_by_its_own_seconds_and_log",
-    "benchmarks.survival": "test_survival_benchmarks.py::"
-    "test_a_row_is_good_only_if_all_ended_as_they_must",
-    "benchmarks.host_memory": "test_survival_benchmarks.py::"
-    "test_the_slope_and_its_error_are_those_of_the_noise",
 }
 
 TINY_FINETUNE = str(ROOT / "tests" / "data" / "tiny_finetune.py")
@@ -55,6 +49,7 @@ SMALL = {
     "data/trees/photographs/val": "data_of_trees",
 }
 MEASURED = ["--canvas=32x32", "--batch_size=1", "--rounds=1", "--steps=1"]
+SHORT = ["--config.train.duration=40 steps", "--config.model.encoder_layers=0"]
 # Arguments that replace or join those of a program.
 ADDED = {
     "benchmarks.matching": [
@@ -62,7 +57,11 @@ ADDED = {
     ],
     "benchmarks.memory": [f"--config={CONFIG}", *MEASURED[:2], "--dtype=float32"],
     "benchmarks.layers": [f"--config={CONFIG}", *MEASURED[:3]],
+    "benchmarks.start": ["--starts=1"],
+    "benchmarks.survival": ["--signals=1", "--kind=SIGTERM", "--others=0", *SHORT],
+    "benchmarks.host_memory": ["--samples=40", "--config.train.log_every=1 steps", *SHORT],
 }  # fmt: skip
+LINUX_ONLY = {"benchmarks.start", "benchmarks.survival", "benchmarks.host_memory"}
 
 # The import of a file in official names, as docs/training.md has it; r50.pth comes before.
 IMPORT = ["-m", "dn_detr_jax", "import", "r50.pth", "--out=imported", f"--config={TINY_FINETUNE}"]
@@ -135,13 +134,15 @@ def to_run():
         if found.partial or found.needs or found.words[0] == "pip" or elsewhere(found, words):
             continue
         assert words, f"{found.place}: {found.words}"
+        if program(words) in LINUX_ONLY and sys.platform != "linux":
+            continue
         kinds.setdefault(kind(words), (found.place, words))
     return list(filter(None, kinds.values()))
 
 
-def small(words):
-    """Replaces files and sizes by small ones."""
-    added = ADDED.get(program(words), [])
+def small(words, folder):
+    """Replaces files and sizes by small ones; the data lies in a folder, also for other folders."""
+    added, smaller = ADDED.get(program(words), []), SMALL | {"data": str(folder / "data")}
     names = {word.partition("=")[0] for word in added}
     kept, skip = [], False
     for word in words:
@@ -151,7 +152,7 @@ def small(words):
             skip = "=" not in word
         else:
             name, equals, value = word.rpartition("=")
-            kept.append(f"{name}{equals}{SMALL.get(value, value)}")
+            kept.append(f"{name}{equals}{smaller.get(value, value)}")
     if CONFIG in str(kept) and not program(words).startswith("benchmarks."):
         kept.append("--config.data.dir=data")
     start = 2 if words[0] == "-m" else 1
@@ -193,6 +194,7 @@ def folder(tmp_path_factory, digits_dir):
     return folder
 
 
+@pytest.mark.slow
 def test_commands_run(folder):
     """Catches a command that parses and then fails."""
     commands = to_run()
@@ -200,7 +202,7 @@ def test_commands_run(folder):
     commands.append(("docs/training.md", IMPORT))
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, str(ROOT)],
-        input="".join(f"{json.dumps(small(words))}\n" for _, words in commands),
+        input="".join(f"{json.dumps(small(words, folder))}\n" for _, words in commands),
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,

@@ -11,6 +11,7 @@ import pytest
 from benchmarks import host_memory, processes, public_cases, survival, trainings
 from dn_detr_jax.config import validate
 from dn_detr_jax.data.datasets import SPLITS, open_dataset
+from dn_detr_jax.errors import ConfigError
 
 
 def test_the_slope_and_its_error_are_those_of_the_noise():
@@ -27,6 +28,20 @@ def test_the_slope_and_its_error_are_those_of_the_noise():
     assert 0.9 * expected < rises.std() < 1.15 * expected
     assert 0.85 * expected < errors.mean() < 1.15 * expected
     assert host_memory.slope(steps, 0.5 * steps) == (pytest.approx(0.5), pytest.approx(0, abs=1e-9))
+
+
+def test_a_training_has_enough_logged_steps_for_the_slope():
+    """Catches a slope of no samples, found out after the training."""
+    config = host_memory.long_config()
+    host_memory.check_steps(config)
+    config.train.duration = "100 steps"
+    host_memory.check_steps(config)
+    wrongs = ("duration", "99 steps"), ("log_every", "6 steps"), ("duration", "1 epochs")
+    for key, value in wrongs:
+        wrong = config.copy_and_resolve_references()
+        wrong.train[key] = value
+        with pytest.raises(ConfigError, match=r"train\.duration"):
+            host_memory.check_steps(wrong)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="Linux only")
