@@ -30,6 +30,7 @@ from benchmarks import common
 from benchmarks.processes import family, megabytes
 from benchmarks.trainings import Training, last_line, small_config, write_config
 from dn_detr_jax.commands.command_line import run_main
+from dn_detr_jax.config.durations import parse_duration
 from dn_detr_jax.errors import ConfigError
 
 FLAGS = flags.FLAGS
@@ -56,19 +57,23 @@ def define_flags() -> None:
     flags.DEFINE_string("json", "", "Write the rows to this file, too.")
 
 
-def check_steps(config: ConfigDict) -> None:
-    """Checks that the second half of a training has a logged step for each part of the fit.
+def checked_steps(config: ConfigDict) -> int:
+    """Returns the steps of a training whose second half logs one for each part of the fit.
 
     Raises:
-      ConfigError: it has fewer, or a duration is not in steps.
+      ConfigError: it logs fewer, or a duration is not in steps.
     """
-    durations = config.train.duration, config.train.log_every
-    for key, value in zip(("duration", "log_every"), durations, strict=True):
-        if not value.endswith("steps"):
-            raise ConfigError(f"train.{key}", value, "in steps")
-    total, every = (int(value.split()[0]) for value in durations)
+    total, every = (_steps(config, key) for key in ("duration", "log_every"))
     if total < 2 * PARTS * every:
         raise ConfigError("train.duration", total, f"{2 * PARTS} times train.log_every or more")
+    return total
+
+
+def _steps(config: ConfigDict, key: str) -> int:
+    number, unit = parse_duration(config.train[key], f"train.{key}")
+    if unit != "steps":
+        raise ConfigError(f"train.{key}", config.train[key], "in steps")
+    return int(number)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,10 +145,9 @@ def memory_rows(samples: Sequence[Sample], total: int) -> list[dict[str, Any]]:
     return rows
 
 
-def measure(folder: Path) -> None:
-    """Runs the training in a folder, and prints the report."""
+def measure(folder: Path, total: int) -> None:
+    """Runs the training of `total` steps in a folder, and prints the report."""
     report = common.Report("host_memory")
-    total = int(FLAGS.config.train.duration.split()[0])
     training = Training(write_config(FLAGS.config, folder), folder / "run")
     start = time.monotonic()
     samples = watch(training, total)
@@ -156,14 +160,14 @@ def measure(folder: Path) -> None:
 def main(argv: Sequence[str]) -> None:
     """Runs the benchmark."""
     del argv
-    check_steps(FLAGS.config)
+    total = checked_steps(FLAGS.config)
     if FLAGS.folder:
         folder = Path(FLAGS.folder).absolute()
         folder.mkdir(parents=True)
-        measure(folder)
+        measure(folder, total)
     else:
         with tempfile.TemporaryDirectory() as name:
-            measure(Path(name))
+            measure(Path(name), total)
 
 
 if __name__ == "__main__":

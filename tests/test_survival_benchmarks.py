@@ -33,15 +33,15 @@ def test_the_slope_and_its_error_are_those_of_the_noise():
 def test_a_training_has_enough_logged_steps_for_the_slope():
     """Catches a slope of no samples, found out after the training."""
     config = host_memory.long_config()
-    host_memory.check_steps(config)
+    assert host_memory.checked_steps(config) == 2000
     config.train.duration = "100 steps"
-    host_memory.check_steps(config)
+    assert host_memory.checked_steps(config) == 100
     wrongs = ("duration", "99 steps"), ("log_every", "6 steps"), ("duration", "1 epochs")
     for key, value in wrongs:
         wrong = config.copy_and_resolve_references()
         wrong.train[key] = value
         with pytest.raises(ConfigError, match=r"train\.duration"):
-            host_memory.check_steps(wrong)
+            host_memory.checked_steps(wrong)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="Linux only")
