@@ -8,7 +8,8 @@ queries, and the groups from each other.
 
 The contrastive variant (Zhang et al., "DINO: DETR with Improved DeNoising Anchor Boxes for
 End-to-End Object Detection", ICLR 2023, section 3.3) gives every object a second copy in each
-group, with more noise, which has to be recognized as no object.
+group, with more noise, which has to be recognized as no object. Its content is the label too, as
+in DINO's code: only the box tells which of the two it is.
 
 All shapes are static. B images, M slots for objects, G groups, S = G * M denoising slots (2 * G *
 M if contrastive), N matching queries, C classes, L decoder layers, D channels. A slot of an absent
@@ -69,7 +70,7 @@ from dn_detr_jax.noise import add_label_noise as add_label_noise
 from dn_detr_jax.noise import draw_noise as draw_noise
 from dn_detr_jax.noise import over_groups as over_groups
 
-# Label of negatives. It selects the last row of the label table, and as a target it is no class.
+# No class. As a label it selects the last row of the label table; as a target it is a negative's.
 NO_OBJECT = -1
 
 
@@ -77,7 +78,7 @@ class Denoising(flax.struct.PyTreeNode):
     """Denoising queries and their targets: the state from `prepare` to the loss.
 
     Attributes:
-      labels: int32 [B, S] noised labels, `NO_OBJECT` for negatives.
+      labels: int32 [B, S] noised labels; `NO_OBJECT` if they are not known, see below.
       boxes: float32 [B, S, 4] noised boxes, cxcywh in [0, 1].
       group: int32 [B, S] denoising group of every slot, also of empty ones; -1 for a slot without
         group.
@@ -162,16 +163,15 @@ def prepare(
     scale = _by_slot(box_noise, group, groups)
     scale = scale if isinstance(scale, float | int) else scale[:, None]
     shape = {"distribution": distribution, "parts": parts}
+    noised_labels = add_label_noise(target_labels, noise, _by_slot(label_noise, group, groups))
     if contrastive:
         negative = jnp.broadcast_to(slot // max(num_objects, 1) % 2 == 1, (batch, slots))
         target_labels = jnp.where(negative, NO_OBJECT, target_labels)
         noised_boxes = add_contrastive_box_noise(target_boxes, noise, scale, negative, **shape)
     else:
         noised_boxes = add_box_noise(target_boxes, noise, scale, **shape)
-    noised_labels = add_label_noise(target_labels, noise, _by_slot(label_noise, group, groups))
-    unknown = negative if label_denoising else jnp.ones_like(negative)
     return Denoising(
-        labels=jnp.where(unknown, NO_OBJECT, noised_labels),
+        labels=noised_labels if label_denoising else jnp.full_like(noised_labels, NO_OBJECT),
         boxes=noised_boxes,
         group=jnp.broadcast_to(group, (batch, slots)),
         valid=jnp.tile(valid, (1, repeats)),
@@ -253,7 +253,7 @@ def query_content(
 
     Args:
       label_table: float [C + 1, D - 1], or [C + 1, D] without indicator. The last row, no object,
-        belongs to the negatives of contrastive denoising, and may serve matching queries too.
+        belongs to queries without label denoising, and may serve matching queries too.
       dn: from `prepare`.
       indicator: append a channel of ones, which tells denoising queries from matching queries.
 

@@ -77,14 +77,22 @@ def test_noise_of_a_wrong_number_of_slots_is_refused():
 @pytest.mark.parametrize("contrastive", [False, True])
 def test_without_noise_queries_are_the_targets(contrastive):
     dn, _ = prepared(label_noise=0.0, box_noise=0.0, contrastive=contrastive)
-    np.testing.assert_array_equal(dn.labels, dn.target_labels)
+    labels, _, _ = targets()
+    copies = GROUPS * (2 if contrastive else 1)
+    np.testing.assert_array_equal(dn.labels, np.tile(labels, (1, copies)))
+    np.testing.assert_array_equal(dn.target_labels, np.where(dn.negative, -1, dn.labels))
     np.testing.assert_allclose(dn.boxes, dn.target_boxes, atol=1e-6 if contrastive else 0)
 
 
-def test_labels_of_negatives_never_flip():
-    """Catches label noise that gives a negative a class, and none for the positives."""
-    dn, noise = prepared(label_noise=1.0, contrastive=True)
-    np.testing.assert_array_equal(dn.labels, np.where(dn.negative, -1, noise.label_new))
+def test_a_negative_has_a_label_with_noise_of_its_own():
+    """As in DINO: a content "no object" would tell the decoder the answer."""
+    dn, noise = prepared(label_noise=0.5, contrastive=True)
+    labels, _, _ = targets()
+    flips = np.asarray(noise.label_u) < 0.5
+    given = np.tile(labels, (1, 2 * GROUPS))
+    np.testing.assert_array_equal(dn.labels, np.where(flips, noise.label_new, given))
+    negative = np.asarray(dn.negative)
+    assert 0 < flips[negative].mean() < 1 and 0 < flips[~negative].mean() < 1
 
 
 add_contrastive = fast_jit(denoising.add_contrastive_box_noise)
@@ -307,17 +315,13 @@ def test_packed_and_paper_layout_have_the_same_loss(tiny):
 
 @pytest.mark.parametrize("contrastive", [False, True])
 def test_queries_of_real_and_of_empty_slots(contrastive):
-    """Embedding of the noised label and indicator 1; zeros and a neutral anchor for empty slots.
-
-    Negatives have the last row: a label -1 that is clipped to 0 would be a real class.
-    """
+    """Embedding of the noised label and indicator 1; zeros and a neutral anchor for empty slots."""
     dn, _ = prepared(label_noise=1.0, contrastive=contrastive)
     table = np.random.default_rng(0).normal(size=(CLASSES + 1, 7)).astype(np.float32)
     content, anchors = denoising.query_content(table, dn), denoising.query_boxes(dn)
     for b, s in np.ndindex(BATCH, dn.num_slots):
         if dn.valid[b, s]:
-            row = CLASSES if dn.negative[b, s] else dn.labels[b, s]
-            np.testing.assert_array_equal(content[b, s], [*table[row], 1])
+            np.testing.assert_array_equal(content[b, s], [*table[dn.labels[b, s]], 1])
             np.testing.assert_array_equal(anchors[b, s], dn.boxes[b, s])
         else:
             np.testing.assert_array_equal(content[b, s], 0)

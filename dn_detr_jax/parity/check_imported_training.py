@@ -114,20 +114,16 @@ def _denoising(
         copies,
         case["in.noise_box_sign01"] if contrastive else None,
     )
-    label_noise = _CONTRASTIVE_LABEL_NOISE if contrastive else _LABEL_NOISE
     dn = denoising.prepare(
         jnp.asarray(batch["labels"]),
         jnp.asarray(batch["boxes"]),
         jnp.asarray(valid),
         noise,
         groups=groups,
-        label_noise=label_noise,
+        label_noise=_CONTRASTIVE_LABEL_NOISE if contrastive else _LABEL_NOISE,
         box_noise=_CONTRASTIVE_BOX_NOISE if contrastive else _BOX_NOISE,
         contrastive=contrastive,
     )
-    if contrastive:
-        classes = jnp.tile(batch["labels"], (1, copies))
-        dn = dn.replace(labels=denoising.add_label_noise(classes, noise, label_noise))
     return dn, reference.official_order(valid, copies)
 
 

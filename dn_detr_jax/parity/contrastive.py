@@ -1,9 +1,14 @@
-"""A slip of the PyTorch code in contrastive denoising, for the comparison with it.
+"""Contrastive denoising as in the official DN-DETR code, for the comparison with it.
 
-The PyTorch code lists the objects of a batch image by image, each image's positives followed by its
-negatives. It gives the larger noise to the second half of the whole list and takes the boxes of the
-first half for its loss; its class targets are right. The slip changes nothing if only one image has
-objects. This package treats every image by itself; the comparison puts the slip into its queries.
+There a negative has the content "no object", which names the answer. DINO's own code and this package
+give it the label of its object.
+
+The official code also has a slip. It lists the objects of a batch image by image, each image's
+positives followed by its negatives. It gives the larger noise to the second half of the whole list
+and takes the boxes of the first half for its loss; its class targets are right. That changes nothing
+if only one image has objects. This package treats every image by itself.
+
+The comparison puts both into the queries of this package.
 """
 
 import jax.numpy as jnp
@@ -21,7 +26,7 @@ def with_halves_of_the_batch(
     label_noise: float,
     box_noise: float,
 ) -> denoising.Denoising:
-    """Contrastive queries with the slip of the PyTorch code, see above."""
+    """Contrastive queries with the contents and the slip of the official code, see above."""
     count = len(rows[0]) // groups
     second_half = np.zeros(dn.valid.shape, bool)
     second_half[rows] = np.tile(np.arange(count) >= count // 2, groups)
