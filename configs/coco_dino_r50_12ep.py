@@ -8,10 +8,9 @@ the README of IDEA-Research/DINO), and detrex 49.2 (projects/dino, 100 denoising
 setting of this architecture. Those numbers are theirs; none has been measured here.
 
 What is that of detrex: 900 queries, a shared norm in front of the heads, proposals scored by the
-best class, contrastive denoising with 200 slots and label noise 0.25, nothing frozen but the stem.
-What differs: detrex fills the slots of a batch by its most crowded image, here every image gets as
-many of `dn.groups` as fit; negatives have the label "no object"; `dn.box_noise` is 0.4, as in
-DN-DETR, in place of 1.
+best class, contrastive denoising with 200 slots, label noise 0.25 and box noise 1, nothing frozen
+but the stem. What differs: detrex fills the slots of a batch by its most crowded image, here every
+image gets as many of `dn.groups` as fit.
 
 To vary: `model.backbone_levels=4` (five levels), `loss.weight_class=2.0`, `dn.slots=600`,
 `train.ema_decay=0.9999`.
@@ -25,7 +24,7 @@ def get_config():
     config = base_config("dn_dino_detr")
     config.data.canvases = load_config("coco_r50").data.canvases
     config.model.backbone.frozen_stages = 0
-    config.dn.update(groups=14, label_noise=0.25)
+    config.dn.update(groups=14, label_noise=0.25, box_noise=1.0)
     config.train.duration = "12 epochs"
     config.optimizer.step_at = "11 epochs"
     return config

@@ -138,7 +138,7 @@ def prepare(
       noise: draws for `slots_needed(M, groups, contrastive)` slots.
       groups: G, at least 1.
       label_noise: probability that a label flips; G values are one for each group.
-      box_noise: scale of the box noise, in [0, 1); G values are one for each group.
+      box_noise: scale of the box noise, in [0, 1]; G values are one for each group.
       contrastive: add negatives, and use `add_contrastive_box_noise`.
       distribution: of the box noise, see `noise.displacement`.
       parts: what the box noise changes: "both", "center" or "size".

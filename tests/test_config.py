@@ -108,6 +108,7 @@ def test_the_defaults_are_valid():
         ("dn.groups", 2**20),
         ("dn.label_noise", 1.5),
         ("dn.box_noise", -0.4),
+        ("dn.box_noise", 1.1),
         ("dn.attend_padding", 1.5),
         ("dn.layout", "dense"),
         ("dn.slots", 0),

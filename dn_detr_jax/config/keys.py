@@ -77,7 +77,7 @@ _DENOISING = (
         "dn.box_noise",
         0.4,
         "shift of the center and scaling of the sides, as a share of the box size",
-        BELOW_ONE,
+        rules.between(0, 1),
     ),
     Key(
         "dn.label_noise_by_group",
@@ -90,7 +90,7 @@ _DENOISING = (
         "dn.box_noise_by_group",
         (),
         "dn.box_noise from the first group to the last, interpolated linearly; empty: one for all",
-        rules.numbers(BELOW_ONE),
+        rules.numbers(rules.between(0, 1)),
     ),
     Key(
         "dn.box_distribution",
