@@ -8,8 +8,8 @@ numbers are theirs; none has been measured here, and their README has no command
 lowered the learning rate is not known.
 
 The architecture is that of their code: 300 queries, proposals scored by logit 0, no norm in front
-of the heads, anchors scaled by the content. Their denoising gives negatives the content "no object",
-and mixes them up with positives in batches of several images; this package does neither.
+of the heads, anchors scaled by the content. Their denoising gives negatives the content "no
+object", and mixes them up with positives in batches of several images; this package does neither.
 """
 
 from dn_detr_jax.config import load_config

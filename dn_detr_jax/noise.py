@@ -151,8 +151,8 @@ def add_box_noise(
     Args:
       boxes: float [..., 4] cxcywh in [0, 1].
       noise: raw draws.
-      scale: at most 1, one for all or an array that broadcasts to the boxes. Centers move by at most
-        `scale` times half a side, and thus stay inside their box; sides become 1 - scale to
+      scale: at most 1, one for all or an array that broadcasts to the boxes. Centers move by at
+        most `scale` times half a side, and thus stay inside their box; sides become 1 - scale to
         1 + scale times as long. Normal noise has no such bound.
       distribution: see `displacement`.
       parts: "both"; "center": sides keep their length; "size": centers stay.
@@ -190,8 +190,8 @@ def add_contrastive_box_noise(
     Args:
       boxes: float [..., 4] cxcywh in [0, 1].
       noise: raw draws with signs.
-      scale: at most 1, one for all or an array that broadcasts to the boxes. A side moves inwards or
-        outwards by a share of half the extent of the box: 0 to `scale`, for negatives `scale` to
+      scale: at most 1, one for all or an array that broadcasts to the boxes. A side moves inwards
+        or outwards by a share of half the extent of the box: 0 to `scale`, for negatives `scale` to
         2 * `scale`. Normal noise has no upper bound.
       negative: bool [...].
       distribution: of the distance, for negatives of what is above `scale`, see `displacement`.

@@ -1,12 +1,12 @@
 """Contrastive denoising as in the official DN-DETR code, for the comparison with it.
 
-There a negative has the content "no object", which names the answer. DINO's own code and this package
-give it the label of its object.
+There a negative has the content "no object", which names the answer. DINO's own code and this
+package give it the label of its object.
 
 The official code also has a slip. It lists the objects of a batch image by image, each image's
 positives followed by its negatives. It gives the larger noise to the second half of the whole list
-and takes the boxes of the first half for its loss; its class targets are right. That changes nothing
-if only one image has objects. This package treats every image by itself.
+and takes the boxes of the first half for its loss; its class targets are right. That changes
+nothing if only one image has objects. This package treats every image by itself.
 
 The comparison puts both into the queries of this package.
 """
