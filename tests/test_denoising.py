@@ -327,6 +327,10 @@ def test_queries_of_real_and_of_empty_slots(contrastive):
             np.testing.assert_array_equal(content[b, s], 0)
             np.testing.assert_array_equal(anchors[b, s], 0.5)
     assert 0 < dn.valid.sum() < dn.valid.size
+    # A label that is not known has the last row: -1 clipped to 0 would be a real class.
+    unknown = dn.replace(labels=np.full_like(dn.labels, denoising.NO_OBJECT))
+    shown = denoising.query_content(table, unknown)[dn.valid]
+    np.testing.assert_array_equal(shown, np.tile([*table[-1], 1], (len(shown), 1)))
     # Without indicator the embedding is all of the content, as in DINO.
     without = denoising.query_content(table, dn, indicator=False)
     np.testing.assert_array_equal(without, content[..., :-1])
