@@ -269,7 +269,8 @@ def test_the_indicator_is_a_channel_of_its_own_or_absent(indicator):
     [
         ({"box_noise_by_group": (0.1,) * 5}, "at most dn.groups = 4 values"),
         ({"label_noise_by_group": (0.1, 1.1)}, "each a number from 0 to 1"),
-        ({"box_noise_by_group": (0.1, 1.0)}, "each a number from 0 to below 1"),
+        ({"box_noise_by_group": (0.1, 1.1)}, "each a number from 0 to 1"),
+        ({"box_noise": 1.1}, "a number from 0 to 1"),
         ({"box_distribution": "gauss"}, "'uniform', 'normal', 'truncated_normal'"),
         ({"box_parts": "width"}, "'both', 'center', 'size'"),
         ({"label_denoising": False, "contrastive": True}, "negatives have a class loss alone"),
