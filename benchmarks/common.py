@@ -217,7 +217,10 @@ class Worker:
           WorkerError: the worker failed, or took too long.
         """
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by close()
-        environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        environment = os.environ | {
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+            "JAX_TRACEBACK_FILTERING": "off",  # otherwise the last line is a note of JAX
+        }
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,

@@ -20,6 +20,7 @@ import datetime
 import hashlib
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -103,6 +104,7 @@ def compile_config(name: str, settings: Mapping[str, str], seconds: float) -> di
             done = subprocess.run(
                 [*command, f"--json={out}"],
                 cwd=ROOT,
+                env=os.environ | {"JAX_TRACEBACK_FILTERING": "off"},
                 check=False,
                 capture_output=True,
                 text=True,

@@ -13,6 +13,7 @@ step but not equal to it; report both. Each part takes the whole batch at once, 
 `train.accumulate_steps` splits the batch of the step.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -22,45 +23,47 @@ import optax
 from flax import linen as nn
 
 from benchmarks import common
-from dn_detr_jax import denoising, matching
-from dn_detr_jax.criterion import MatchedPart, Totals
+from dn_detr_jax import denoising
+from dn_detr_jax.criterion import MatchedPart, Totals, match_parts, total_loss
 from dn_detr_jax.models.images import normalize_images
-from dn_detr_jax.models.registry import loss_settings
+from dn_detr_jax.models.registry import loss_settings, variant_of
 from dn_detr_jax.training.compile_options import accepted_options
 from dn_detr_jax.training.optimizer import global_norm
-from dn_detr_jax.training.step import criterion, denoising_queries
+from dn_detr_jax.training.step import denoising_queries
 
 PyTree = Any
-OWNERS = {"backbone": ("backbone",), "encoder": ("encoder", "input_proj")}
+OWNERS = {"backbone": ("backbone",), "encoder": ("encoder", "input_", "level_embedding")}
 
 
 def run_cut(
     model: nn.Module, params: PyTree, batch: dict, dn: denoising.Denoising | None, given: dict
-) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+) -> tuple[dict[str, jax.Array], dict[str, PyTree]]:
     """Runs a detector with the results of some of its parts given.
 
     The compiler removes computations that only lead to a given result.
 
     Args:
-      model: detector with submodules `backbone` and `encoder`.
+      model: detector.
       params: of the whole model.
       batch: `image` uint8 [B, H, W, 3] and `size`.
       dn: denoising queries or None.
       given: results by the name of the submodule.
 
     Returns:
-      The model's outputs, the last feature map of the backbone, and the encoded tokens.
+      The model's outputs; and by submodule the feature maps of the backbone that the pyramid uses,
+      and the encoded tokens.
     """
     results = dict(given)
+    levels = getattr(model.pyramid, "backbone_levels", 1)
 
     def intercept(call, args, kwargs, context):
         path = context.module.path
         if context.method_name != "__call__" or path not in (("backbone",), ("encoder",)):
             return call(*args, **kwargs)
-        if path[0] == "backbone":  # only the last feature map is used
+        if path[0] == "backbone":
             if "backbone" not in given:
-                results["backbone"] = call(*args, **kwargs)[-1]
-            return (results["backbone"],)
+                results["backbone"] = tuple(call(*args, **kwargs)[-levels:])
+            return results["backbone"]
         if "encoder" not in given:
             results["encoder"] = call(*args, **kwargs).tokens
         return args[0].replace(tokens=results["encoder"])
@@ -80,7 +83,12 @@ def measure(step: Any, *, rounds: int, steps: int) -> dict[str, dict[str, float]
       rounds: timed rounds, after an untimed one; each runs every part.
       steps: number of runs of a part in a round.
     """
-    calls = programs(step)
+    options = accepted_options(step.config, jax.devices()[0])
+
+    def compiled(function, *arguments):
+        return jax.jit(function).lower(*arguments).compile(options)
+
+    calls = programs(step, compiled)
     for call in calls.values():
         jax.block_until_ready(call())
 
@@ -96,14 +104,15 @@ def measure(step: Any, *, rounds: int, steps: int) -> dict[str, dict[str, float]
     return {name: common.summary(times) for name, times in seconds.items()}
 
 
-def programs(step: Any) -> dict[str, Callable[[], Any]]:
-    """Returns the compiled parts as functions without arguments."""
+def programs(step: Any, compiled: Callable[..., Callable]) -> dict[str, Callable[[], Any]]:
+    """Returns the compiled parts as functions without arguments.
+
+    Args:
+      step: a `train_step.Step`.
+      compiled: compiles a function for arguments.
+    """
     model, config, mesh, batch = step.model, step.config, step.mesh, step.batch
     params, state = step.state.params, step.state
-    options = accepted_options(config, jax.devices()[0])
-
-    def compiled(function, *arguments):
-        return jax.jit(function).lower(*arguments).compile(options)
 
     def forward(params, given, batch):
         dn = denoising_queries(batch, jax.random.key(0), config)
@@ -111,12 +120,13 @@ def programs(step: Any) -> dict[str, Callable[[], Any]]:
 
     outputs, results = jax.eval_shape(forward, params, {}, batch)
     draw = jax.jit(_random, static_argnums=0)
-    given = {name: draw((leaf.shape, leaf.dtype)) for name, leaf in results.items()}
+    given = jax.tree.map(lambda leaf: draw((leaf.shape, leaf.dtype)), results)
     outputs = {name: jax.nn.sigmoid(draw((x.shape, x.dtype))) for name, x in outputs.items()}
 
-    owned = {name: {k: params[k] for k in keys if k in params} for name, keys in OWNERS.items()}
-    others = [key for key in params if not any(key in keys for keys in OWNERS.values())]
-    owned["decoder"] = {key: params[key] for key in others}
+    owned: dict[str, dict[str, PyTree]] = {"backbone": {}, "encoder": {}, "decoder": {}}
+    for key, value in params.items():
+        names = [name for name, starts in OWNERS.items() if key.startswith(starts)]
+        owned[names[0] if names else "decoder"][key] = value
     inputs = {"backbone": {}, "encoder": {"backbone": given["backbone"]}, "decoder": given}
     cotangents = {**given, "decoder": outputs}
 
@@ -134,26 +144,28 @@ def programs(step: Any) -> dict[str, Callable[[], Any]]:
         program = compiled(run, *arguments)
         return lambda: program(*arguments)
 
-    def losses(outputs, batch, assignment):
-        dn = denoising_queries(batch, jax.random.key(0), config)
-        options = {"config": config, "mesh": mesh, "assignment": assignment}
-        return criterion(outputs, dn, batch, **options)[0]
+    variant, settings = variant_of(config.model), loss_settings(config)
 
-    settings = loss_settings(config)
+    def parts_of(outputs, batch):
+        dn = denoising_queries(batch, jax.random.key(0), config)
+        return variant.output_parts(outputs, dn, batch, Totals.of(batch, dn), settings)
 
     def match(outputs, batch):
-        dn = denoising_queries(batch, jax.random.key(0), config)
-        matched = {name: denoising.split(x, dn)[1] for name, x in outputs.items()}
-        part = MatchedPart(**matched, targets=batch, totals=Totals.of(batch, dn), settings=settings)
-        cost, _ = matching.sanitize(part.cost(), batch["valid"])
-        return matching.assign(cost, batch["valid"], mesh)
+        return match_parts(parts_of(outputs, batch), mesh)[0]
+
+    def losses(outputs, batch, assignments):
+        given = [
+            dataclasses.replace(part, assignment=found) if isinstance(part, MatchedPart) else part
+            for part, found in zip(parts_of(outputs, batch), assignments, strict=True)
+        ]
+        return total_loss(given, mesh)[0]
 
     match_program = compiled(match, outputs, batch)
-    assignment = match_program(outputs, batch)
-    losses_program = compiled(jax.value_and_grad(losses), outputs, batch, assignment)
-    calls = {name: part(name) for name in ("backbone", "encoder", "decoder")}
+    assignments = match_program(outputs, batch)
+    losses_program = compiled(jax.value_and_grad(losses), outputs, batch, assignments)
+    calls = {name: part(name) for name in owned}
     calls["matching"] = lambda: match_program(outputs, batch)
-    calls["losses"] = lambda: losses_program(outputs, batch, assignment)
+    calls["losses"] = lambda: losses_program(outputs, batch, assignments)
 
     def update(params, opt_state, grads):
         updates, opt_state = step.optimizer.update(grads, opt_state, params)

@@ -242,7 +242,7 @@ def total_loss(
       part the assignment int32 [B, L, M] or None.
     """
     with jax.named_scope("matching"):
-        assignments, nonfinite = _match(parts, mesh)
+        assignments, nonfinite = match_parts(parts, mesh)
     totals: list[jax.Array] = []
     named: dict[str, jax.Array] = {}
     with jax.named_scope("criterion"):
@@ -254,10 +254,18 @@ def total_loss(
     return functools.reduce(operator.add, totals), named, assignments
 
 
-def _match(
+def match_parts(
     parts: Sequence[OutputPart], mesh: Mesh | None
 ) -> tuple[list[jax.Array | None], Int[jax.Array, ""]]:
-    """Solves the problems of all parts; also counts the costs that are not finite."""
+    """Solves the problems of all parts; also counts the costs that are not finite.
+
+    Args:
+      parts: any number.
+      mesh: for the matching; None if the batch is on one device.
+
+    Returns:
+      For each part the assignment int32 [B, L, M], or None if it needs none; and the count.
+    """
     assignments: list[jax.Array | None] = [None] * len(parts)
     problems: dict[int, tuple[Array, Array]] = {}
     nonfinite = jnp.zeros((), jnp.int32)

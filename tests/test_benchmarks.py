@@ -121,8 +121,40 @@ def test_a_cut_model_gives_what_the_whole_one_gives(tiny):
     zeros = jax.tree.map(np.zeros_like, {k: tiny.params[k] for k in ("backbone", "encoder")})
     again, _ = run(without | zeros, results)
     np.testing.assert_allclose(again["pred_logits"], outputs["pred_logits"], atol=1e-5)
-    changed, _ = run(without | zeros, {name: 0 * x for name, x in results.items()})
+    changed, _ = run(without | zeros, jax.tree.map(np.zeros_like, results))
     assert not np.allclose(changed["pred_logits"], outputs["pred_logits"], atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["dn_dab_detr", "dn_deformable_detr", "dn_dino_detr"])
+def test_the_step_of_every_variant_has_parts(name):
+    """Catches a variant whose step cannot be cut, and parameters that belong to no part."""
+    config = tiny_config.shared() if name == "dn_dab_detr" else tiny_config.levels(name)
+    config.data.max_objects = 3
+    mesh, model = make_mesh(1), build_model(config.model)
+    shapes = abstract_params(model)
+    optimizer, _ = make_optimizer(config, shapes, 10, 100)
+    step = SimpleNamespace(
+        model=model,
+        config=config,
+        mesh=mesh,
+        optimizer=optimizer,
+        mask=jax.tree.map(lambda _: True, shapes),
+        state=abstract_state(model, optimizer, config, mesh),
+        batch=abstract_batch(config, "train", mesh),
+    )
+    gradients = []
+
+    def traced(function, *arguments):
+        shapes = jax.eval_shape(function, *arguments)
+        if function.__name__ == "run":
+            gradients.append(shapes[1][0])
+        return lambda *_: shapes
+
+    calls = step_parts.programs(step, traced)
+    assert list(calls) == ["backbone", "encoder", "decoder", "matching", "losses", "optimizer"]
+    assert sorted(key for owned in gradients for key in owned) == sorted(step.state.params)
+    for call in calls.values():
+        call()
 
 
 def _worker(code, seconds=60.0):
