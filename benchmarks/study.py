@@ -116,10 +116,12 @@ class Table:
     Attributes:
       rows: names, the one that the others are compared with first.
       figure: whether AP and instability by step are drawn.
+      ap50: whether it has a column of AP50.
     """
 
     rows: tuple[str, ...]
     figure: bool = False
+    ap50: bool = False
 
 
 TABLES = {
@@ -139,7 +141,9 @@ TABLES = {
     ),
     "layouts": Table(("dn", "paper_layout", "few_slots")),
     "variants": Table(("digits", "digits_deformable", "digits_quick"), figure=True),
-    "trees": Table(("trees_none", "trees", "trees_fresh_none", "trees_fresh"), figure=True),
+    "trees": Table(
+        ("trees_none", "trees", "trees_fresh_none", "trees_fresh"), figure=True, ap50=True
+    ),
 }
 
 
@@ -280,7 +284,8 @@ def render_table(table: Table, curves: Mapping[str, Curves]) -> str:
         raise DataError(f"{table.rows[0]}: no metrics to compare the other rows with")
     base = first.final("eval/AP")
     by_layer = any(own.instability_by_layer() for own in curves.values())
-    titles = ["row", "seeds", "AP", "difference", "larger than the spread", "IS"]
+    titles = ["row", "seeds", "AP", "difference", "larger than the spread"]
+    titles += [*(["AP50"] if table.ap50 else []), "IS"]
     titles += [*(["IS by layer"] if by_layer else []), f"steps to AP {base.mean():.3f}"]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for name in table.rows:
@@ -298,6 +303,7 @@ def render_table(table: Table, curves: Mapping[str, Curves]) -> str:
             _spread(ap, 3),
             "" if same else f"{ap.mean() - base.mean():+.3f}",
             "" if same else apart,
+            *([_spread(own.final("eval/AP50"), 3)] if table.ap50 else []),
             _spread(own.final("eval/instability"), 2),
             *([" / ".join(f"{x:.2f}" for x in own.instability_by_layer())] if by_layer else []),
             str(own.reached(base.mean()) or "not reached"),

@@ -1,5 +1,6 @@
 """The study's tables and figures from stored metrics, and trainings that are skipped or kept."""
 
+import dataclasses
 import json
 import sys
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ def write(results, row, finals, instability=2.0):
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = [{"row": row}]
         for step in STEPS:
-            line = {"step": step, "eval/AP": final * step / STEPS[-1]}
+            line = {"step": step, "eval/AP": final * step / STEPS[-1], "eval/AP50": final + 0.1}
             if step > STEPS[0]:
                 line["eval/instability"] = instability + seed
                 if instability > 1:
@@ -49,6 +50,10 @@ def test_a_table_has_means_ranges_and_what_exceeds_the_spread(tmp_path):
         "| `groups_1` | 2 | 0.390 (0.280 to 0.500) | +0.140 | no | 2.50 (2.00 to 3.00) | "
         "5.50 / 2.50 | 500 |",
     ]
+    with_ap50 = study.render_table(dataclasses.replace(table, ap50=True), curves)
+    assert with_ap50.splitlines()[3].startswith(
+        "| `dn` | 3 | 0.600 (0.500 to 0.700) | +0.350 | yes | 0.700 (0.600 to 0.800) | 2.00 ("
+    )
     write(tmp_path, "groups_10", [0.9])
     alone = study.render_table(
         table, curves | {"groups_3": study.read_curves("groups_10", tmp_path)}
