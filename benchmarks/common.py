@@ -32,6 +32,8 @@ from dn_detr_jax.errors import ConfigError
 from dn_detr_jax.preflight.accelerators import CHIPS
 
 ROOT = Path(__file__).parent.parent
+# For processes whose last line tells why they failed: otherwise it is a note of JAX.
+FULL_TRACEBACKS = {"JAX_TRACEBACK_FILTERING": "off"}
 FLAGS = flags.FLAGS
 MODULES = "jax", "jaxlib", "flax", "torch", "transformers", "scipy", "numpy"
 
@@ -217,10 +219,7 @@ class Worker:
           WorkerError: the worker failed, or took too long.
         """
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by close()
-        environment = os.environ | {
-            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-            "JAX_TRACEBACK_FILTERING": "off",  # otherwise the last line is a note of JAX
-        }
+        environment = os.environ | FULL_TRACEBACKS | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,

@@ -32,7 +32,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from benchmarks.common import ROOT
+from benchmarks.common import FULL_TRACEBACKS, ROOT
 from dn_detr_jax.commands.command_line import define_path_flag, run_main
 from dn_detr_jax.config import flat_values, load_config
 from dn_detr_jax.config.experiments import experiment_names
@@ -104,7 +104,7 @@ def compile_config(name: str, settings: Mapping[str, str], seconds: float) -> di
             done = subprocess.run(
                 [*command, f"--json={out}"],
                 cwd=ROOT,
-                env=os.environ | {"JAX_TRACEBACK_FILTERING": "off"},
+                env=os.environ | FULL_TRACEBACKS,
                 check=False,
                 capture_output=True,
                 text=True,

@@ -115,7 +115,8 @@ def main(argv: Sequence[str]) -> None:
     report = common.Report("start")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
+        cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
+        env = os.environ | common.FULL_TRACEBACKS | cache
         env.pop("PYTHONDONTWRITEBYTECODE", None)  # else every start compiles all modules
         for number in range(1, FLAGS.starts + 1):
             row = start_training(workdir := folder / f"run_{number}", argv[1:], env)

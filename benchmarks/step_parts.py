@@ -24,12 +24,11 @@ from flax import linen as nn
 
 from benchmarks import common
 from dn_detr_jax import denoising
-from dn_detr_jax.criterion import MatchedPart, Totals, match_parts, total_loss
+from dn_detr_jax.criterion import MatchedPart, match_parts, total_loss
 from dn_detr_jax.models.images import normalize_images
-from dn_detr_jax.models.registry import loss_settings, variant_of
 from dn_detr_jax.training.compile_options import accepted_options
 from dn_detr_jax.training.optimizer import global_norm
-from dn_detr_jax.training.step import denoising_queries
+from dn_detr_jax.training.step import denoising_queries, output_parts
 
 PyTree = Any
 OWNERS = {"backbone": ("backbone",), "encoder": ("encoder", "input_", "level_embedding")}
@@ -125,8 +124,8 @@ def programs(step: Any, compiled: Callable[..., Callable]) -> dict[str, Callable
 
     owned: dict[str, dict[str, PyTree]] = {"backbone": {}, "encoder": {}, "decoder": {}}
     for key, value in params.items():
-        names = [name for name, starts in OWNERS.items() if key.startswith(starts)]
-        owned[names[0] if names else "decoder"][key] = value
+        owners = (name for name, starts in OWNERS.items() if key.startswith(starts))
+        owned[next(owners, "decoder")][key] = value
     inputs = {"backbone": {}, "encoder": {"backbone": given["backbone"]}, "decoder": given}
     cotangents = {**given, "decoder": outputs}
 
@@ -144,11 +143,9 @@ def programs(step: Any, compiled: Callable[..., Callable]) -> dict[str, Callable
         program = compiled(run, *arguments)
         return lambda: program(*arguments)
 
-    variant, settings = variant_of(config.model), loss_settings(config)
-
     def parts_of(outputs, batch):
         dn = denoising_queries(batch, jax.random.key(0), config)
-        return variant.output_parts(outputs, dn, batch, Totals.of(batch, dn), settings)
+        return output_parts(outputs, dn, batch, config)
 
     def match(outputs, batch):
         return match_parts(parts_of(outputs, batch), mesh)[0]

@@ -184,7 +184,7 @@ def write_coco_data(folder: Path, images: int = 200, seed: int = 0) -> None:
 
 def environment() -> dict[str, str]:
     """Returns the environment of the trainings: the CPU, and quick compilation."""
-    found = dict(os.environ)
+    found = os.environ | common.FULL_TRACEBACKS
     if found.get("JAX_PLATFORMS") == "cpu":
         import jax
 

@@ -89,7 +89,7 @@ def gradient_of_input(
     what comes next, and that takes ten times as long and more.
 
     Args:
-      gradient: of the convolved map.
+      gradient: of the convolved map, float32.
       kernel: of the convolution.
       stride: of the convolution.
       shape: (B, h, w, C) of the map.
@@ -97,14 +97,13 @@ def gradient_of_input(
     sides = zip(shape[1:3], gradient.shape[1:3], strict=True)
     spread = [(1, side - stride * (count - 1), stride - 1) for side, count in sides]
     padding = ((0, 0, 0), *spread, (0, 0, 0))
-    padded = lax.pad(gradient.astype(jnp.float32), jnp.float32(0), padding)
-    return shifted_sum(padded, kernel[::-1, ::-1], 1)
+    return shifted_sum(lax.pad(gradient, jnp.float32(0), padding), kernel[::-1, ::-1], 1)
 
 
 def gradient_of_kernel(
     x: Float[Array, "B h w C"], gradient: Float[Array, "B h2 w2 C"], stride: int
 ) -> Float[jax.Array, "3 3 1 C"]:
-    """Gradient of the kernel in float32, from that of the convolved map.
+    """Gradient of the kernel in float32, from that of the convolved map, float32 too.
 
     Rows are added up element by element, and the sum over columns comes last: XLA on CPUs is
     several times slower at a sum over batch, rows and columns at once.
@@ -140,8 +139,9 @@ def _forward(x, kernel, stride):
 
 def _backward(stride, saved, gradient):
     x, kernel = saved
+    gradient = gradient.astype(jnp.float32)
     of_input = gradient_of_input(gradient, kernel, stride, x.shape)
-    of_kernel = gradient_of_kernel(x, gradient.astype(jnp.float32), stride)
+    of_kernel = gradient_of_kernel(x, gradient, stride)
     return of_input.astype(x.dtype), of_kernel.astype(kernel.dtype)
 
 

@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from dn_detr_jax import denoising
-from dn_detr_jax.criterion import MatchedPart, Totals, total_loss
+from dn_detr_jax.criterion import MatchedPart, OutputPart, Totals, total_loss
 from dn_detr_jax.models.images import normalize_images
 from dn_detr_jax.models.registry import loss_settings, variant_of
 from dn_detr_jax.sharding import (
@@ -154,6 +154,19 @@ def _losses(
     return total, terms
 
 
+def output_parts(
+    outputs: dict[str, jax.Array],
+    dn: denoising.Denoising | None,
+    batch: Batch,
+    config: ConfigDict,
+    totals: Totals | None = None,
+) -> list[OutputPart]:
+    """Splits a model's outputs into the parts of its variant; arguments as for `criterion`."""
+    totals = Totals.of(batch, dn) if totals is None else totals
+    variant = variant_of(config.model)
+    return variant.output_parts(outputs, dn, batch, totals, loss_settings(config))
+
+
 def criterion(
     outputs: dict[str, jax.Array],
     dn: denoising.Denoising | None,
@@ -181,9 +194,7 @@ def criterion(
       The loss and the terms of `compute_losses`, and the assignment int32 [B, L, M] that was found
       for the matching queries, None if it was given.
     """
-    totals = Totals.of(batch, dn) if totals is None else totals
-    variant = variant_of(config.model)
-    parts = variant.output_parts(outputs, dn, batch, totals, loss_settings(config))
+    parts = output_parts(outputs, dn, batch, config, totals)
     if assignment is not None:
         parts[0] = dataclasses.replace(cast(MatchedPart, parts[0]), assignment=assignment)
     total, terms, assignments = total_loss(parts, mesh)
